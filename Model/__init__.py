@@ -1,0 +1,1 @@
+"""The networks: generator, discriminator, face parser, their operators and checkpoints."""

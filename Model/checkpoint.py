@@ -1,0 +1,262 @@
+"""Reading and writing network checkpoints: strict, safe, atomic.
+
+This is the only place where networks meet ``torch.load`` and ``torch.save``. Architectures are read
+off the tensors, so a checkpoint needs no side file. Files are opened with ``weights_only=True``: a
+pickle that would run code is refused, whoever made it.
+"""
+
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from Model.discriminator import Discriminator
+from Model.face_parser import BiSeNet
+from Model.generator import Generator
+
+PathOrDict = str | os.PathLike[str] | Mapping[str, Any]
+StateDict = dict[str, Tensor]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message names the file, what was found and what to do."""
+
+
+def read(path: PathOrDict) -> dict[str, Any]:
+    """Read a checkpoint into CPU memory without running any code from it.
+
+    Args:
+        path: a file, or a dict that is returned as it is.
+
+    Raises:
+        CheckpointError: no such file, not a PyTorch file, damaged, or holding objects other than
+            tensors and plain containers.
+    """
+    if isinstance(path, Mapping):
+        return dict(path)
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such file; give the path of a checkpoint (.pt)")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, it holds something other than tensors and plain containers"
+            f" ({_unsafe_name(error)}); save it again as state dicts only"
+        ) from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: not a readable PyTorch checkpoint ({reason})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: expected a dict of state dicts, found {type(content).__name__}"
+        )
+    return content
+
+
+def _unsafe_name(error: Exception) -> str:
+    """The offending global in PyTorch's long message, or the message's first line."""
+    text = str(error)
+    match = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"class '?([\w.]+)", text)
+    return match.group(1) if match else text.splitlines()[0][:120]
+
+
+def _state_dict(source: PathOrDict, key: str) -> tuple[StateDict, str]:
+    """Take one network's tensors and a name for messages out of a checkpoint."""
+    content = read(source)
+    name = "checkpoint" if isinstance(source, Mapping) else str(source)
+    state = content.get(key)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{name}: no network {key!r} in it; it holds {', '.join(map(str, content)) or 'nothing'}"
+        )
+    bad = [k for k, v in state.items() if not isinstance(v, Tensor)]
+    if bad:
+        raise CheckpointError(f"{name}: {key}.{bad[0]} is no tensor; this is not a state dict")
+    return dict(state), f"{name}: {key}"
+
+
+def _shape(state: StateDict, key: str, dims: int, name: str) -> torch.Size:
+    """Shape of a tensor that the architecture is read from."""
+    if key not in state:
+        raise CheckpointError(f"{name} has no tensor {key}; is this the right kind of network?")
+    if state[key].ndim != dims:
+        raise CheckpointError(f"{name}: {key} has shape {tuple(state[key].shape)}, not {dims}-D")
+    return state[key].shape
+
+
+def _count(state: StateDict, pattern: str) -> int:
+    """Number of consecutive indices i = 0, 1, ... for which ``pattern.format(i)`` is a tensor."""
+    count = 0
+    while pattern.format(count) in state:
+        count += 1
+    return count
+
+
+def _load_strict(network: nn.Module, state: StateDict, name: str) -> None:
+    """Copy every tensor, or say which one is missing, unexpected or of another shape."""
+    own = network.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    for problem, keys in (("lacks", missing), ("has an unexpected", unexpected)):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise CheckpointError(
+                f"{name} {problem} tensor {keys[0]}{more}; the file is damaged or"
+                f" of another architecture than {type(network).__name__}"
+            )
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise CheckpointError(
+                f"{name}: {key} has shape {tuple(value.shape)}, expected {tuple(own[key].shape)}"
+            )
+    network.load_state_dict(state)
+
+
+def load_generator(
+    source: PathOrDict,
+    key: str = "g_ema",
+    device: str | torch.device = "cpu",
+    size: int | None = None,
+) -> Generator:
+    """Build the generator that a checkpoint holds, full-size or pruned.
+
+    Older files lack the noise buffers ``noises.*``; these are then drawn from a fixed seed, so that
+    two loads of one file agree. A ``latent_avg`` beside the networks is ignored.
+
+    Args:
+        source: checkpoint file or dict.
+        key: "g_ema" or "g".
+        device: where the network goes.
+        size: image side the caller expects; None accepts any.
+
+    Returns:
+        The generator, in training mode and with gradients on.
+
+    Raises:
+        CheckpointError: see the module; also when the size is not the expected one.
+    """
+    state, name = _state_dict(source, key)
+    n_convs = _count(state, "convs.{}.conv.weight")
+    widths = [_shape(state, "input.input", 4, name)[1]]
+    for layer in ["conv1", *(f"convs.{i}" for i in range(n_convs))]:
+        widths.append(_shape(state, f"{layer}.conv.weight", 5, name)[1])
+    found_size = 2 ** (n_convs // 2 + 2)
+    if size is not None and size != found_size:
+        raise CheckpointError(f"{name} makes {found_size} px images, but {size} px were asked for")
+    n_mlp = max(
+        _count({k: v for k, v in state.items()} | {"style.0.weight": Tensor()}, "style.{}.weight")
+        - 1,
+        0,
+    )
+    style_dim = _shape(state, "style.1.weight", 2, name)[0]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = Generator(found_size, style_dim, n_mlp, widths)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    if not any(k.startswith("noises.") for k in state):
+        state |= {k: v for k, v in network.state_dict().items() if k.startswith("noises.")}
+    _load_strict(network, state, name)
+    return network.to(device)
+
+
+def load_discriminator(
+    source: PathOrDict, key: str = "d", device: str | torch.device = "cpu"
+) -> Discriminator:
+    """Build the discriminator that a checkpoint holds.
+
+    Raises:
+        CheckpointError: see the module.
+    """
+    state, name = _state_dict(source, key)
+    n_blocks = _count({**state, "convs.0.conv1.0.weight": Tensor()}, "convs.{}.conv1.0.weight") - 1
+    widths = [_shape(state, "convs.0.0.weight", 4, name)[0]]
+    for i in range(1, n_blocks + 1):
+        widths.append(_shape(state, f"convs.{i}.conv2.1.weight", 4, name)[0])
+    try:
+        network = Discriminator(2 ** (n_blocks + 2), channels=widths[::-1])
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    _load_strict(network, state, name)
+    return network.to(device)
+
+
+def load_face_parser(source: PathOrDict, device: str | torch.device = "cpu") -> BiSeNet:
+    """Build the face parser that a file holds, in evaluation mode and without gradients.
+
+    The file is either the published bare state dict (``79999_iter.pth``), or
+    ``{"parser": state dict, "config": {"n_classes", "width", "stem_stride", "input_size"}}``.
+
+    Raises:
+        CheckpointError: see the module.
+    """
+    content = read(source)
+    config: Mapping[str, Any] = {}
+    if "parser" in content:
+        found = content.get("config", {})
+        config = found if isinstance(found, Mapping) else {}
+    else:
+        content = {"parser": content}
+    state, name = _state_dict(content, "parser")
+    if not isinstance(source, Mapping):
+        name = f"{source}: face parser"
+    n_classes = _shape(state, "conv_out.conv_out.weight", 4, name)[0]
+    width = _shape(state, "cp.resnet.conv1.weight", 4, name)[0]
+    try:
+        network = BiSeNet(**{**config, "n_classes": n_classes, "width": width})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{name}: its config does not fit ({error})") from None
+    _load_strict(network, state, name)
+    return network.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that replaces it when the block ends well.
+
+    On an error the temporary file is removed and ``path`` keeps what it had.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(
+        dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix
+    )
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a result gets the permissions of any new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write a checkpoint atomically: a reader sees the old file or the whole new one.
+
+    Args:
+        path: target; missing folders are made.
+        content: networks (`torch.nn.Module`, stored as CPU state dicts), state dicts, and plain
+            containers of numbers, strings and tensors.
+    """
+    plain = {
+        key: {k: v.detach().cpu() for k, v in value.state_dict().items()}
+        if isinstance(value, nn.Module)
+        else value
+        for key, value in content.items()
+    }
+    with atomic_path(path) as temporary:
+        torch.save(plain, temporary)

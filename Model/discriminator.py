@@ -1,0 +1,109 @@
+"""The StyleGAN2 discriminator (residual)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from Model.generator import pyramid_width, resolution_log2
+from Model.layers import Blur, EqualConv2d, EqualLinear, FusedLeakyReLU, fast_layout
+
+
+class ConvLayer(nn.Sequential):
+    """Convolution, downsampled twofold after a blur if asked, with bias and leaky ReLU if asked."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        downsample: bool = False,
+        activate: bool = True,
+    ) -> None:
+        conv = EqualConv2d(in_channels, out_channels, kernel_size)
+        layers: list[nn.Module] = [conv]
+        if not downsample:
+            conv.padding = kernel_size // 2
+        elif kernel_size == 1:
+            # A strided 1x1 convolution reads only every other sample, so the blur makes no others.
+            layers.insert(0, Blur(pad=(1, 1), down=2))
+        else:
+            pad = (kernel_size + 1) // 2
+            conv.stride = 2
+            layers.insert(0, Blur(pad=(pad, pad)))
+        if activate:
+            layers.append(FusedLeakyReLU(out_channels))
+        super().__init__(*layers)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions beside a 1x1 skip; halves the resolution."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = ConvLayer(in_channels, in_channels, 3)
+        self.conv2 = ConvLayer(in_channels, out_channels, 3, downsample=True)
+        self.skip = ConvLayer(in_channels, out_channels, 1, downsample=True, activate=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, I, H, W) to (N, O, H/2, W/2) at unchanged variance."""
+        return (self.conv2(self.conv1(x)) + self.skip(x)) * math.sqrt(0.5)
+
+
+def minibatch_stddev(x: Tensor, group_size: int = 4) -> Tensor:
+    """Append the mean standard deviation over groups of images as one more map.
+
+    Image i belongs to the group of i modulo N / group. Where ``group_size`` does not divide N the
+    next smaller divisor is taken, so any batch works.
+
+    Args:
+        x: (N, C, H, W) activations.
+        group_size: images that are compared with each other (ProGAN, section 3).
+
+    Returns:
+        (N, C + 1, H, W).
+    """
+    n, _, height, width = x.shape
+    group = next(g for g in range(min(group_size, n), 0, -1) if n % g == 0)
+    grouped = x.unflatten(0, (group, n // group))
+    stddev = torch.sqrt(grouped.var(dim=0, unbiased=False) + 1e-8).mean(dim=(1, 2, 3))
+    return torch.cat([x, stddev.repeat(group).view(n, 1, 1, 1).expand(n, 1, height, width)], dim=1)
+
+
+class Discriminator(nn.Module):
+    """StyleGAN2 discriminator: images (N, 3, size, size) -> logits (N, 1).
+
+    Args:
+        size: image side in pixels, a power of two >= 8.
+        channel_multiplier: width factor of the full-size network above 32 px.
+        channels: log2(size) - 1 widths, one per resolution from 4 px up to ``size``; None gives the
+            full-size network.
+    """
+
+    def __init__(
+        self, size: int, channel_multiplier: int = 2, channels: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        log2 = resolution_log2(size)
+        self.size = size
+        widths = list(
+            channels or (pyramid_width(2**i, channel_multiplier) for i in range(2, log2 + 1))
+        )
+        if len(widths) != log2 - 1 or min(widths) < 1:
+            raise ValueError(
+                f"a {size} px discriminator needs {log2 - 1} positive widths, got {tuple(widths)}"
+            )
+        self.channels = tuple(widths)
+        downward = widths[::-1]
+        blocks = [ResBlock(a, b) for a, b in zip(downward, downward[1:], strict=False)]
+        self.convs = nn.Sequential(ConvLayer(3, downward[0], 1), *blocks)
+        self.final_conv = ConvLayer(widths[0] + 1, widths[0], 3)
+        self.final_linear = nn.Sequential(
+            EqualLinear(widths[0] * 16, widths[0], activation=True), EqualLinear(widths[0], 1)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return one unbounded logit per image; higher means more real."""
+        x = self.final_conv(minibatch_stddev(self.convs(fast_layout(images))))
+        return self.final_linear(x.flatten(1))

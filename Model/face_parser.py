@@ -1,0 +1,263 @@
+"""The face parser: BiSeNet on a ResNet-18 trunk, with the names of the published checkpoint.
+
+The architecture is that of "BiSeNet: Bilateral Segmentation Network for Real-time Semantic
+Segmentation" (Yu et al., ECCV 2018) in the variant published for CelebAMask-HQ faces
+(79999_iter.pth of face-parsing.PyTorch): there is no separate spatial path, the trunk's features at
+one eighth of the input's side take its place.
+
+Two numbers make cheaper relatives of the published network: `width` scales every layer, and
+`stem_stride` keeps more of the detail of a small input.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PUBLISHED_WIDTH = 64
+PUBLISHED_STEM_STRIDE = 4
+PUBLISHED_INPUT_SIZE = 512
+
+
+class ConvBNReLU(nn.Module):
+    """Convolution without bias, batch normalisation, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False
+        )
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, I, h, w) -> (N, O, h, w)."""
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class BasicBlock(nn.Module):
+    """The residual block of ResNet-18 (He et al., CVPR 2016, figure 2)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.stride = stride
+        self.downsample: nn.Sequential | None = None
+        if in_channels != out_channels or stride != 1:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, I, h, w) -> (N, O, h / stride, w / stride)."""
+        residual = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        residual = self.bn2(self.conv2(residual))
+        if self.downsample is None:
+            return F.relu(residual.add_(x), inplace=True)
+        # A 1x1 layer with a stride reads every stride-th pixel. They are picked here, because
+        # oneDNN's weight gradient of such a layer writes out of bounds for fewer than 16 channels
+        # in channels-last order (github.com/uxlfoundation/oneDNN, issue 6035).
+        shortcut = self.downsample(x[:, :, :: self.stride, :: self.stride])
+        return F.relu(residual.add_(shortcut), inplace=True)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 without its classifier; returns the outputs of its last three stages."""
+
+    def __init__(self, width: int, stem_stride: int) -> None:
+        super().__init__()
+        conv_stride = 1 if stem_stride == 1 else 2
+        pool_stride = 2 if stem_stride == 4 else 1
+        self.conv1 = nn.Conv2d(3, width, 7, conv_stride, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.MaxPool2d(3, pool_stride, padding=1)
+        self.layer1 = self._stage(width, width, 1)
+        self.layer2 = self._stage(width, 2 * width, 2)
+        self.layer3 = self._stage(2 * width, 4 * width, 2)
+        self.layer4 = self._stage(4 * width, 8 * width, 2)
+
+    @staticmethod
+    def _stage(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(
+            BasicBlock(in_channels, out_channels, stride), BasicBlock(out_channels, out_channels)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, 3, H, W) -> features at 1/8, 1/16 and 1/32 of the side (with stem stride 4)."""
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.layer1(self.maxpool(x))
+        feat8 = self.layer2(x)
+        feat16 = self.layer3(feat8)
+        feat32 = self.layer4(feat16)
+        return feat8, feat16, feat32
+
+
+class AttentionRefinement(nn.Module):
+    """A 3x3 layer whose channels are weighted by a function of their mean (section 3.2)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = ConvBNReLU(in_channels, out_channels)
+        self.conv_atten = nn.Conv2d(out_channels, out_channels, 1, bias=False)
+        self.bn_atten = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, I, h, w) -> (N, O, h, w)."""
+        x = self.conv(x)
+        attention = self.bn_atten(self.conv_atten(x.mean((2, 3), keepdim=True)))
+        return x * attention.sigmoid()
+
+
+class ContextPath(nn.Module):
+    """The trunk and the way back up from 1/32 to 1/8 of the side (section 3.2)."""
+
+    def __init__(self, width: int, stem_stride: int) -> None:
+        super().__init__()
+        self.resnet = ResNet18(width, stem_stride)
+        self.arm16 = AttentionRefinement(4 * width, 2 * width)
+        self.arm32 = AttentionRefinement(8 * width, 2 * width)
+        self.conv_head32 = ConvBNReLU(2 * width, 2 * width)
+        self.conv_head16 = ConvBNReLU(2 * width, 2 * width)
+        self.conv_avg = ConvBNReLU(8 * width, 2 * width, kernel_size=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, 3, H, W) -> trunk features at 1/8, context at 1/8, context at 1/16 of the side."""
+        feat8, feat16, feat32 = self.resnet(x)
+        # One value per channel for the whole image: broadcasting is its nearest upsampling.
+        context = self.arm32(feat32) + self.conv_avg(feat32.mean((2, 3), keepdim=True))
+        context16 = self.conv_head32(F.interpolate(context, feat16.shape[2:], mode="nearest"))
+        context = self.arm16(feat16) + context16
+        context8 = self.conv_head16(F.interpolate(context, feat8.shape[2:], mode="nearest"))
+        return feat8, context8, context16
+
+
+class FeatureFusion(nn.Module):
+    """Joins detail and context and re-weights the channels of the result (section 3.3)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.convblk = ConvBNReLU(channels, channels, kernel_size=1)
+        self.conv1 = nn.Conv2d(channels, channels // 4, 1, bias=False)
+        self.conv2 = nn.Conv2d(channels // 4, channels, 1, bias=False)
+
+    def forward(self, detail: Tensor, context: Tensor) -> Tensor:
+        """Two (N, C / 2, h, w) -> (N, C, h, w)."""
+        fused = self.convblk(torch.cat((detail, context), dim=1))
+        attention = F.relu(self.conv1(fused.mean((2, 3), keepdim=True)))
+        return fused * (1 + self.conv2(attention).sigmoid())
+
+
+class OutputHead(nn.Module):
+    """A 3x3 layer and a 1x1 classifier."""
+
+    def __init__(self, in_channels: int, mid_channels: int, n_classes: int) -> None:
+        super().__init__()
+        self.conv = ConvBNReLU(in_channels, mid_channels)
+        self.conv_out = nn.Conv2d(mid_channels, n_classes, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) -> logits (N, n_classes, h, w)."""
+        return self.conv_out(self.conv(x))
+
+
+class BiSeNet(nn.Module):
+    """Semantic segmentation of ImageNet-normalised images.
+
+    The default is exactly the published face parser. Parameters start from Kaiming initialisation;
+    nothing is downloaded.
+
+    Args:
+        n_classes: number of classes; the published parser has CelebAMask-HQ's 19.
+        width: channels of the first stage. The stages have width, 2, 4 and 8 times width.
+        stem_stride: 4 (published), 2 or 1, by how much the layers before the first stage shrink the
+            image. The logits are computed at 1 / (2 * stem_stride) of the input's side.
+        input_size: side in pixels of the square images that the network was trained for; kept for
+            those who use the network, it does not limit `forward`.
+
+    Raises:
+        ValueError: for a number that is not positive or a stem stride other than 1, 2, 4.
+    """
+
+    def __init__(
+        self,
+        n_classes: int = 19,
+        width: int = PUBLISHED_WIDTH,
+        stem_stride: int = PUBLISHED_STEM_STRIDE,
+        input_size: int = PUBLISHED_INPUT_SIZE,
+    ) -> None:
+        super().__init__()
+        for name, value in (("n_classes", n_classes), ("width", width), ("input_size", input_size)):
+            if value < 1:
+                raise ValueError(f"face parser: {name} is {value}; it must be at least 1")
+        if stem_stride not in (1, 2, 4):
+            raise ValueError(f"face parser: stem_stride is {stem_stride}; it must be 1, 2 or 4")
+        self.n_classes = n_classes
+        self.width = width
+        self.stem_stride = stem_stride
+        self.input_size = input_size
+        self.cp = ContextPath(width, stem_stride)
+        self.ffm = FeatureFusion(4 * width)
+        self.conv_out = OutputHead(4 * width, 4 * width, n_classes)
+        self.conv_out16 = OutputHead(2 * width, width, n_classes)
+        self.conv_out32 = OutputHead(2 * width, width, n_classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+
+    @property
+    def config(self) -> dict[str, int]:
+        """The constructor's arguments, as they are stored next to the weights in a checkpoint."""
+        return {
+            "n_classes": self.n_classes,
+            "width": self.width,
+            "stem_stride": self.stem_stride,
+            "input_size": self.input_size,
+        }
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes the main and the two auxiliary outputs; the latter serve training only.
+
+        Args:
+            images: (N, 3, H, W), ImageNet-normalised.
+
+        Returns:
+            Three logit maps (N, n_classes, H, W): main output, context at 1/8, context at 1/16.
+        """
+        detail8, context8, context16 = self.cp(images)
+        low = (
+            self.conv_out(self.ffm(detail8, context8)),
+            self.conv_out16(context8),
+            self.conv_out32(context16),
+        )
+        size = images.shape[2:]
+        return upsample(low[0], size), upsample(low[1], size), upsample(low[2], size)
+
+    def main_logits(self, images: Tensor) -> Tensor:
+        """The main output before its upsampling: (N, n_classes, h, w), h = H / 2 / stem_stride."""
+        detail8, context8, _ = self.cp(images)
+        return self.conv_out(self.ffm(detail8, context8))
+
+    def forward_main(self, images: Tensor) -> Tensor:
+        """`forward(images)[0]` without the cost of the two auxiliary heads."""
+        return upsample(self.main_logits(images), images.shape[2:])
+
+    def trunk_features(self, images: Tensor) -> list[Tensor]:
+        """The trunk's features, for losses that compare images by them.
+
+        Args:
+            images: (N, 3, H, W), ImageNet-normalised. Gradients flow back to them.
+
+        Returns:
+            Three maps with 2, 4 and 8 times `width` channels, at 1/8, 1/16 and 1/32 of the side
+            (with the published stem stride).
+        """
+        return list(self.cp.resnet(images))
+
+
+def upsample(logits: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Bilinear upsampling as in the published network: the corner pixels' centres stay in place."""
+    return F.interpolate(logits, size, mode="bilinear", align_corners=True)

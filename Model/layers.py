@@ -1,0 +1,255 @@
+"""Layers of StyleGAN2 (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN").
+
+Weights are stored with unit variance and scaled at run time (equalised learning rate); parameter
+names are those of the widely used PyTorch checkpoint format.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from Model.ops import fused_leaky_relu, make_kernel, upfirdn2d
+
+
+def fast_layout(x: Tensor) -> Tensor:
+    """Give a 4-D tensor the layout in which convolutions run fastest on its device.
+
+    On a CPU that is channels-last: the filters become one vector operation per pixel (a blur of 16
+    maps takes a quarter of the time) and every later layer keeps the layout by itself.
+    """
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+
+class PixelNorm(nn.Module):
+    """Normalise every vector along dimension 1 to unit mean square."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x / rms(x), (N, C, ...) -> (N, C, ...)."""
+        return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
+
+
+class EqualLinear(nn.Module):
+    """Linear layer with equalised learning rate: weight / sqrt(fan_in) * lr_mul, bias * lr_mul."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias_init: float = 0.0,
+        lr_mul: float = 1.0,
+        activation: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_mul)
+        self.bias = nn.Parameter(torch.full((out_features,), float(bias_init)))
+        self.lr_mul = lr_mul
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in_features) to (N, out_features), through leaky ReLU when ``activation``."""
+        weight = self.weight * (self.lr_mul / math.sqrt(self.weight.shape[1]))
+        bias = self.bias * self.lr_mul
+        if self.activation:
+            return fused_leaky_relu(F.linear(x, weight), bias)
+        return F.linear(x, weight, bias)
+
+
+class EqualConv2d(nn.Module):
+    """Bias-free convolution with equalised learning rate: weight / sqrt(in_channels * k * k)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.stride = stride
+        self.padding = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (N, I, H, W) to (N, O, H', W')."""
+        scale = 1 / math.sqrt(self.weight[0].numel())
+        return F.conv2d(x, self.weight * scale, stride=self.stride, padding=self.padding)
+
+
+class FusedLeakyReLU(nn.Module):
+    """`fused_leaky_relu` with a learned bias per channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activate (N, C, ...)."""
+        return fused_leaky_relu(x, self.bias)
+
+
+class Blur(nn.Module):
+    """Low-pass filter [1, 3, 3, 1] x [1, 3, 3, 1], optionally keeping every ``down``th sample."""
+
+    kernel: Tensor
+
+    def __init__(self, pad: tuple[int, int], gain: float = 1.0, down: int = 1) -> None:
+        super().__init__()
+        self.register_buffer("kernel", make_kernel(gain=gain))
+        self.pad = pad
+        self.down = down
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Filter (N, C, H, W)."""
+        return upfirdn2d(x, self.kernel, down=self.down, pad=self.pad)
+
+
+class Upsample(nn.Module):
+    """Upsample twofold with the filter [1, 3, 3, 1] x [1, 3, 3, 1]."""
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kernel", make_kernel(gain=4.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Upsample (N, C, H, W) to (N, C, 2H, 2W)."""
+        return upfirdn2d(x, self.kernel, up=2, pad=(2, 1))
+
+
+class ModulatedConv2d(nn.Module):
+    """Convolution whose input channels are scaled by a style (StyleGAN2, section 2.2, eq. 1 and 3).
+
+    Scaling the activations instead of the weights gives the same values with one shared weight:
+    y = demodulation * conv(style * x), and demodulation needs only a matrix product.
+
+    Args:
+        in_channels: I.
+        out_channels: O.
+        kernel_size: odd k.
+        style_dim: size of the latent the style is computed from.
+        demodulate: normalise each output map to unit expected variance.
+        upsample: transposed convolution with stride 2, then a blur.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        style_dim: int,
+        demodulate: bool = True,
+        upsample: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.randn(1, out_channels, in_channels, kernel_size, kernel_size)
+        )
+        self.modulation = EqualLinear(style_dim, in_channels, bias_init=1.0)
+        self.demodulate = demodulate
+        self.upsample = upsample
+        if upsample:
+            self.blur = Blur(pad=(1, 1), gain=4.0)
+
+    @property
+    def scale(self) -> float:
+        """Equalised learning rate: 1 / sqrt(I * k * k)."""
+        return 1 / math.sqrt(self.weight[0, 0].numel())
+
+    def style(self, w: Tensor) -> Tensor:
+        """Per-channel scale of the input, (N, style_dim) -> (N, I); includes `scale`."""
+        return self.modulation(w) * self.scale
+
+    def demodulation(self, style: Tensor) -> Tensor:
+        """Per-channel scale of the output for a scaled style, (N, I) -> (N, O) (eq. 3)."""
+        power = self.weight[0].square().sum(dim=(2, 3))
+        return torch.rsqrt(F.linear(style.square(), power) + 1e-8)
+
+    def convolve(self, x: Tensor, style: Tensor) -> Tensor:
+        """Modulate and convolve, without demodulation: (N, I, H, W) -> (N, O, H', W')."""
+        weight = self.weight[0]
+        if weight.shape[-1] == 1:
+            # Few output channels: scaling the (N, O, I) weights spares a pass over the activations.
+            per_sample = (weight[:, :, 0, 0] * style[:, None]).transpose(1, 2)
+            pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+            return torch.bmm(pixels, per_sample).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        x = x * style[:, :, None, None]
+        if self.upsample:
+            return self.blur(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2))
+        return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """Convolve (N, I, H, W) under latents (N, style_dim)."""
+        style = self.style(w)
+        y = self.convolve(x, style)
+        return y * self.demodulation(style)[:, :, None, None] if self.demodulate else y
+
+
+class NoiseInjection(nn.Module):
+    """Learned strength of a layer's noise, zero at the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+
+class StyledConv(nn.Module):
+    """Modulated convolution, layer noise, bias and leaky ReLU."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, style_dim: int, upsample: bool = False
+    ) -> None:
+        super().__init__()
+        self.conv = ModulatedConv2d(in_channels, out_channels, 3, style_dim, upsample=upsample)
+        self.noise = NoiseInjection()
+        self.activate = FusedLeakyReLU(out_channels)
+
+    def forward(self, x: Tensor, w: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Compute the layer.
+
+        Args:
+            x: (N, I, H, W) activations.
+            w: (N, style_dim) latents.
+            noise: (1 or N, 1, H', W') layer noise; None draws it afresh for every image.
+
+        Returns:
+            (N, O, H', W') activations.
+        """
+        style = self.conv.style(w)
+        y = self.conv.convolve(x, style)
+        if noise is None:
+            noise = torch.randn(y.shape[0], 1, *y.shape[2:], dtype=y.dtype, device=y.device)
+        # Demodulation and noise in one pass: d * y + strength * noise.
+        gain = self.conv.demodulation(style)[:, :, None, None]
+        return self.activate(torch.addcmul(self.noise.weight * noise, gain, y))
+
+
+class ToRGB(nn.Module):
+    """1x1 modulated convolution to RGB, without demodulation, added to the upsampled last RGB.
+
+    Its weight scale follows its own fan-in, so removing channels raises the gain of what remains by
+    sqrt(full / kept). The original code does the same and published compressed checkpoints rely on
+    it; retraining takes it up.
+    """
+
+    def __init__(self, in_channels: int, style_dim: int, upsample: bool = True) -> None:
+        super().__init__()
+        self.conv = ModulatedConv2d(in_channels, 3, 1, style_dim, demodulate=False)
+        self.bias = nn.Parameter(torch.zeros(1, 3, 1, 1))
+        if upsample:
+            self.upsample = Upsample()
+
+    def forward(self, x: Tensor, w: Tensor, rgb: Tensor | None = None) -> Tensor:
+        """Return (N, 3, H, W) from activations (N, I, H, W) and the last RGB (N, 3, H/2, W/2)."""
+        y = self.conv(x, w) + self.bias
+        return y if rgb is None else y + self.upsample(rgb)
+
+
+class ConstantInput(nn.Module):
+    """The learned 4x4 input of the synthesis network."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
+
+    def forward(self, batch: int) -> Tensor:
+        """Return (batch, C, 4, 4)."""
+        return fast_layout(self.input.expand(batch, -1, -1, -1))

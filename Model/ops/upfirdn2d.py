@@ -1,0 +1,63 @@
+"""Upsample, filter, downsample (StyleGAN2's resampling operator)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from Model.ops.dispatch import Impl, check_impl
+
+
+def make_kernel(taps: Sequence[float] = (1, 3, 3, 1), gain: float = 1.0) -> Tensor:
+    """Outer product of a 1-D filter with itself, normalised to sum to ``gain``; (K, K) float32."""
+    row = torch.tensor(taps, dtype=torch.float32)
+    kernel = torch.outer(row, row)
+    return kernel * (gain / kernel.sum())
+
+
+def upfirdn2d(
+    x: Tensor,
+    kernel: Tensor,
+    up: int = 1,
+    down: int = 1,
+    pad: tuple[int, int] = (0, 0),
+    impl: Impl = "auto",
+) -> Tensor:
+    """Insert ``up - 1`` zeros after each sample, pad, convolve with ``kernel``, keep every ``down``th.
+
+    Neither the zeros nor the dropped samples are ever computed: upsampling is a depth-wise
+    transposed convolution and downsampling a strided depth-wise one. Differentiable twice in x.
+
+    Args:
+        x: (N, C, H, W) values.
+        kernel: (K, K) filter; a true convolution, so it is applied flipped.
+        up: upsampling factor, >= 1.
+        down: downsampling factor, >= 1.
+        pad: zeros (before, after) on both axes after upsampling; negative values crop.
+        impl: see `Model.ops`.
+
+    Returns:
+        (N, C, (H * up + sum(pad) - K) // down + 1, same for W).
+    """
+    check_impl("upfirdn2d", impl)
+    channels, taps = x.shape[1], kernel.shape[0]
+    kernel = kernel.to(x.dtype)
+    if up == 1:
+        if pad[0] != pad[1] or pad[0] < 0:
+            x = F.pad(x, (pad[0], pad[1], pad[0], pad[1]))
+            pad = (0, 0)
+        weight = kernel.flip((0, 1)).expand(channels, 1, taps, taps)
+        return F.conv2d(x, weight, stride=down, padding=pad[0], groups=channels)
+
+    # The transposed convolution yields every sample that any input reaches. Output sample 0 of the
+    # definition is its sample `skip`; `excess` more than wanted follow the last one.
+    skip = taps - 1 - pad[0]
+    excess = taps - up - pad[1]
+    crop = min(skip, excess)
+    weight = kernel.expand(channels, 1, taps, taps)
+    y = F.conv_transpose2d(x, weight, stride=up, padding=max(crop, 0), groups=channels)
+    left, right = skip - max(crop, 0), excess - max(crop, 0)
+    if left or right:
+        y = F.pad(y, (-left, -right, -left, -right))
+    return y[:, :, ::down, ::down] if down > 1 else y

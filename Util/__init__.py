@@ -1,0 +1,1 @@
+"""Parts of pruning and training: masks, scores, surgery, costs, losses and the training loop."""

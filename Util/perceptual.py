@@ -1,0 +1,87 @@
+"""Perceptual distances between image batches: LPIPS, or the features of the face parser."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from Model.checkpoint import CheckpointError, read
+from Util.content import ContentParser
+
+LPIPS_TRUNKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
+
+
+class ParserDistance(nn.Module):
+    """LPIPS without learned weights on the trunk of a face parser.
+
+    Features of the three trunk stages are normalised to unit length per position; the distance is
+    their squared difference, averaged over positions and summed over stages (Zhang et al., CVPR
+    2018, eq. 1 with w = 1). It needs no download and knows the content it was trained on.
+
+    Args:
+        parser: shows the images to its network as it does for a mask; frozen.
+    """
+
+    def __init__(self, parser: ContentParser) -> None:
+        super().__init__()
+        self.parser = parser.requires_grad_(False)
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        features = self.parser.network.trunk_features(self.parser.network_input(images))
+        return [F.normalize(f, dim=1) for f in features]
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distance of each pair of (N, 3, H, W) in [-1, 1], (N,) >= 0, differentiable."""
+        pairs = zip(self._features(a), self._features(b), strict=True)
+        distances = [(x - y).square().sum(dim=1).mean(dim=(1, 2)) for x, y in pairs]
+        return torch.stack(distances).sum(dim=0)
+
+
+def load_lpips(name: str, trunk: str | Path | None = None) -> nn.Module:
+    """LPIPS of the lpips package, frozen.
+
+    Args:
+        name: vgg, alex or squeeze.
+        trunk: file with torchvision's ImageNet weights of the trunk; None downloads them.
+
+    Returns:
+        Two batches (N, 3, H, W) in [-1, 1] -> (N, 1, 1, 1).
+
+    Raises:
+        CheckpointError: the trunk's file does not fit.
+        RuntimeError: the download failed.
+    """
+    import lpips
+
+    with contextlib.redirect_stdout(io.StringIO()):  # the package announces itself
+        if trunk:
+            network = lpips.LPIPS(net=name, pnet_rand=True, verbose=False)
+            _fill_trunk(network.net, read(trunk), str(trunk), LPIPS_TRUNKS[name])
+        else:
+            network = _download_lpips(lpips, name)
+    return network.eval().requires_grad_(False)
+
+
+def _download_lpips(lpips, name: str) -> nn.Module:  # type: ignore[no-untyped-def]
+    try:
+        return lpips.LPIPS(net=name, verbose=False)
+    except OSError as error:
+        raise RuntimeError(
+            f"--perceptual {name}: its weights could not be downloaded ({error}); give"
+            f" torchvision's {LPIPS_TRUNKS[name]} file as --perceptual_ckpt, or take"
+            " --perceptual parser"
+        ) from None
+
+
+def _fill_trunk(net: nn.Module, weights: dict[str, Tensor], file: str, arch: str) -> None:
+    """Copy torchvision's ``features.I.*`` into lpips' ``sliceK.I.*``."""
+    state = net.state_dict()
+    for key in state:
+        source = "features." + key.split(".", 1)[1]
+        if source not in weights or weights[source].shape != state[key].shape:
+            raise CheckpointError(f"{file}: no fitting {source}; expected torchvision's {arch}")
+        state[key] = weights[source]
+    net.load_state_dict(state)

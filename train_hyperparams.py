@@ -1,0 +1,144 @@
+"""Every setting of a training run, its default, and why.
+
+`TrainConfig` is the one list: train.py makes its flags from it, a run stores it, and a script that
+wants other defaults changes them here. Where no other reason is given, the value is the paper's
+(Liu et al., "Content-Aware GAN Compression", CVPR 2021) or StyleGAN2's own.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, get_args, get_origin, get_type_hints
+
+PARSER_CKPT = "Model/parser_model/79999_iter.pth"
+
+
+def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field with the help text and the choices of its flag."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class TrainConfig:
+    """Settings of train.py; one flag each."""
+
+    # What is trained on what.
+    path: str = setting("", "training images: a folder, or an LMDB with keys like 256-00000")
+    size: int = setting(0, "image side in px; 0: as the checkpoint has it (64 without one)")
+    ckpt: str = setting("", "checkpoint to start from, e.g. a pruned one; empty: from scratch")
+    teacher_ckpt: str = setting("", "full-size checkpoint to distil from; empty: GAN loss only")
+    load_train_state: bool = setting(
+        False, "also take optimisers, iteration and random state from --ckpt"
+    )
+    out: str = setting("", "folder of this run; empty: runs/DATE-TIME")
+
+    # Networks made from scratch. Widths: StyleGAN2's pyramid unless given.
+    channels: tuple[int, ...] = setting(
+        (), "generator widths a,b,... (constant input, conv1, convs.0, ...); empty: full size"
+    )
+    style_dim: int = setting(512, "size of z and w")
+    n_mlp: int = setting(8, "layers of the mapping network")
+
+    # Length and batch. The paper: 450,000 iterations of 16 images at 256 px.
+    iter: int = setting(450_000, "train up to this iteration")
+    batch_size: int = setting(16, "images per iteration, over all processes")
+    mirror: bool = setting(True, "flip training images left to right at random (faces allow it)")
+
+    # Optimiser. Betas (0, 0.99), adjusted for lazy regularisation as in StyleGAN2, appendix B.
+    lr: float = setting(0.002, "learning rate of Adam")
+    mixing: float = setting(0.9, "probability of mixing two styles in a batch")
+    ema_decay: float = setting(
+        0.5 ** (32 / 10_000), "decay of g_ema per iteration: half-life of 312 iterations"
+    )
+
+    # Regularisation. R1's 10 is for 256 px; its natural scale is 0.0002 * size**2 / batch.
+    r1: float = setting(10.0, "weight of the R1 penalty")
+    path_regularize: float = setting(2.0, "weight of the path length penalty; 0: off")
+    path_batch_shrink: int = setting(2, "path length is computed on batch_size / this")
+    d_reg_every: int = setting(16, "iterations between R1 penalties")
+    g_reg_every: int = setting(4, "iterations between path length penalties")
+    freeze_noise: bool = setting(
+        False,
+        "hold layer-noise strengths at what they are (0 from scratch): noise learned early in a"
+        " small run stands in for details",
+    )
+
+    # Distillation (paper, section 3.3).
+    kd_l1_lambda: float = setting(3.0, "weight of the L1 distance to the teacher's images")
+    kd_lpips_lambda: float = setting(3.0, "weight of the perceptual distance to the teacher's")
+    kd_mode: str = setting(
+        "Output_Only",
+        "compare the images, or the RGB sums of every resolution",
+        ("Output_Only", "Intermediate"),
+    )
+    content_aware_KD: bool = setting(True, "distil only inside the teacher's content mask")
+    parser_ckpt: str = setting(PARSER_CKPT, "face parser that makes the mask")
+    perceptual: str = setting(
+        "vgg",
+        "perceptual network: vgg, alex, squeeze (LPIPS; weights are downloaded on first use), or"
+        " parser (features of --parser_ckpt; no download)",
+        ("vgg", "alex", "squeeze", "parser"),
+    )
+    perceptual_ckpt: str = setting(
+        "", "torchvision weights of the LPIPS trunk (vgg16, alexnet or squeezenet1_1), no download"
+    )
+
+    # What is written, and when.
+    n_sample: int = setting(25, "images in a sample grid")
+    val_sample_freq: int = setting(1000, "iterations between sample grids; 0: none")
+    model_save_freq: int = setting(10_000, "iterations between checkpoints; 0: only the last")
+    log_freq: int = setting(50, "iterations between lines of metrics.jsonl")
+
+    # Where it runs.
+    device: str = setting("auto", "auto (primary_device if CUDA is there, else cpu), cpu, cuda:N")
+    gpu_device_ids: tuple[int, ...] = setting((0,), "GPUs of a run, by index")
+    primary_device: str = setting("cuda:0", "the GPU that auto takes")
+    workers: int = setting(2, "data loading processes; 0: load in the training process")
+    seed: int = setting(0, "seed of networks, latents and data order")
+
+
+def parse_bool(text: str) -> bool:
+    """Read true/false, yes/no, 1/0; `bool("False")` would be true.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else.
+    """
+    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return known[text.lower()]
+
+
+def parse_ints(text: str) -> tuple[int, ...]:
+    """Read integers separated by commas.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected integers separated by commas, got {text!r}"
+        ) from None
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type = TrainConfig) -> None:
+    """Add one flag per field of a dataclass made with `setting`.
+
+    A field of type bool becomes ``--flag``, ``--flag True`` or ``--flag False``.
+    """
+    hints = get_type_hints(config)
+    for item in fields(config):
+        kind = hints[item.name]
+        options: dict[str, Any] = {
+            "default": None if item.default is MISSING else item.default,
+            "help": item.metadata["help"] + " (default: %(default)s)",
+            "choices": item.metadata["choices"],
+            "type": kind,
+        }
+        if kind is bool:
+            options |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "True|False"}
+        elif get_origin(kind) is tuple and get_args(kind)[0] is int:
+            options |= {"type": parse_ints, "metavar": "N,N,..."}
+        parser.add_argument(f"--{item.name}", **options)
