@@ -3,21 +3,24 @@
 import argparse
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from Dataset.images import DatasetError, EndlessBatches, Images, endless_loader
+from Dataset.images import EndlessBatches, Images, endless_loader
 from Model import checkpoint
-from Model.checkpoint import CheckpointError
 from Model.discriminator import Discriminator
 from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig, add_flags
 from Util import pictures
+from Util.cli import OneLineParser, blame
 from Util.content import ContentParser
 from Util.device import pick_device
+from Util.losses import Perceptual
 from Util.perceptual import ParserDistance, load_lpips
 from Util.run_log import RunLog
 from Util.training import NonFiniteError, Teacher, Trainer, train
@@ -34,8 +37,11 @@ Every default and its reason: train_hyperparams.py"""
 
 def parse_config(argv: list[str] | None) -> TrainConfig:
     """Read the flags into a `TrainConfig`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(
+        prog="train.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_flags(parser)
     config = TrainConfig(**vars(parser.parse_args(argv)))
@@ -90,55 +96,60 @@ def check_config(config: TrainConfig) -> None:
 
 
 def make_networks(
-    config: TrainConfig, content: dict
+    config: TrainConfig, content: Mapping[str, Any]
 ) -> tuple[Generator, Generator | None, Discriminator]:
     """Generator, its moving average if there is one, and discriminator, from --ckpt or new."""
     if not content:
-        size = config.size or 64
-        generator = Generator(size, config.style_dim, config.n_mlp, config.channels)
+        new = Generator(config.size or 64, config.style_dim, config.n_mlp, config.channels)
         # The discriminator is as wide as the generator's last convolution at each resolution.
-        return generator, None, Discriminator(size, channels=generator.channels[1::2])
+        return new, None, Discriminator(new.size, channels=new.channels[1::2])
     size = config.size or None
     g_ema = checkpoint.load_generator(content, size=size) if "g_ema" in content else None
-    generator = checkpoint.load_generator(
-        content, key="g" if "g" in content else "g_ema", size=size
-    )
-    if "d" in content:
-        return generator, g_ema, checkpoint.load_discriminator(content)
-    print(f"{config.ckpt} holds no discriminator; starting a new one", file=sys.stderr)
-    return generator, g_ema, Discriminator(generator.size)
+    generator = checkpoint.load_generator(content, "g" if "g" in content else "g_ema", size=size)
+    return generator, g_ema, checkpoint.load_discriminator(content)
+
+
+def make_perceptual(
+    config: TrainConfig, parser: ContentParser | None, device: torch.device
+) -> Perceptual | None:
+    """The perceptual distance that --perceptual names, or None when its weight is 0."""
+    if not config.kd_lpips_lambda:
+        return None
+    if config.perceptual == "parser":
+        assert parser is not None
+        return ParserDistance(parser)
+    return load_lpips(config.perceptual, config.perceptual_ckpt or None).to(device)
 
 
 def make_teacher(config: TrainConfig, size: int, device: torch.device) -> Teacher | None:
-    """The full-size generator with its mask and perceptual distance, or None."""
+    """The full-size generator with its mask and perceptual distance, or None without --teacher."""
     if not config.teacher_ckpt:
         return None
-    generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
-    uses_lpips = config.kd_lpips_lambda > 0
+    with blame("--teacher_ckpt"):
+        generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
     parser = None
-    if config.content_aware_KD or (uses_lpips and config.perceptual == "parser"):
-        parser = ContentParser(checkpoint.load_face_parser(config.parser_ckpt, device))
-    perceptual = None
-    if uses_lpips and config.perceptual == "parser":
-        assert parser is not None
-        perceptual = ParserDistance(parser)
-    elif uses_lpips:
-        perceptual = load_lpips(config.perceptual, config.perceptual_ckpt or None).to(device)
-    mask = parser if config.content_aware_KD else None
-    return Teacher(generator.eval().requires_grad_(False), mask, perceptual)
+    if config.content_aware_KD or config.perceptual == "parser":
+        with blame("--parser_ckpt"):
+            parser = ContentParser(checkpoint.load_face_parser(config.parser_ckpt, device))
+    return Teacher(
+        generator.eval().requires_grad_(False),
+        parser if config.content_aware_KD else None,
+        make_perceptual(config, parser, device),
+    )
 
 
 def make_trainer(config: TrainConfig, device: torch.device) -> Trainer:
     """Build networks, teacher and optimisers, and take up a saved state if asked."""
-    content = checkpoint.read(config.ckpt) if config.ckpt else {}
-    try:
+    with blame("--ckpt" if config.ckpt else "--size and --channels:"):
+        content = checkpoint.read(config.ckpt) if config.ckpt else {}
+        if content and "d" not in content and config.teacher_ckpt:
+            content["d"] = checkpoint.read(config.teacher_ckpt).get("d")
         generator, g_ema, discriminator = make_networks(config, content)
-    except CheckpointError as error:
-        raise CheckpointError(f"--ckpt {config.ckpt}: {error}") from None
     teacher = make_teacher(config, generator.size, device)
     trainer = Trainer(generator, discriminator, config, device, teacher, g_ema)
     if config.load_train_state:
-        trainer.load_state(content)
+        with blame(f"--ckpt {config.ckpt}:"):
+            trainer.load_state(content)
     return trainer
 
 
@@ -155,7 +166,7 @@ def run(config: TrainConfig) -> Path:
         channels=trainer.generator.channels,
         out=config.out or time.strftime("runs/%Y%m%d-%H%M%S"),
     )
-    log = RunLog(config.out, asdict(config))
+    log = RunLog(config.out, asdict(config), config.load_train_state)
     sample_z = torch.randn(
         config.n_sample,
         trainer.generator.style_dim,
@@ -198,8 +209,8 @@ def main(argv: list[str] | None = None) -> int:
     """Command line entry."""
     try:
         folder = run(parse_config(argv))
-    except (ValueError, NonFiniteError, RuntimeError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except (ValueError, NonFiniteError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     print(f"done: {folder}")
     return 0

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
+from Util.cli import boolean, integers
+
 PARSER_CKPT = "Model/parser_model/79999_iter.pth"
 
 
@@ -97,32 +99,6 @@ class TrainConfig:
     seed: int = setting(0, "seed of networks, latents and data order")
 
 
-def parse_bool(text: str) -> bool:
-    """Read true/false, yes/no, 1/0; `bool("False")` would be true.
-
-    Raises:
-        argparse.ArgumentTypeError: anything else.
-    """
-    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
-    return known[text.lower()]
-
-
-def parse_ints(text: str) -> tuple[int, ...]:
-    """Read integers separated by commas.
-
-    Raises:
-        argparse.ArgumentTypeError: anything else.
-    """
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected integers separated by commas, got {text!r}"
-        ) from None
-
-
 def add_flags(parser: argparse.ArgumentParser, config: type = TrainConfig) -> None:
     """Add one flag per field of a dataclass made with `setting`.
 
@@ -138,7 +114,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type = TrainConfig) -> No
             "type": kind,
         }
         if kind is bool:
-            options |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "True|False"}
+            options |= {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}
         elif get_origin(kind) is tuple and get_args(kind)[0] is int:
-            options |= {"type": parse_ints, "metavar": "N,N,..."}
+            options |= {"type": integers, "metavar": "N,N,..."}
         parser.add_argument(f"--{item.name}", **options)

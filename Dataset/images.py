@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Images(Dataset[Tensor]):
 
     def __init__(self, path: str | Path, size: int) -> None:
         self.path, self.size = Path(path), size
-        self._lmdb = None
+        self._lmdb: Any = None
         if not self.path.is_dir():
             raise DatasetError(f"--path {path}: no such folder; give a folder of images or an LMDB")
         self.is_lmdb = (self.path / "data.mdb").is_file()
@@ -73,10 +74,10 @@ class Images(Dataset[Tensor]):
             return image
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-        return image.resize((self.size, self.size), Image.Resampling.LANCZOS, box=box)
+        square = image.crop((left, top, left + side, top + side))
+        return square.resize((self.size, self.size), Image.Resampling.LANCZOS)
 
-    def _environment(self):  # type: ignore[no-untyped-def]
+    def _environment(self) -> Any:
         # Opened on first use in every process: an LMDB handle does not survive a fork.
         if self._lmdb is None:
             import lmdb
@@ -97,7 +98,7 @@ class Images(Dataset[Tensor]):
         with self._environment().begin() as transaction:
             length = transaction.get(b"length")
             first = transaction.get(f"{self.size}-00000".encode())
-        self._lmdb.close()  # type: ignore[attr-defined]
+        self._lmdb.close()
         self._lmdb = None
         if length is None or first is None:
             what = "no key 'length'" if length is None else f"no images of {self.size} px"
@@ -158,5 +159,12 @@ def endless_loader(
     dataset: Images, batches: EndlessBatches, workers: int = 0, pin_memory: bool = False
 ) -> Iterator[Tensor]:
     """Iterate over image batches (N, 3, size, size) in [-1, 1] for ever."""
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        # Its own, or a resumed run would draw a seed for its workers from the restored state.
+        generator=torch.Generator(),
+    )
     return iter(loader)

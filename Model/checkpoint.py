@@ -74,7 +74,7 @@ def _state_dict(source: PathOrDict, key: str) -> tuple[StateDict, str]:
     state = content.get(key)
     if not isinstance(state, Mapping):
         raise CheckpointError(
-            f"{name}: no network {key!r} in it; it holds {', '.join(map(str, content)) or 'nothing'}"
+            f"{name}: no network {key!r} in it; it holds {', '.join(map(str, content)) or 'none'}"
         )
     bad = [k for k, v in state.items() if not isinstance(v, Tensor)]
     if bad:
@@ -219,10 +219,11 @@ def load_face_parser(source: PathOrDict, device: str | torch.device = "cpu") -> 
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], flush: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it when the block ends well.
 
-    On an error the temporary file is removed and ``path`` keeps what it had.
+    On an error the temporary file is removed and ``path`` keeps what it had. Without ``flush`` the
+    file may be empty after a power failure; for files that are cheap to make again.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -233,8 +234,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        if flush:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         # mkstemp makes files private; a result gets the permissions of any new file.
         umask = os.umask(0)
         os.umask(umask)

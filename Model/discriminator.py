@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ class Discriminator(nn.Module):
             )
         self.channels = tuple(widths)
         downward = widths[::-1]
-        blocks = [ResBlock(a, b) for a, b in zip(downward, downward[1:], strict=False)]
+        blocks = [ResBlock(a, b) for a, b in pairwise(downward)]
         self.convs = nn.Sequential(ConvLayer(3, downward[0], 1), *blocks)
         self.final_conv = ConvLayer(widths[0] + 1, widths[0], 3)
         self.final_linear = nn.Sequential(

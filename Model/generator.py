@@ -87,7 +87,7 @@ class Generator(nn.Module):
     @property
     def styled_convs(self) -> list[StyledConv]:
         """All styled convolutions in order: ``conv1``, ``convs.0``, ..."""
-        return [self.conv1, *self.convs]  # type: ignore[list-item]
+        return [self.conv1, *self.convs]
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -128,13 +128,13 @@ class Generator(nn.Module):
             return_rgbs: return every resolution's running RGB sum instead of the last.
 
         Returns:
-            (N, 3, size, size), nominally in [-1, 1]; or the list of (N, 3, r, r) for r = 4, ..., size.
+            (N, 3, size, size), nominally in [-1, 1]; or the list of (N, 3, r, r), r = 4, ..., size.
         """
         maps: Sequence[Tensor | None]
         if noise is None:
             maps = [None] * (self.n_latent - 1)
         else:
-            maps = self.fixed_noise if noise == "fixed" else list(noise)  # type: ignore[arg-type]
+            maps = self.fixed_noise if noise == "fixed" else list(noise)
         if len(maps) != self.n_latent - 1:
             raise ValueError(f"expected {self.n_latent - 1} noise maps, got {len(maps)}")
 

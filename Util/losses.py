@@ -29,7 +29,7 @@ def r1_penalty(real_logits: Tensor, real_images: Tensor) -> Tensor:
         real_images: (N, 3, H, W) that require gradients.
 
     Returns:
-        Scalar, differentiable again (Mescheder et al., 2018, eq. 9; the factor 1/2 is the caller's).
+        Scalar, differentiable again (Mescheder et al., 2018, eq. 9; the caller puts the 1/2).
     """
     (grad,) = torch.autograd.grad(real_logits.sum(), real_images, create_graph=True)
     return grad.square().sum(dim=(1, 2, 3)).mean()
@@ -103,7 +103,7 @@ def _at_size(mask: Tensor, images: Tensor) -> Tensor:
     """Average a mask down to the images' resolution."""
     if mask.shape[2:] == images.shape[2:]:
         return mask
-    return F.adaptive_avg_pool2d(mask, images.shape[2:])
+    return F.adaptive_avg_pool2d(mask, (images.shape[2], images.shape[3]))
 
 
 def _at_most(images: Tensor, side: int) -> Tensor:

@@ -51,8 +51,7 @@ def load_lpips(name: str, trunk: str | Path | None = None) -> nn.Module:
         Two batches (N, 3, H, W) in [-1, 1] -> (N, 1, 1, 1).
 
     Raises:
-        CheckpointError: the trunk's file does not fit.
-        RuntimeError: the download failed.
+        CheckpointError: the trunk's file does not fit, or the download failed.
     """
     import lpips
 
@@ -69,7 +68,7 @@ def _download_lpips(lpips, name: str) -> nn.Module:  # type: ignore[no-untyped-d
     try:
         return lpips.LPIPS(net=name, verbose=False)
     except OSError as error:
-        raise RuntimeError(
+        raise CheckpointError(
             f"--perceptual {name}: its weights could not be downloaded ({error}); give"
             f" torchvision's {LPIPS_TRUNKS[name]} file as --perceptual_ckpt, or take"
             " --perceptual parser"

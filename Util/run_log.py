@@ -18,12 +18,21 @@ class RunLog:
     a line; ``samples/`` and ``checkpoints/`` are named by iteration.
 
     Args:
-        folder: made if missing; a resumed run appends to its metrics.
+        folder: made if missing.
         config: the run's settings, plain values.
+        resume: append to the metrics that are there.
+
+    Raises:
+        ValueError: the folder holds a run and this is not its resumption.
     """
 
-    def __init__(self, folder: str | Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path, config: Mapping[str, Any], resume: bool) -> None:
         self.folder = Path(folder)
+        if not resume and (self.folder / "metrics.jsonl").exists():
+            raise ValueError(
+                f"--out {folder} holds a run already; name another folder, or go on with it by"
+                " --load_train_state and its newest checkpoint as --ckpt"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         facts = {
             "config": dict(config),

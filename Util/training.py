@@ -76,7 +76,7 @@ def draw_styles(n: int, style_dim: int, mixing: float, device: torch.device) -> 
 @torch.no_grad()
 def accumulate(average: nn.Module, network: nn.Module, decay: float) -> None:
     """Move an exponential moving average towards a network's parameters."""
-    old = list(average.parameters())
+    old: list[Tensor] = list(average.parameters())
     torch._foreach_lerp_(old, list(network.parameters()), 1 - decay)
 
 

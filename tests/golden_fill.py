@@ -48,7 +48,7 @@ def load_golden(name: str) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def assert_golden(actual: Tensor, arrays: dict[str, np.ndarray], name: str, rtol=1e-4) -> None:
-    """Compare with a golden array, relative to its largest value; sampled arrays by their samples."""
+    """Compare with a golden array, relative to its largest value, or with its samples."""
     actual = actual.detach()
     if name in arrays:
         expected = torch.as_tensor(arrays[name])

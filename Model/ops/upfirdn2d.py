@@ -24,7 +24,7 @@ def upfirdn2d(
     pad: tuple[int, int] = (0, 0),
     impl: Impl = "auto",
 ) -> Tensor:
-    """Insert ``up - 1`` zeros after each sample, pad, convolve with ``kernel``, keep every ``down``th.
+    """Upsample with zeros, pad, convolve with ``kernel`` and keep every ``down``th sample.
 
     Neither the zeros nor the dropped samples are ever computed: upsampling is a depth-wise
     transposed convolution and downsampling a strided depth-wise one. Differentiable twice in x.

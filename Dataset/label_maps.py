@@ -1,0 +1,103 @@
+"""Pictures with a class index for every pixel, read from a folder."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+class LabelMapDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Pairs of a picture and its label map.
+
+    The folder holds `images/NAME.png` (or .jpg, .jpeg) and, for each, `labels/NAME.png`: 8-bit
+    greyscale or palette, the value is the class index. The two may differ in size, as in
+    CelebAMask-HQ, but not in proportions.
+
+    Args:
+        path: the folder.
+        size: side in pixels that both are resized to, the picture with antialiasing, the label map
+            by its nearest value.
+        n_classes: label values must be below it.
+
+    Raises:
+        FileNotFoundError: if a folder or a picture's label map is missing, or there is no picture.
+    """
+
+    def __init__(self, path: str | Path, size: int, n_classes: int) -> None:
+        self.path = Path(path)
+        self.size = size
+        self.n_classes = n_classes
+        for folder in (self.path / "images", self.path / "labels"):
+            if not folder.is_dir():
+                raise FileNotFoundError(f"no folder {folder}; expected images/ and labels/ there")
+        files = sorted((self.path / "images").iterdir())
+        self.images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+        if not self.images:
+            raise FileNotFoundError(f"no .png, .jpg or .jpeg picture in {self.path / 'images'}")
+        # One listing instead of a look-up per picture: folders may hold many thousands of files.
+        labels = {file.name for file in (self.path / "labels").iterdir()}
+        for image in self.images:
+            if f"{image.stem}.png" not in labels:
+                raise FileNotFoundError(f"{image} has no label map {self.label_path(image)}")
+
+    def label_path(self, image: Path) -> Path:
+        """The label map's file of a picture's file."""
+        return self.path / "labels" / f"{image.stem}.png"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Reads one pair.
+
+        Returns:
+            The picture (3, size, size), float32 in [-1, 1], and its label map (size, size), int64.
+
+        Raises:
+            ValueError: if a file cannot be read, the label map is no 8-bit index map, has other
+                proportions than the picture, or a value of `n_classes` or more.
+        """
+        image_path = self.images[index]
+        label_path = self.label_path(image_path)
+        image, label = _open(image_path).convert("RGB"), _open(label_path)
+        if label.mode not in ("L", "P"):
+            raise ValueError(
+                f"{label_path} is in mode {label.mode}; label maps are 8-bit greyscale or palette "
+                "pictures whose values are class indices"
+            )
+        if image.width * label.height != image.height * label.width:
+            raise ValueError(
+                f"{label_path} has {label.width}x{label.height} pixels, its picture "
+                f"{image.width}x{image.height}; they must have the same proportions"
+            )
+        highest = int(np.asarray(label).max())
+        if highest >= self.n_classes:
+            raise ValueError(
+                f"{label_path} has class {highest}, but there are only {self.n_classes} classes, "
+                "counted from 0; raise n_classes or correct the label map"
+            )
+        return self._picture(image), self._label_map(label)
+
+    def _picture(self, image: Image.Image) -> Tensor:
+        # Pillow's bilinear filter widens with the reduction, so this does not alias.
+        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return pixels.float().div_(127.5).sub_(1)
+
+    def _label_map(self, label: Image.Image) -> Tensor:
+        label = label.resize((self.size, self.size), Image.Resampling.NEAREST)
+        return torch.from_numpy(np.array(label)).long()
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,383 @@
+"""A deterministic set of toon portraits with exact label maps, rendered without any download.
+
+The faces are remixes of "ToonHead" (https://www.figma.com/community/file/1589627891082866389) by
+Johan Melin (https://www.johanmelin.com), licensed under CC BY 4.0
+(https://creativecommons.org/licenses/by/4.0/), as packaged by DiceBear (`dicebear-styles`). Colours
+and framing are changed and a background is drawn behind them; pictures made from them carry the
+same attribution.
+
+Each avatar is a stack of parts. A picture draws them over a busy background; its label map draws
+the same parts in the same places in one flat colour per class, so the two agree to the pixel. The
+classes are CelebAMask-HQ's: background, skin (the head with its ears), brows, eyes, mouth, neck
+(the body), cloth, hair (with rear hair and beard). `l_` is the side on the picture's left.
+"""
+
+import colorsys
+import io
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from os import cpu_count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.random import Generator
+from PIL import Image
+from tqdm import tqdm
+
+from Model.checkpoint import atomic_path
+from Util.cli import OneLineParser, at_least
+
+VERSION = 1
+CANVAS = 256.0
+"""Side of a picture in the units that backgrounds are drawn in."""
+FACE_CENTRE = (384.0, 356.0)
+"""Between the eyes and the mouth, in the avatar's own 768 units."""
+HEAD_HEIGHT = 452.0
+"""From the crown of the head to the chin, in the avatar's units."""
+
+PART_CLASSES = {
+    "rearHair": 17,
+    "body": 14,
+    "head": 1,
+    "clothes": 16,
+    "mouth": 11,
+    "beard": 17,
+    "eyes": 4,
+    "eyebrows": 2,
+    "hair": 17,
+}
+# Open eyes and mouths more often than the style's even choice: thin lines say little at 64 px.
+EYES = {"happy": 0.4, "wide": 0.3, "wink": 0.1, "bow": 0.1, "humble": 0.1}
+MOUTHS = {"laugh": 0.3, "agape": 0.25, "angry": 0.2, "smile": 0.15, "sad": 0.1}
+SIDED = {2: 3, 4: 5}
+"""Class of a pair on the picture's left -> class of its twin on the right."""
+
+NATURAL_HAIR = ("#17110e", "#2c1b18", "#4a2c1d", "#724133", "#a55728", "#b58143", "#d6b370",
+                "#ead7a4", "#8c8279", "#d9d5cf")  # fmt: skip
+SKIN = ("#4a2c1f", "#7d4e36", "#a36b4f", "#c08a68", "#c68e7a", "#e0ac8b", "#f1c3a5", "#f6cfb5",
+        "#fbdcc8")  # fmt: skip
+IRIS = ("#4b2422", "#2b1a14", "#6b4423", "#2f5d8a", "#3c7a4f", "#5a6670")
+
+
+class ToonFacesError(ValueError):
+    """The set cannot be made; the message names the flag or package and what to do."""
+
+
+def _hex(rgb: Sequence[float]) -> str:
+    return "#" + "".join(f"{round(255 * min(max(v, 0.0), 1.0)):02x}" for v in rgb)
+
+
+def _random_colour(rng: Generator, saturation: float = 0.0, value: float = 0.15) -> str:
+    """Any hue, with a least saturation and brightness."""
+    hue, s, v = rng.random(), rng.uniform(saturation, 1), rng.uniform(value, 1)
+    return _hex(colorsys.hsv_to_rgb(hue, s, v))
+
+
+def _between(rng: Generator, palette: Sequence[str], spread: float = 0.04) -> str:
+    """A colour between two neighbours of a palette, jittered per channel."""
+    i, t = int(rng.integers(len(palette) - 1)), rng.random()
+    a, b = (np.array([int(c[k : k + 2], 16) for k in (1, 3, 5)]) for c in palette[i : i + 2])
+    return _hex(((1 - t) * a + t * b) / 255 + rng.normal(0, spread, 3))
+
+
+@cache
+def _style() -> Any:
+    """The avatar style, read once per process."""
+    try:
+        from importlib.resources import files
+
+        from dicebear import Style
+
+        text = files("dicebear_styles").joinpath("toon-head.json").read_text("utf-8")
+    except ImportError as error:
+        raise ToonFacesError(
+            f"{error.name} is not installed; run: pip install -r requirements.txt"
+        ) from None
+    return Style(json.loads(text))
+
+
+def _avatar(rng: Generator) -> tuple[str, str]:
+    """Draw an avatar's parts and colours; returns the parts' definitions and their placement."""
+    from dicebear import Avatar
+
+    hair = _between(rng, NATURAL_HAIR) if rng.random() < 0.75 else _random_colour(rng, 0.4, 0.3)
+    eyes, mouth = (rng.choice(list(c), p=list(c.values())) for c in (EYES, MOUTHS))
+    options = {
+        "eyesVariant": str(eyes),
+        "mouthVariant": str(mouth),
+        "seed": str(rng.integers(2**62)),
+        "skinColor": _between(rng, SKIN, 0.02),
+        "hairColor": hair,
+        "clothesColor": _random_colour(rng),
+        "beardProbability": 30,
+        "rearHairProbability": 50,
+    }
+    svg = Avatar(_style(), options).to_string()
+    definitions, uses = re.findall(r"<defs>(.*)</defs><g[^>]*>(.*)</g></svg>", svg, re.S)[0]
+    iris = _between(rng, IRIS, 0.03)
+    return re.sub(r'(<circle[^>]*fill=")#4B2422', rf"\g<1>{iris}", definitions), uses
+
+
+def _flat(definitions: str) -> str:
+    """Recolour every part with its class: class c becomes the grey (c, c, c) * 10."""
+    parts = re.split(r'(?=<g id=")', definitions)
+    for i, part in enumerate(parts):
+        match = re.match(r'<g id="([a-zA-Z]+)-', part)
+        if match is None:
+            continue
+        grey = "#" + f"{10 * PART_CLASSES[match[1]]:02x}" * 3
+        part = re.sub(r'(fill|stroke)="(?!none)[^"]*"', rf'\g<1>="{grey}"', part)
+        parts[i] = re.sub(r' fill-opacity="[^"]*"', "", part)
+    return "".join(parts)
+
+
+def _placement(rng: Generator) -> tuple[str, float]:
+    """Where the face is: an SVG transform, and the tilt of the face in radians."""
+    scale = rng.uniform(0.68, 0.82) * CANVAS / HEAD_HEIGHT
+    x, y = CANVAS / 2 + rng.uniform(-0.04, 0.04, 2) * CANVAS
+    tilt = float(np.clip(rng.normal(0, 4), -10, 10))
+    mirror = -1 if rng.random() < 0.5 else 1
+    return (
+        f"translate({x:.3f} {y:.3f}) rotate({tilt:.3f}) scale({mirror * scale:.5f} {scale:.5f})"
+        f" translate({-FACE_CENTRE[0]} {-FACE_CENTRE[1]})",
+        math.radians(tilt),
+    )
+
+
+def _gradient(rng: Generator, a: str, b: str) -> tuple[str, str]:
+    """Definitions and drawing of a gradient over the whole picture."""
+    x1, y1, x2, y2 = rng.uniform(-0.1, 1.1, 4)
+    stops = f'<stop offset="0" stop-color="{a}"/><stop offset="1" stop-color="{b}"/>'
+    if rng.random() < 0.6:
+        body = f'<linearGradient id="bg" x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}">'
+        definition = f"{body}{stops}</linearGradient>"
+    else:
+        body = f'<radialGradient id="bg" cx="{x1:.2f}" cy="{y1:.2f}" r="{rng.uniform(0.5, 1):.2f}">'
+        definition = f"{body}{stops}</radialGradient>"
+    return definition, f'<rect width="{CANVAS}" height="{CANVAS}" fill="url(#bg)"/>'
+
+
+def _texture(rng: Generator, colour: str) -> tuple[str, str]:
+    """Definitions and drawing of a repeated texture: stripes, checks, dots, plaid or bricks."""
+    side, angle = rng.uniform(24, 72), rng.uniform(0, 180)
+    opacity, h = rng.uniform(0.35, 0.9), side / 2
+    tile = [
+        f'<rect width="{side}" height="{h}"/>',
+        f'<rect width="{h}" height="{h}"/><rect x="{h}" y="{h}" width="{h}" height="{h}"/>',
+        f'<circle cx="{h}" cy="{h}" r="{rng.uniform(0.2, 0.45) * side}"/>',
+        f'<rect width="{side}" height="{h * 0.6}" opacity="0.6"/>'
+        f'<rect width="{h * 0.6}" height="{side}" opacity="0.6"/>',
+        f'<path d="M0 {h} L{h} 0 L{side} {h} L{side} {side} L{h} {h} L0 {side}Z"/>',
+    ][int(rng.integers(5))]
+    definition = (
+        f'<pattern id="tx" width="{side:.2f}" height="{side:.2f}" patternUnits="userSpaceOnUse"'
+        f' patternTransform="rotate({angle:.1f})"><g fill="{colour}">{tile}</g></pattern>'
+    )
+    area = f'<rect width="{CANVAS}" height="{CANVAS}" fill="url(#tx)" opacity="{opacity:.2f}"/>'
+    return definition, area
+
+
+def _shape(rng: Generator, colour: str) -> str:
+    """One circle, ring, box, band or polygon."""
+    x, y = rng.uniform(0, CANVAS, 2)
+    r, kind = rng.uniform(0.06, 0.28) * CANVAS, int(rng.integers(5))
+    paint = f'fill="{colour}" opacity="{rng.uniform(0.55, 1):.2f}"'
+    if kind == 0:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}" {paint}/>'
+    if kind == 1:
+        ring = f'fill="none" stroke="{colour}" stroke-width="{r * 0.4:.1f}"'
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}" {ring}/>'
+    turn = f'transform="rotate({rng.uniform(0, 180):.0f} {x:.1f} {y:.1f})"'
+    if kind in (2, 3):
+        w, h = (2 * r, 1.4 * r) if kind == 2 else (3 * CANVAS, 0.5 * r)
+        box = f'x="{x - w / 2:.1f}" y="{y - h / 2:.1f}" width="{w:.1f}" height="{h:.1f}"'
+        return f"<rect {box} {turn} {paint}/>"
+    angles = np.sort(rng.uniform(0, 2 * math.pi, int(rng.integers(3, 7))))
+    points = " ".join(f"{x + r * math.cos(t):.1f},{y + r * math.sin(t):.1f}" for t in angles)
+    return f'<polygon points="{points}" {paint}/>'
+
+
+def _background(rng: Generator) -> tuple[str, str]:
+    """Definitions and drawing of a busy background from a palette of four colours."""
+    palette = [_random_colour(rng, 0.1, 0.2) for _ in range(4)]
+    definitions, drawing = _gradient(rng, palette[0], palette[1])
+    if rng.random() < 0.6:
+        definition, area = _texture(rng, palette[2])
+        definitions, drawing = definitions + definition, drawing + area
+    shapes = (_shape(rng, palette[int(rng.integers(1, 4))]) for _ in range(rng.integers(2, 7)))
+    return definitions, drawing + "".join(shapes)
+
+
+def _rasterise(svg: str, side: int) -> Image.Image:
+    import resvg_py
+
+    data = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, skip_system_fonts=True))
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _document(definitions: str, body: str, edges: str) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {CANVAS} {CANVAS}" fill="none"'
+        f' shape-rendering="{edges}"><defs>{definitions}</defs>{body}</svg>'
+    )
+
+
+def _label_map(flat: Image.Image, tilt: float, eyes: np.ndarray) -> np.ndarray:
+    """Class indices from the flat drawing; eyes and brows split along the face's axis."""
+    labels = (np.asarray(flat)[..., 0].astype(np.uint8) + 5) // 10
+    y, x = np.mgrid[: labels.shape[0], : labels.shape[1]] + 0.5
+    right = (x - eyes[0]) * math.cos(tilt) + (y - eyes[1]) * math.sin(tilt) > 0
+    for left_class, right_class in SIDED.items():
+        labels[(labels == left_class) & right] = right_class
+    return labels
+
+
+def render(
+    index: int, size: int = 64, seed: int = 0, labels: bool = True
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Render one portrait; a pure function of its arguments.
+
+    Args:
+        index: number of the picture, >= 0.
+        size: side in pixels.
+        seed: of the whole set.
+        labels: also draw the label map.
+
+    Returns:
+        (size, size, 3) RGB bytes, and (size, size) bytes of CelebAMask-HQ classes or None.
+
+    Raises:
+        ToonFacesError: a package is missing.
+    """
+    rng = np.random.default_rng((seed, index))
+    definitions, uses = _avatar(rng)
+    transform, tilt = _placement(rng)
+    back_definitions, back = _background(rng)
+    face = f'<g transform="{transform}">{uses}</g>'
+    svg = _document(back_definitions + definitions, back + face, "geometricPrecision")
+    # Twice the size, then averaged: resvg's own edges are too coarse for small pictures.
+    picture = np.asarray(_rasterise(svg, 2 * size).reduce(2))
+    if not labels:
+        return picture, None
+    flat = _rasterise(_document(_flat(definitions), face, "crispEdges"), size)
+    centre = np.array(re.findall(r"translate\(([\d.]+) ([\d.]+)\)", transform)[0], dtype=float)
+    return picture, _label_map(flat, tilt, centre * size / CANVAS)
+
+
+def _render_files(out: Path, indices: Sequence[int], size: int, seed: int, labels: bool) -> int:
+    """Render and write some pictures; returns their number."""
+    for index in indices:
+        picture, label_map = render(index, size, seed, labels)
+        # The label map first: where the picture is, the pair is complete.
+        for folder, pixels in (("labels", label_map), ("images", picture)):
+            if pixels is not None:
+                with atomic_path(out / folder / f"{index:08d}.png", flush=False) as temporary:
+                    Image.fromarray(pixels).save(temporary, format="PNG")
+    return len(indices)
+
+
+def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Store what a folder's pictures depend on, or compare with what is stored.
+
+    Raises:
+        ToonFacesError: the folder holds a set of other settings.
+    """
+    file = out / "dataset.json"
+    if file.is_file():
+        stored = json.loads(file.read_text())
+        for key, value in settings.items():
+            if stored.get(key) != value:
+                raise ToonFacesError(
+                    f"--out {out} holds a set with {key} {stored.get(key)}, not {value}; name"
+                    " another folder or delete it"
+                )
+        return
+    with atomic_path(file) as temporary:
+        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def render_dataset(
+    out: str | Path,
+    n: int,
+    size: int = 64,
+    seed: int = 0,
+    workers: int | None = None,
+    labels: bool = True,
+    start: int = 0,
+    progress: bool = True,
+) -> Path:
+    """Render pictures ``start`` to ``start + n - 1`` into a folder, those that are missing.
+
+    Args:
+        out: gets images/NNNNNNNN.png, labels/NNNNNNNN.png and dataset.json.
+        n: number of pictures.
+        size: side in pixels.
+        seed: of the set.
+        workers: processes; None takes one per core.
+        labels: also write the label maps.
+        start: first picture; ranges that do not overlap are disjoint sets of one distribution.
+        progress: show a bar.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ToonFacesError: a package is missing, or the folder holds a set of other settings.
+    """
+    out = Path(out)
+    _style()
+    settings = {"set": "toon_faces", "version": VERSION, "size": size, "seed": seed}
+    attribution = 'remix of "ToonHead" by Johan Melin (https://www.johanmelin.com), CC BY 4.0'
+    _check_settings(out, settings | {"labels": labels, "attribution": attribution})
+    there = {path.stem for path in (out / "images").glob("*.png")}
+    missing = [i for i in range(start, start + n) if f"{i:08d}" not in there]
+    if not missing:
+        return out
+    chunks = [missing[i : i + 64] for i in range(0, len(missing), 64)]
+    workers = workers or cpu_count() or 1
+    bar = tqdm(
+        total=n, initial=n - len(missing), unit="img", desc="rendering", disable=not progress
+    )
+    with ProcessPoolExecutor(workers) as pool, bar:
+        jobs = [pool.submit(_render_files, out, chunk, size, seed, labels) for chunk in chunks]
+        for job in as_completed(jobs):
+            bar.update(job.result())
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry."""
+    parser = OneLineParser(
+        prog="python -m Dataset.toon_faces",
+        description="Render toon portraits on busy backgrounds, with label maps in the 19 classes of"
+        " CelebAMask-HQ. What a folder holds already is not rendered again.",
+        epilog="example: python -m Dataset.toon_faces --out Dataset/toon_faces_64 --n 20000",
+    )
+    add = parser.add_argument
+    add("--out", required=True, metavar="DIR", help="folder for images/ and labels/")
+    add("--n", type=at_least(1), default=20_000, help="pictures (default: %(default)s)")
+    add("--size", type=at_least(8), default=64, help="side in pixels (default: %(default)s)")
+    add("--seed", type=at_least(0), default=0, help="seed of the set (default: %(default)s)")
+    add("--start", type=at_least(0), default=0, help="first picture (default: %(default)s)")
+    add("--workers", type=at_least(1), help="processes (default: one per core)")
+    add("--no_labels", action="store_true", help="write no label maps")
+    args = parser.parse_args(argv)
+    try:
+        render_dataset(
+            args.out, args.n, args.size, args.seed, args.workers, not args.no_labels, args.start
+        )
+    except (ToonFacesError, OSError) as error:
+        print(f"toon_faces: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.n} pictures of {args.size} px in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The content of interest: which pixels of a picture belong to it, by a parser's class map."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from Model.face_parser import BiSeNet, upsample
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ContentParser(nn.Module):
+    """Turns images into content masks: 1 where the class is none of the excluded ones.
+
+    "Content-Aware GAN Compression" (Liu et al., CVPR 2021), section 3.1: everything but background
+    and clothes. Works at any batch size, without gradients, and leaves the network in eval mode.
+
+    Args:
+        network: the parser; its `input_size` is the side in pixels of the pictures it is shown.
+        classes_excluded: classes that are not content. The default is CelebAMask-HQ's background
+            and cloth.
+        chunk: images parsed at a time. It bounds the memory and does not change the result.
+
+    Raises:
+        ValueError: if a class to exclude is not one of the network's, or `chunk` is not positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+    is_content: Tensor
+
+    def __init__(
+        self, network: BiSeNet, classes_excluded: Iterable[int] = (0, 16), chunk: int = 16
+    ) -> None:
+        super().__init__()
+        excluded = tuple(classes_excluded)
+        unknown = [c for c in excluded if not 0 <= c < network.n_classes]
+        if unknown:
+            raise ValueError(
+                f"classes_excluded has {unknown}, but the parser's {network.n_classes} classes are "
+                f"0 to {network.n_classes - 1}; name the classes outside the content of interest"
+            )
+        if chunk < 1:
+            raise ValueError(f"chunk is {chunk}; at least one image is parsed at a time")
+        is_content = torch.ones(network.n_classes)
+        is_content[list(excluded)] = 0
+        self.network = network
+        self.chunk = chunk
+        device = next(network.parameters()).device
+        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            constant = torch.tensor(values, device=device).view(1, 3, 1, 1)
+            self.register_buffer(name, constant, persistent=False)
+        self.register_buffer("is_content", is_content.to(device), persistent=False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "ContentParser":
+        """Stays in eval mode: the masks must not depend on what else is in the batch."""
+        return super().train(False)
+
+    def network_input(self, images: Tensor) -> Tensor:
+        """What the parser is shown; differentiable in `images`.
+
+        Args:
+            images: (N, 3, H, W), nominally in [-1, 1].
+
+        Returns:
+            (N, 3, input_size, input_size), clamped to [0, 1] before the ImageNet normalisation.
+        """
+        size = (self.network.input_size, self.network.input_size)
+        images = images.add(1).mul(0.5).clamp(0, 1)
+        if images.shape[2:] != size:
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        return (images - self.mean) / self.std
+
+    def _parse_chunk(self, images: Tensor) -> Tensor:
+        # Channels last from the start: the convolutions are faster on it, and the argmax then runs
+        # over contiguous values, which is several times faster than over strided planes.
+        images = images.float().contiguous(memory_format=torch.channels_last)
+        size = (self.network.input_size, self.network.input_size)
+        logits = upsample(self.network.main_logits(self.network_input(images)), size)
+        return logits.permute(0, 2, 3, 1).argmax(dim=3)
+
+    @torch.no_grad()
+    def parse(self, images: Tensor) -> Tensor:
+        """Class maps.
+
+        Args:
+            images: (N, 3, H, W), nominally in [-1, 1].
+
+        Returns:
+            (N, input_size, input_size), int64 class indices.
+        """
+        _check_images(images)
+        return torch.cat([self._parse_chunk(part) for part in images.split(self.chunk)])
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Content masks.
+
+        Args:
+            images: (N, 3, H, W), nominally in [-1, 1].
+
+        Returns:
+            (N, 1, H, W) in the images' type: 1 inside the content of interest, 0 outside.
+
+        Raises:
+            ValueError: if `images` is not of that shape.
+        """
+        _check_images(images)
+        size = images.shape[2:]
+        masks = []
+        for part in images.split(self.chunk):
+            mask = self.is_content[self._parse_chunk(part)].unsqueeze(1)
+            if mask.shape[2:] != size:
+                mask = F.interpolate(mask, size, mode="bilinear", align_corners=False)
+            masks.append((mask > 0.5).to(images.dtype))
+        return torch.cat(masks)
+
+
+def _check_images(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"expected images (N, 3, H, W), got {tuple(images.shape)}")

@@ -1,0 +1,29 @@
+"""The device that a script's --device flag means."""
+
+import re
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that exists.
+
+    Args:
+        name: ``auto`` is the first GPU that PyTorch can use, the CPU where there is none.
+
+    Raises:
+        ValueError: another name, no usable GPU, or no GPU of that number.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device(name)
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: unknown; take auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: PyTorch finds no GPU; take --device cpu")
+    device = torch.device(name)
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise ValueError(f"--device {name}: there are {count} GPUs, cuda:0 to cuda:{count - 1}")
+    return device

@@ -1,0 +1,73 @@
+"""Draws training curves of one or several runs: ``python -m Util.plot_log RUN... [--out FILE]``."""
+
+import sys
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+from Model.checkpoint import atomic_path
+from Util.cli import OneLineParser
+from Util.run_log import read_metrics
+
+PANELS = (
+    ("GAN losses", ("d_loss", "g_loss")),
+    ("distance to the teacher", ("kd_l1", "kd_lpips")),
+    ("path length", ("path_length",)),
+)
+
+
+def plot(runs: Sequence[str | PathLike[str]], out: str | PathLike[str]) -> None:
+    """Draw every quantity that the runs logged against the iteration.
+
+    Args:
+        runs: run folders with a ``metrics.jsonl``.
+        out: PNG file to write.
+
+    Raises:
+        ValueError: a folder has no metrics.
+    """
+    from matplotlib.figure import Figure
+
+    logs = {}
+    for run in runs:
+        if not (Path(run) / "metrics.jsonl").is_file():
+            raise ValueError(f"{run}: no metrics.jsonl; give the folder of a training run")
+        logs[str(run)] = read_metrics(run)
+    logged = {key for rows in logs.values() for row in rows for key in row}
+    panels = [(t, [k for k in keys if k in logged]) for t, keys in PANELS]
+    panels = [(title, keys) for title, keys in panels if keys]
+    if not panels:
+        raise ValueError(f"{', '.join(logs)}: nothing to draw in metrics.jsonl")
+    figure = Figure(figsize=(5 * len(panels), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, keys) in zip(axes, panels, strict=True):
+        for run, rows in logs.items():
+            prefix = f"{Path(run).name} " if len(logs) > 1 else ""
+            for key in keys:
+                points = [(row["iteration"], row[key]) for row in rows if key in row]
+                if points:
+                    axis.plot(*zip(*points, strict=True), label=prefix + key, linewidth=1.2)
+        axis.set(title=title, xlabel="iteration")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    with atomic_path(out) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry."""
+    parser = OneLineParser(prog="plot_log", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training run")
+    parser.add_argument("--out", default="training_curve.png", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    try:
+        plot(args.runs, args.out)
+    except (ValueError, OSError) as error:
+        print(f"plot_log: error: {error}", file=sys.stderr)
+        return 2
+    print(f"saved {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

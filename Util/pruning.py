@@ -1,0 +1,130 @@
+"""Channel selection and surgery: from scores to keep masks, from keep masks to a smaller generator.
+
+A channel group is the constant input's or one styled convolution's output (`Generator.channels`).
+Who reads a group is fixed by the architecture: the next convolution, and a ToRGB where the
+resolution ends. Scores come from elsewhere (`Util.scoring`), so any metric goes with any surgery.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from Model.generator import Generator
+from Model.layers import ModulatedConv2d, StyledConv, ToRGB
+
+
+def kept_count(channels: int, remove_ratio: float) -> int:
+    """Channels that stay of a group, at least one for a ratio in [0, 1)."""
+    return channels - int(channels * remove_ratio)
+
+
+def select_channels(scores: Sequence[Tensor], remove_ratio: float) -> list[Tensor]:
+    """Choose the channels that stay: in every group the lowest scores go.
+
+    All groups lose the same fraction. Of equal scores the lower index goes first (stable sorting).
+
+    Args:
+        scores: one 1-D tensor per channel group.
+        remove_ratio: fraction of every group that goes, in [0, 1).
+
+    Returns:
+        One bool tensor per group, on the scores' device, True where the channel stays.
+
+    Raises:
+        ValueError: the ratio is out of range, or scores are not 1-D or not finite.
+    """
+    if not 0 <= remove_ratio < 1:
+        raise ValueError(f"remove_ratio is {remove_ratio}; it must be at least 0 and below 1")
+    keep = []
+    for group, score in enumerate(scores):
+        if score.ndim != 1 or score.numel() == 0:
+            raise ValueError(f"scores of group {group} have shape {tuple(score.shape)}, not (C,)")
+        if not score.isfinite().all():
+            raise ValueError(f"scores of group {group} are not all finite; nothing can be ranked")
+        removed = score.numel() - kept_count(score.numel(), remove_ratio)
+        mask = torch.ones_like(score, dtype=torch.bool)
+        mask[score.argsort(stable=True)[:removed]] = False
+        keep.append(mask)
+    return keep
+
+
+def _check_keep(generator: Generator, keep: Sequence[Tensor]) -> None:
+    """Refuse masks that do not fit the generator."""
+    widths = generator.channels
+    if len(keep) != len(widths):
+        raise ValueError(f"keep has {len(keep)} masks; the generator has {len(widths)} groups")
+    for group, (mask, width) in enumerate(zip(keep, widths, strict=True)):
+        if mask.dtype != torch.bool or mask.shape != (width,):
+            raise ValueError(
+                f"keep mask {group} is {mask.dtype} of shape {tuple(mask.shape)};"
+                f" expected torch.bool of shape ({width},)"
+            )
+        if not mask.any():
+            raise ValueError(f"keep mask {group} keeps no channel; at least one must stay")
+
+
+def _copy_conv(
+    source: ModulatedConv2d, target: ModulatedConv2d, keep_in: Tensor, keep_out: Tensor | None
+) -> None:
+    """Copy the kept filters; the modulation has one row per input channel. None keeps all."""
+    weight = source.weight[:, :, keep_in]
+    target.weight.copy_(weight if keep_out is None else weight[:, keep_out])
+    target.modulation.weight.copy_(source.modulation.weight[keep_in])
+    target.modulation.bias.copy_(source.modulation.bias[keep_in])
+
+
+def _copy_styled_conv(
+    source: StyledConv, target: StyledConv, keep_in: Tensor, keep_out: Tensor
+) -> None:
+    _copy_conv(source.conv, target.conv, keep_in, keep_out)
+    target.noise.weight.copy_(source.noise.weight)
+    target.activate.bias.copy_(source.activate.bias[keep_out])
+
+
+def _copy_to_rgb(source: ToRGB, target: ToRGB, keep_in: Tensor) -> None:
+    _copy_conv(source.conv, target.conv, keep_in, None)
+    target.bias.copy_(source.bias)
+
+
+def _rgb_layers(generator: Generator) -> list[ToRGB]:
+    return [generator.to_rgb1, *generator.to_rgbs]
+
+
+@torch.no_grad()
+def prune_generator(generator: Generator, keep: Sequence[Tensor]) -> Generator:
+    """Build the generator that has only the kept channels, with their weights.
+
+    It computes what the full one computes with the styles of the removed channels set to zero, with
+    one difference: every ToRGB's convolution comes out sqrt(full / kept) times larger, because its
+    weight scale follows its own fan-in (see `Model.layers.ToRGB`). The styled convolutions have no
+    such gain: demodulation cancels it.
+
+    Args:
+        generator: the full network; left as it is.
+        keep: one bool tensor (C,) per channel group, True where the channel stays.
+
+    Returns:
+        A new generator on the same device, all of its parameters trainable. Mapping network and
+        noise maps are copies.
+
+    Raises:
+        ValueError: the masks do not fit the generator or keep nothing of a group.
+    """
+    _check_keep(generator, keep)
+    keep = [mask.to(generator.input.input.device) for mask in keep]
+    with torch.random.fork_rng(devices=[]):  # the initial values are all overwritten
+        widths = [int(mask.sum()) for mask in keep]
+        pruned = Generator(generator.size, generator.style_dim, generator.n_mlp, widths)
+    pruned.to(generator.input.input).train(generator.training)
+
+    pruned.style.load_state_dict(generator.style.state_dict())
+    pruned.noises.load_state_dict(generator.noises.state_dict())
+    pruned.input.input.copy_(generator.input.input[:, keep[0]])
+    pairs = zip(generator.styled_convs, pruned.styled_convs, strict=True)
+    for i, (conv, small_conv) in enumerate(pairs):
+        _copy_styled_conv(conv, small_conv, keep[i], keep[i + 1])
+    rgb_pairs = zip(_rgb_layers(generator), _rgb_layers(pruned), strict=True)
+    for (to_rgb, small_rgb), mask in zip(rgb_pairs, keep[1::2], strict=True):
+        _copy_to_rgb(to_rgb, small_rgb, mask)
+    return pruned

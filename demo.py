@@ -1,0 +1,100 @@
+"""The main job on the bundled model: render data, prune, retrain, compare. Takes minutes on a CPU.
+
+Every step is one of the project's commands; the demo prints it before it runs it.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import prune
+import train
+from Dataset import toon_faces
+from Model.checkpoint import atomic_path, load_face_parser, load_generator
+from Model.generator import Generator
+from Util.cli import OneLineParser, at_least
+from Util.comparison import content_l1, render, side_by_side
+from Util.complexity import macs, parameters
+from Util.content import ContentParser
+from Util.pictures import save_png
+from Util.plot_log import plot
+
+TEACHER = "Model/full_size_model/toon_faces_64px.pt"
+PARSER = "Model/parser_model/toon_faces_128px.pt"
+LATENTS = 64
+SHOWN = 8
+
+
+def step(name: str, main, argv: list[str]) -> None:  # type: ignore[no-untyped-def]
+    """Print a command, run it, and stop the demo where it fails."""
+    print(f"\n$ {name} {' '.join(argv)}", flush=True)
+    start = time.perf_counter()
+    code = main(argv)
+    if code:
+        sys.exit(code)
+    print(f"[{time.perf_counter() - start:.0f} s]", flush=True)
+
+
+def compare(networks: dict[str, Generator], out: Path) -> str:
+    """Write the pictures; return the table."""
+    z = torch.randn(LATENTS, 128, generator=torch.Generator().manual_seed(7))
+    images = {name: render(network.eval(), z) for name, network in networks.items()}
+    mask = ContentParser(load_face_parser(PARSER))(images["teacher"])
+    rows = {name: x[:SHOWN] for name, x in images.items()} | {"content mask": mask[:SHOWN]}
+    save_png(out / "comparison.png", side_by_side(rows))
+    lines = [f"{'':<12}{'MACs':>14}{'parameters':>13}{'L1 to teacher inside the content':>36}"]
+    for name, network in networks.items():
+        distance = content_l1(images[name], images["teacher"], mask)
+        lines.append(f"{name:<12}{macs(network):>14,}{parameters(network):>13,}{distance:>36.4f}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry."""
+    parser = OneLineParser(prog="demo.py", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="default: %(default)s")
+    parser.add_argument("--n", type=at_least(1), default=5000, help="pictures to render")
+    parser.add_argument("--iter", type=at_least(1), default=1500, help="retraining iterations")
+    args = parser.parse_args(argv)
+    out, start = args.out, time.perf_counter()
+    data, pruned, run = out / "toon_faces_64", out / "pruned.pt", out / "run"
+
+    step(
+        "python3 -m Dataset.toon_faces",
+        toon_faces.main,
+        ["--out", str(data), "--n", str(args.n), "--size", "64", "--no_labels"],
+    )
+    step("python3 prune.py", prune.main, ["--remove_ratio", "0.7", "--out", str(pruned)])
+    flags = (
+        f"--path {data}/images --ckpt {pruned} --teacher_ckpt {TEACHER} --parser_ckpt {PARSER}"
+        f" --perceptual parser --r1 0.1 --batch_size 16 --iter {args.iter} --log_freq 25"
+        f" --val_sample_freq 500 --model_save_freq 0 --workers 1 --out {run}"
+    )
+    shutil.rmtree(run, ignore_errors=True)
+    step("python3 train.py", train.main, flags.split())
+
+    trained = run / "checkpoints" / f"{args.iter:06d}.pt"
+    files = {"teacher": TEACHER, "pruned": pruned, "retrained": trained}
+    table = compare({name: load_generator(file) for name, file in files.items()}, out)
+    with atomic_path(out / "table.txt") as temporary:
+        temporary.write_text(table + "\n")
+    plot([run], out / "training_curve.png")
+
+    print(f"\n{table}\n\nMade in {time.perf_counter() - start:.0f} s:")
+    made = {
+        "comparison.png": "the same latents through teacher, pruned and retrained generator",
+        "training_curve.png": "losses and distance to the teacher",
+        "table.txt": "the table above",
+        f"run/checkpoints/{trained.name}": "the compressed model",
+    }
+    for name, what in made.items():
+        print(f"  {out / name}: {what}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+import pytest
+import torch
+
+from Model.generator import Generator
+from tests.golden_fill import fill_from_numpy, load_golden
+
+
+@pytest.fixture(params=["generator_32px", "generator_64px"])
+def golden(request) -> tuple[Generator, dict]:
+    """A generator filled as the original was, and what the original made of it."""
+    arrays, spec = load_golden(request.param)
+    generator = Generator(spec["size"], spec["style_dim"], spec["n_mlp"], spec["channels"])
+    fill_from_numpy(generator, spec["seed"])
+    return generator.requires_grad_(False), arrays
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

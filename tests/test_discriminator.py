@@ -1,0 +1,34 @@
+import torch
+
+from Model.discriminator import Discriminator, minibatch_stddev
+from tests.golden_fill import assert_golden, fill_from_numpy, load_golden
+from Util.losses import d_logistic_loss, g_nonsaturating_loss, r1_penalty
+
+
+def test_logits_and_losses_equal_the_original():
+    arrays, spec = load_golden("discriminator_32px")
+    network = Discriminator(spec["size"], spec["channel_multiplier"])
+    fill_from_numpy(network, spec["seed"])
+    real = torch.as_tensor(arrays["real"]).requires_grad_()
+    real_logits, fake_logits = network(real), network(torch.as_tensor(arrays["fake"]))
+    assert_golden(real_logits, arrays, "real_logits")
+    assert_golden(fake_logits, arrays, "fake_logits")
+    assert_golden(d_logistic_loss(real_logits, fake_logits), arrays, "d_loss")
+    assert_golden(g_nonsaturating_loss(fake_logits), arrays, "g_loss")
+    penalty = r1_penalty(real_logits, real)
+    assert_golden(penalty, arrays, "r1")
+    (grad,) = torch.autograd.grad(penalty, network.convs[0][0].weight)
+    assert_golden(grad, arrays, "r1_grad_first_conv")
+
+
+def test_minibatch_stddev_is_zero_for_equal_images_and_grows_with_variety():
+    same = torch.randn(1, 3, 4, 4).expand(4, -1, -1, -1)
+    assert minibatch_stddev(same)[:, -1].max() < 1e-3
+    spread = torch.tensor([-1.0, 1.0, -1.0, 1.0]).view(4, 1, 1, 1).expand(4, 3, 4, 4)
+    torch.testing.assert_close(minibatch_stddev(spread)[:, -1], torch.ones(4, 4, 4))
+
+
+def test_any_batch_size_works():
+    network = Discriminator(8, channels=(4, 4))
+    for n in (1, 3, 5, 6):
+        assert network(torch.randn(n, 3, 8, 8)).shape == (n, 1)

@@ -1,0 +1,110 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from Model.generator import Generator
+from Model.layers import ModulatedConv2d
+from Model.ops import make_kernel, upfirdn2d
+from tests.golden_fill import assert_golden
+
+
+def tensors(arrays, *names):
+    return [torch.as_tensor(arrays[name]) for name in names]
+
+
+def test_images_equal_the_original(golden):
+    generator, arrays = golden
+    z1, z2, mean, w_plus = tensors(arrays, "z1", "z2", "mean_latent", "w_plus")
+    assert_golden(generator.mapping(z1), arrays, "w1")
+    assert_golden(generator([z1], randomize_noise=False), arrays, "image")
+    mixed = generator([z1, z2], inject_index=3, randomize_noise=False)
+    assert_golden(mixed, arrays, "image_mixed")
+    truncated = generator([z1], truncation=0.7, truncation_latent=mean, randomize_noise=False)
+    assert_golden(truncated, arrays, "image_truncated")
+    from_w = generator([w_plus], input_is_latent=True, randomize_noise=False)
+    assert_golden(from_w, arrays, "image_w_plus")
+    noise = tensors(arrays, *(f"noise_{i}" for i in range(generator.n_latent - 1)))
+    assert_golden(generator([z1], noise=noise), arrays, "image_explicit_noise")
+
+
+def test_running_rgb_sums_equal_the_original(golden):
+    generator, arrays = golden
+    rgbs = generator(tensors(arrays, "z1"), randomize_noise=False, return_rgbs=True)
+    for i, rgb in enumerate(rgbs):
+        assert_golden(rgb, arrays, f"rgb_{i}")
+
+
+def weight_modulation(conv: ModulatedConv2d, x, w):
+    """The textbook formulation: one modulated weight per sample, grouped convolution."""
+    n, channels = x.shape[:2]
+    style = conv.modulation(w)
+    weight = conv.weight * conv.scale * style[:, None, :, None, None]
+    if conv.demodulate:
+        weight = weight * torch.rsqrt(weight.square().sum((2, 3, 4), keepdim=True) + 1e-8)
+    grouped = x.reshape(1, n * channels, *x.shape[2:])
+    if conv.upsample:
+        weight = weight.transpose(1, 2).flatten(0, 1)
+        y = F.conv_transpose2d(grouped, weight, stride=2, groups=n)
+        y = upfirdn2d(y, make_kernel(gain=4.0), pad=(1, 1))
+    else:
+        y = F.conv2d(grouped, weight.flatten(0, 1), padding=weight.shape[-1] // 2, groups=n)
+    return y.reshape(n, -1, *y.shape[2:])
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "demodulate", "upsample"),
+    [(3, True, False), (3, True, True), (1, False, False)],
+)
+def test_modulating_activations_equals_modulating_weights(kernel_size, demodulate, upsample):
+    conv = ModulatedConv2d(5, 4, kernel_size, 7, demodulate, upsample)
+    x, w = torch.randn(3, 5, 8, 8), torch.randn(3, 7)
+    torch.testing.assert_close(conv(x, w), weight_modulation(conv, x, w), rtol=1e-4, atol=1e-5)
+
+
+def test_full_size_channels():
+    with torch.device("meta"):
+        assert Generator(256).channels == (512,) * 10 + (256, 256, 128, 128)
+        assert Generator(1024).channels[-4:] == (64, 64, 32, 32)
+        assert Generator(256, channel_multiplier=1).channels[-4:] == (128, 128, 64, 64)
+
+
+def small() -> Generator:
+    generator = Generator(16, style_dim=8, n_mlp=2, channels=(6, 5, 4, 4, 3, 3))
+    for layer in generator.styled_convs:
+        layer.noise.weight.data.fill_(0.5)
+    return generator.requires_grad_(False)
+
+
+def test_layer_noise_is_fresh_or_fixed_as_asked():
+    generator, z = small(), torch.randn(2, 8)
+    assert not torch.equal(generator([z]), generator([z]))
+    fixed = generator([z], randomize_noise=False)
+    torch.testing.assert_close(fixed, generator([z], randomize_noise=False), rtol=0, atol=0)
+    w_plus = generator.broadcast_latents([generator.mapping(z)])
+    torch.testing.assert_close(fixed, generator.synthesis(w_plus, "fixed"), rtol=0, atol=0)
+    twins = generator([z[:1].expand(2, -1)])  # fresh noise differs within a batch too
+    assert not torch.equal(twins[0], twins[1])
+
+
+def test_style_mixing_takes_the_second_latent_from_the_injected_layer_on():
+    generator = small()
+    a, b = torch.randn(2, 1, 8)
+    w_plus = generator.broadcast_latents([a, b], inject_index=2)
+    torch.testing.assert_close(w_plus[0, :2], a.expand(2, -1))
+    torch.testing.assert_close(w_plus[0, 2:], b.expand(4, -1))
+
+
+@pytest.mark.parametrize("size", [0, 4, 48, -8])
+def test_sizes_other_than_powers_of_two_are_refused(size):
+    with pytest.raises(ValueError, match="power of two"):
+        Generator(size)
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="6 positive channel counts"):
+        Generator(16, channels=(4, 4, 4))
+    generator, z = small(), torch.randn(2, 8)
+    with pytest.raises(ValueError, match="truncation_latent"):
+        generator([z], truncation=0.5)
+    with pytest.raises(ValueError, match="5 noise maps"):
+        generator([z], noise=generator.make_noise()[:3])

@@ -1,0 +1,190 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import train_parser
+from Dataset.label_maps import LabelMapDataset
+from Model import checkpoint
+from Util import segmentation
+from Util.segmentation import Augmentation
+
+
+def make_folder(path, count, side=32, seed=0):
+    """Pictures of a red disc (1) and a green square (2) on blue ground (0)."""
+    rng = np.random.default_rng(seed)
+    for folder in ("images", "labels"):
+        (path / folder).mkdir(parents=True)
+    for i in range(count):
+        image, label = Image.new("RGB", (side, side), (20, 30, 160)), Image.new("L", (side, side))
+        for value, colour, shape in (
+            (1, (200, 30, 30), "ellipse"),
+            (2, (30, 190, 30), "rectangle"),
+        ):
+            x, y = rng.integers(2, side // 2, 2).tolist()
+            box = (x, y, x + side // 3, y + side // 3)
+            getattr(ImageDraw.Draw(image), shape)(box, fill=colour)
+            getattr(ImageDraw.Draw(label), shape)(box, fill=value)
+        image.save(path / "images" / f"{i:03d}.png")
+        label.save(path / "labels" / f"{i:03d}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("shapes") / "data", 24)
+
+
+def flags(folder, tmp_path, *more):
+    small = "--size 32 --width 4 --n_classes 3 --batch_size 8 --device cpu --lr 0.01"
+    out = ["--path", str(folder), "--out", str(tmp_path / "parser.pt")]
+    return [*out, *small.split(), *more]
+
+
+def test_flip_swaps_classes():
+    images = torch.arange(2 * 3 * 2 * 4.0).view(2, 3, 2, 4)
+    labels = torch.tensor([[[0, 2, 3, 1], [4, 4, 5, 18]]]).repeat(2, 1, 1)
+    chosen = torch.tensor([True, False])
+    flipped, mirrored = segmentation.flip(
+        images, labels, chosen, segmentation.CELEBAMASK_FLIP_PAIRS
+    )
+    assert mirrored[0].tolist() == [[1, 2, 3, 0], [18, 4, 5, 5]]
+    torch.testing.assert_close(mirrored[1], labels[1])
+    torch.testing.assert_close(flipped[0], images[0].flip(2))
+    torch.testing.assert_close(flipped[1], images[1])
+
+
+def test_augmentation_keeps_picture_and_labels_together(folder):
+    dataset = LabelMapDataset(folder, 32, 3)
+    images, labels = (
+        torch.stack(part) for part in zip(*(dataset[i] for i in range(8)), strict=True)
+    )
+    how = Augmentation(colour=0.0, noise=0.0)
+    varied, moved = segmentation.augment(images, labels, how, torch.Generator().manual_seed(0))
+    assert (moved != labels).any()
+    # Red is class 1, green class 2, blue class 0; only the blurred edges may disagree.
+    seen = torch.tensor([1, 2, 0])[varied.argmax(1)]
+    assert (seen != moved).float().mean() < 0.06
+
+
+def test_augmentation_reduces_pictures_only():
+    images, labels = torch.zeros(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.int64)
+    how = Augmentation(image_size=16)
+    images, labels = segmentation.augment(images, labels, how, torch.Generator())
+    assert (images.shape, labels.shape) == ((2, 3, 16, 16), (2, 32, 32))
+
+
+def test_scores_against_closed_form():
+    labels = torch.tensor([[[0, 0, 1, 1], [2, 2, 2, 2]]])
+    predicted = torch.tensor([[[0, 1, 1, 1], [2, 2, 0, 3]]])
+    confusion = segmentation.confusion_matrix(predicted, labels, 5)
+    scores = segmentation.scores_of(confusion, torch.tensor([False, True, True, True, True]))
+    assert scores.occurs.tolist() == [True, True, True, False, False]
+    expected = torch.tensor([1 / 3, 2 / 3, 2 / 4], dtype=torch.float64)
+    torch.testing.assert_close(scores.class_iou[:3], expected)
+    assert scores.class_iou[3] == 0
+    assert scores.class_iou[4].isnan()
+    assert scores.mean_iou == pytest.approx(expected.mean().item())
+    assert scores.content_iou == pytest.approx(5 / 7)
+
+
+def test_learning_rate_rises_then_falls():
+    plan = segmentation.TrainingPlan(100, warm_up=0.1)
+    factors = [segmentation.learning_rate_factor(step, plan) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == factors[9] == factors[10] == 1
+    assert sorted(factors[10:], reverse=True) == factors[10:]
+    assert factors[-1] < 0.001
+
+
+def test_training_learns_and_saves(folder, tmp_path, capsys):
+    losses = []
+    plain = segmentation.train
+
+    def recording(network, batches, plan, generator, after_step):
+        def both(step, loss):
+            losses.append(loss)
+            after_step(step, loss)
+
+        plain(network, batches, plan, generator, both)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmentation, "train", recording)
+        assert train_parser.main(flags(folder, tmp_path, "--iter", "60", "--eval_every", "40")) == 0
+    assert len(losses) == 60
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+    printed = capsys.readouterr().out
+    assert "mean IoU of the 3 classes" in printed
+    assert "content-mask IoU" in printed
+    network = checkpoint.load_face_parser(tmp_path / "parser.pt")
+    assert network.config == {"n_classes": 3, "width": 4, "stem_stride": 2, "input_size": 32}
+    assert [file.name for file in tmp_path.iterdir()] == ["parser.pt"]
+    arguments = ["--eval_only", str(tmp_path / "parser.pt"), "--path", str(folder)]
+    assert train_parser.main(arguments) == 0
+    mean_iou = float(capsys.readouterr().out.split("classes: ")[1].split()[0])
+    assert mean_iou > 0.6
+
+
+def test_the_seed_decides_the_run(folder, tmp_path):
+    states = []
+    for name in "ab":
+        arguments = flags(folder, tmp_path / name, "--iter", "2", "--seed", "3")
+        assert train_parser.main(arguments) == 0
+        states.append(checkpoint.load_face_parser(tmp_path / name / "parser.pt").state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--path", "/nowhere"], "--path: no folder /nowhere/images"),
+        (["--val_path", "/nowhere"], "--val_path: no folder /nowhere/images"),
+        (["--batch_size", "1"], "--batch_size 1 is too small"),
+        (["--batch_size", "64"], "--batch_size 64: more than"),
+        (["--batch_size", "none"], "--batch_size"),
+        (["--val_fraction", "1.5"], "--val_fraction 1.5"),
+        (["--lr", "0"], "--lr 0.0"),
+        (["--stem_stride", "3"], "--stem_stride"),
+        (["--n_classes", "2"], "raise n_classes"),
+        (["--flip_pairs", "1,7"], "--flip_pairs: there is no class 7"),
+        (["--classes_excluded", "16"], "--classes_excluded: there is no class 16"),
+        (["--eval_only", "/nowhere.pt"], "--eval_only: /nowhere.pt"),
+    ],
+)
+def test_bad_input_is_one_line(folder, tmp_path, capsys, more, said):
+    try:
+        code = train_parser.main(flags(folder, tmp_path, "--iter", "3", *more))
+    except SystemExit as stop:
+        code = stop.code
+    errors = [line for line in capsys.readouterr().err.splitlines() if "training:" not in line]
+    errors = [line for line in errors if line.strip()]
+    assert code == 2
+    assert len(errors) == 1
+    assert said in errors[0]
+
+
+def test_dataset_names_the_file(tmp_path):
+    folder = make_folder(tmp_path / "data", 2)
+    label = folder / "labels" / "001.png"
+    Image.new("L", (32, 16)).save(label)
+    with pytest.raises(ValueError, match=r"labels/001.png has 32x16 pixels, its picture 32x32"):
+        LabelMapDataset(folder, 32, 3)[1]
+    Image.new("RGB", (32, 32)).save(label)
+    with pytest.raises(ValueError, match=r"labels/001.png is in mode RGB"):
+        LabelMapDataset(folder, 32, 3)[1]
+    label.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"cannot read .*labels/001.png"):
+        LabelMapDataset(folder, 32, 3)[1]
+    label.unlink()
+    with pytest.raises(FileNotFoundError, match=r"images/001.png has no label map"):
+        LabelMapDataset(folder, 32, 3)
+
+
+def test_dataset_resizes(tmp_path):
+    folder = make_folder(tmp_path / "data", 1, side=64)
+    image, label = LabelMapDataset(folder, 16, 3)[0]
+    assert (image.shape, image.dtype) == ((3, 16, 16), torch.float32)
+    assert (label.shape, label.dtype) == ((16, 16), torch.int64)
+    assert -1 <= image.min() < image.max() <= 1
+    assert set(label.unique().tolist()) == {0, 1, 2}

@@ -1,0 +1,161 @@
+import copy
+import itertools
+
+import pytest
+import torch
+
+from Model.discriminator import Discriminator
+from Model.generator import Generator
+from train_hyperparams import TrainConfig
+from Util.training import Averages, NonFiniteError, Teacher, Trainer, accumulate, lazy_adam, train
+
+CPU = torch.device("cpu")
+
+
+def config(**changes):
+    return TrainConfig(batch_size=4, perceptual="parser", **changes)
+
+
+def make_trainer(settings=None, teacher=None):
+    torch.manual_seed(0)
+    generator = Generator(8, style_dim=8, n_mlp=2, channels=(6, 5, 4, 4))
+    discriminator = Discriminator(8, channels=(5, 4))
+    return Trainer(generator, discriminator, settings or config(), CPU, teacher)
+
+
+def images(n=1, batch=4):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(batch, 3, 8, 8, generator=generator).clamp(-1, 1) for _ in range(n)]
+
+
+def snapshot(network):
+    return {k: v.clone() for k, v in network.state_dict().items()}
+
+
+def changed(network, before):
+    return {k for k, v in network.state_dict().items() if not torch.equal(v, before[k])}
+
+
+def test_lazy_adam_follows_the_regularisation_interval():
+    group = lazy_adam(iter([torch.nn.Parameter(torch.zeros(1))]), 0.002, 16).param_groups[0]
+    assert group["lr"] == pytest.approx(0.002 * 16 / 17)
+    assert group["betas"] == pytest.approx((0, 0.99 ** (16 / 17)))
+    plain = lazy_adam(iter([torch.nn.Parameter(torch.zeros(1))]), 0.002, 0).param_groups[0]
+    assert plain["lr"] == 0.002
+
+
+def test_regularisers_run_at_their_intervals():
+    trainer = make_trainer(config(d_reg_every=4, g_reg_every=2))
+    seen = [set(trainer.iterate(real)) for real in images(5)]
+    assert [("r1" in keys) for keys in seen] == [True, False, False, False, True]
+    assert [("path_length" in keys) for keys in seen] == [True, False, True, False, True]
+    assert "kd_l1" not in seen[0]
+
+
+def test_each_phase_updates_its_own_network():
+    trainer = make_trainer()
+    g, d = snapshot(trainer.generator), snapshot(trainer.discriminator)
+    trainer._d_phase(images()[0])
+    assert not changed(trainer.generator, g)
+    assert changed(trainer.discriminator, d)
+    d = snapshot(trainer.discriminator)
+    trainer.discriminator.requires_grad_(False)
+    trainer._g_phase(4)
+    assert not changed(trainer.discriminator, d)
+    assert changed(trainer.generator, g)
+
+
+def test_frozen_noise_strengths_stay():
+    trainer = make_trainer(config(freeze_noise=True))
+    for layer in trainer.generator.styled_convs:
+        layer.noise.weight.data.fill_(0.25)
+    for real in images(3):
+        trainer.iterate(real)
+    assert [layer.noise.weight.item() for layer in trainer.generator.styled_convs] == [0.25] * 3
+    free = make_trainer()
+    for real in images(3):
+        free.iterate(real)
+    assert any(layer.noise.weight.item() for layer in free.generator.styled_convs)
+
+
+def test_moving_average():
+    a, b = (Generator(8, 8, 1, channels=(2, 2, 2, 2)) for _ in range(2))
+    expected = 0.9 * a.conv1.conv.weight + 0.1 * b.conv1.conv.weight
+    accumulate(a, b, 0.9)
+    torch.testing.assert_close(a.conv1.conv.weight, expected)
+
+
+def test_distillation_pulls_the_student_to_its_teacher_inside_the_mask():
+    # No GAN signal worth speaking of: the discriminator's learning rate is that of the student, so
+    # the distillation weight is made to dominate.
+    torch.manual_seed(3)
+    generator = Generator(8, style_dim=8, n_mlp=2, channels=(6, 5, 4, 4)).requires_grad_(False)
+
+    def left_half(x):
+        mask = torch.zeros(x.shape[0], 1, *x.shape[2:])
+        mask[..., :4] = 1
+        return mask
+
+    settings = config(
+        kd_l1_lambda=100.0, kd_lpips_lambda=0.0, mixing=0.0, path_regularize=0.0, lr=0.01
+    )
+    trainer = make_trainer(settings, Teacher(generator, left_half))
+    history = [trainer.iterate(real)["kd_l1"].item() for real in images(150)]
+    assert sum(history[-10:]) < 0.7 * sum(history[:10])
+
+
+@pytest.mark.parametrize("mode", ["Output_Only", "Intermediate"])
+def test_student_and_teacher_see_the_same_mixed_latents(mode):
+    settings = config(mixing=1.0, kd_mode=mode, kd_lpips_lambda=0.0, path_regularize=0.0, r1=0.0)
+    trainer = make_trainer(settings)
+    trainer.teacher = Teacher(copy.deepcopy(trainer.generator).requires_grad_(False))
+    # Noise strengths are zero at the start, so equal networks make equal pictures.
+    assert trainer.iterate(images()[0])["kd_l1"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_resumed_run_equals_one_that_was_not_interrupted():
+    whole, data = make_trainer(), images(6)
+    for real in data:
+        whole.iterate(real)
+    first = make_trainer()
+    for real in data[:3]:
+        first.iterate(real)
+    content = copy.deepcopy(
+        {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in first.state().items()}
+    )
+    torch.manual_seed(99)
+    second = make_trainer()
+    second.generator.load_state_dict(content["g"])
+    second.g_ema.load_state_dict(content["g_ema"])
+    second.discriminator.load_state_dict(content["d"])
+    second.load_state(content)
+    assert second.iteration == 3
+    for real in data[3:]:
+        second.iterate(real)
+    for name in ("generator", "g_ema", "discriminator"):
+        expected = getattr(whole, name).state_dict()
+        for key, value in getattr(second, name).state_dict().items():
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=0)
+    torch.testing.assert_close(second.mean_path_length, whole.mean_path_length, rtol=0, atol=0)
+
+
+def test_events_come_at_their_periods_and_at_the_end():
+    trainer, events = make_trainer(), []
+    train(
+        trainer,
+        itertools.cycle(images(2)),
+        5,
+        {"log": 2, "checkpoint": 3, "sample": 0},
+        lambda name, metrics: events.append((name, trainer.iteration)),
+    )
+    assert events == [
+        ("log", 2), ("checkpoint", 3), ("log", 4), ("log", 5), ("checkpoint", 5), ("sample", 5),
+    ]  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    averages = Averages()
+    averages.add({"d_loss": torch.tensor(1.0)}, 4)
+    averages.add({"d_loss": torch.tensor(float("nan"))}, 4)
+    with pytest.raises(NonFiniteError, match="d_loss is nan by iteration 7"):
+        averages.flush(7)

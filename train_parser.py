@@ -1,0 +1,326 @@
+"""Trains a face parser, or a parser of anything else, on pictures with label maps."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from Dataset.label_maps import LabelMapDataset
+from Model import checkpoint
+from Model.face_parser import BiSeNet
+from Util import segmentation
+from Util.content import ContentParser
+from Util.segmentation import Augmentation, Batch, Scores, TrainingPlan
+
+EXAMPLE = """example:
+  python3 train_parser.py --path Dataset/toon_faces_128 --val_path Dataset/toon_faces_128_val \\
+      --out Model/parser_model/toon_faces_128px.pt --size 128 --image_size 64 \\
+      --width 12 --stem_stride 2 --iter 4000 --batch_size 16
+"""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a mistake in one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and exits with code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive(text: str) -> int:
+    """Argument type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def class_pair(text: str) -> tuple[int, int]:
+    """Argument type: two class indices as A,B."""
+    a, b = (int(part) for part in text.split(","))
+    return a, b
+
+
+def build_parser() -> OneLineParser:
+    """The command line."""
+    parser = OneLineParser(
+        prog="train_parser.py",
+        description="Train a BiSeNet parser on a folder with images/NAME.png (or .jpg) and\n"
+        "labels/NAME.png, 8-bit maps of class indices. Prints the intersection over union of\n"
+        "every class, their mean, and that of the content mask, on pictures held out.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--path", required=True, metavar="DIR", help="folder with images/ and labels/")
+    add(
+        "--val_path",
+        metavar="DIR",
+        help="held-out pictures, same layout (default: a part of --path)",
+    )
+    add(
+        "--val_fraction",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="part of --path that is held "
+        "out if there is no --val_path, in (0, 1) (default: %(default)s)",
+    )
+    add(
+        "--out",
+        default="Model/parser_model/parser.pt",
+        metavar="FILE",
+        help="checkpoint to write (default: %(default)s)",
+    )
+    add(
+        "--eval_only",
+        metavar="CKPT",
+        help="train nothing, score this parser on --val_path, or else on all of --path",
+    )
+    add(
+        "--size",
+        type=positive,
+        default=128,
+        metavar="PX",
+        help="side of the parser's input in pixels (default: %(default)s)",
+    )
+    add(
+        "--image_size",
+        type=positive,
+        metavar="PX",
+        help="side in pixels that pictures are "
+        "reduced to before they are enlarged to --size: the size of the pictures to be parsed, if "
+        "it is smaller than --size",
+    )
+    add(
+        "--n_classes",
+        type=positive,
+        default=19,
+        metavar="N",
+        help="number of classes (default: %(default)s, those of CelebAMask-HQ)",
+    )
+    add(
+        "--classes_excluded",
+        type=int,
+        nargs="*",
+        metavar="C",
+        help="classes that are no content (default: 0 and, with 19 classes, 16)",
+    )
+    add(
+        "--flip_pairs",
+        type=class_pair,
+        nargs="*",
+        metavar="A,B",
+        help="classes that change "
+        "places in a mirror image (default: with 19 classes 2,3 4,5 7,8, else none)",
+    )
+    add(
+        "--width",
+        type=positive,
+        default=12,
+        metavar="N",
+        help="channels of the first stage; 64 is the published parser (default: %(default)s)",
+    )
+    add(
+        "--stem_stride",
+        type=int,
+        choices=(1, 2, 4),
+        default=2,
+        help="reduction before the first "
+        "stage; small for small pictures, 4 is the published parser (default: %(default)s)",
+    )
+    add(
+        "--iter",
+        type=positive,
+        default=4000,
+        metavar="N",
+        help="training iterations (default: %(default)s)",
+    )
+    add(
+        "--batch_size",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="pictures per iteration, at least 2 (default: %(default)s)",
+    )
+    add(
+        "--lr",
+        type=float,
+        default=3e-3,
+        metavar="X",
+        help="highest learning rate of AdamW (default: %(default)s)",
+    )
+    add(
+        "--eval_every",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="iterations between evaluations, each of which saves (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto takes the GPU if there is one (default: %(default)s)",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that read pictures; 0 reads in the main one (default: %(default)s)",
+    )
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Completes the flags that depend on others and checks what a type cannot.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if args.batch_size < 2:
+        raise ValueError("--batch_size 1 is too small: batch normalisation needs at least 2")
+    if not 0 < args.val_fraction < 1:
+        raise ValueError(f"--val_fraction {args.val_fraction} is not between 0 and 1")
+    if args.lr <= 0:
+        raise ValueError(f"--lr {args.lr} is not positive")
+    if args.workers < 0:
+        raise ValueError(f"--workers {args.workers} is negative")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU that PyTorch can use; take --device cpu")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.eval_only is None:
+        complete_classes(args, args.n_classes)
+
+
+def complete_classes(args: argparse.Namespace, n_classes: int) -> None:
+    """Fills in the flags whose defaults follow from the number of classes, and checks them.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    args.n_classes = n_classes
+    faces = n_classes == len(segmentation.CELEBAMASK_NAMES)
+    if args.flip_pairs is None:
+        args.flip_pairs = segmentation.CELEBAMASK_FLIP_PAIRS if faces else ()
+    if args.classes_excluded is None:
+        args.classes_excluded = (0, 16) if faces else (0,)
+    for flag in ("flip_pairs", "classes_excluded"):
+        for value in torch.tensor(getattr(args, flag)).flatten().tolist():
+            if not 0 <= value < n_classes:
+                raise ValueError(f"--{flag}: there is no class {value} in 0 to {n_classes - 1}")
+
+
+def open_dataset(flag: str, path: str, size: int, n_classes: int) -> LabelMapDataset:
+    """Opens a folder of pictures and label maps.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    try:
+        return LabelMapDataset(path, size, n_classes)
+    except FileNotFoundError as error:
+        raise ValueError(f"{flag}: {error}") from error
+
+
+def open_both(args: argparse.Namespace) -> tuple[Dataset[Batch], Dataset[Batch]]:
+    """The pictures to train on and those held out.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    everything = open_dataset("--path", args.path, args.size, args.n_classes)
+    if args.val_path is not None:
+        return everything, open_dataset("--val_path", args.val_path, args.size, args.n_classes)
+    order = torch.randperm(
+        len(everything), generator=torch.Generator().manual_seed(args.seed)
+    ).tolist()
+    held_out = max(1, round(args.val_fraction * len(everything)))
+    return Subset(everything, order[held_out:]), Subset(everything, order[:held_out])
+
+
+def report(scores: Scores) -> str:
+    """A table of the scores."""
+    faces = len(scores.class_iou) == len(segmentation.CELEBAMASK_NAMES)
+    lines = ["class              IoU"]
+    for index, (iou, occurs) in enumerate(
+        zip(scores.class_iou.tolist(), scores.occurs.tolist(), strict=True)
+    ):
+        name = segmentation.CELEBAMASK_NAMES[index] if faces else ""
+        lines.append(f"{index:>3} {name:<12} " + (f"{iou:.4f}" if occurs else "   (none)"))
+    lines.append(f"mean IoU of the {int(scores.occurs.sum())} classes: {scores.mean_iou:.4f}")
+    lines.append(f"content-mask IoU: {scores.content_iou:.4f}")
+    return "\n".join(lines)
+
+
+def run_evaluation(args: argparse.Namespace) -> None:
+    """Scores a parser from a file."""
+    try:
+        network = checkpoint.load_face_parser(args.eval_only, args.device)
+    except checkpoint.CheckpointError as error:
+        raise ValueError(f"--eval_only: {error}") from error
+    complete_classes(args, network.n_classes)
+    flag, path = ("--val_path", args.val_path) if args.val_path else ("--path", args.path)
+    dataset = open_dataset(flag, path, network.input_size, network.n_classes)
+    batches = DataLoader(dataset, args.batch_size, num_workers=args.workers)
+    parser = ContentParser(network, args.classes_excluded)
+    print(report(segmentation.evaluate(parser, tqdm(batches, "evaluating"), args.image_size)))
+
+
+def run_training(args: argparse.Namespace) -> None:
+    """Trains a parser and saves it, at every evaluation and at the end."""
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    train_set, val_set = open_both(args)
+    if len(train_set) < args.batch_size:  # type: ignore[arg-type]
+        raise ValueError(f"--batch_size {args.batch_size}: more than the pictures to train on")
+    loader = DataLoader(
+        train_set, args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers
+    )
+    held_out = DataLoader(val_set, args.batch_size, num_workers=args.workers)
+    network = BiSeNet(args.n_classes, args.width, args.stem_stride, args.size).to(args.device)
+    parser = ContentParser(network, args.classes_excluded)
+    augmentation = Augmentation(flip_pairs=args.flip_pairs, image_size=args.image_size)
+    plan = TrainingPlan(args.iter, args.lr, augmentation=augmentation)
+
+    with tqdm(total=args.iter, desc="training", mininterval=1) as bar:
+
+        def after_step(step: int, loss: float) -> None:
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            if step % args.eval_every and step != args.iter:
+                return
+            scores = segmentation.evaluate(parser, held_out, args.image_size)
+            checkpoint.save(args.out, {"parser": network, "config": network.config})
+            bar.write(
+                f"iteration {step}: loss {loss:.4f}, mean IoU {scores.mean_iou:.4f}, "
+                f"content-mask IoU {scores.content_iou:.4f}"
+            )
+            if step == args.iter:
+                bar.write(report(scores))
+
+        segmentation.train(network, segmentation.endless(loader), plan, generator, after_step)
+    print(f"wrote {args.out}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        check(args)
+        run_training(args) if args.eval_only is None else run_evaluation(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"train_parser.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
