@@ -18,7 +18,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from os import cpu_count
@@ -69,7 +69,7 @@ class ToonFacesError(ValueError):
     """The set cannot be made; the message names the flag or package and what to do."""
 
 
-def _hex(rgb: Sequence[float]) -> str:
+def _hex(rgb: Iterable[float]) -> str:
     return "#" + "".join(f"{round(255 * min(max(v, 0.0), 1.0)):02x}" for v in rgb)
 
 
@@ -355,8 +355,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry."""
     parser = OneLineParser(
         prog="python -m Dataset.toon_faces",
-        description="Render toon portraits on busy backgrounds, with label maps in the 19 classes of"
-        " CelebAMask-HQ. What a folder holds already is not rendered again.",
+        description="Render toon portraits on busy backgrounds, with label maps in the 19 classes"
+        " of CelebAMask-HQ. What a folder holds already is not rendered again.",
         epilog="example: python -m Dataset.toon_faces --out Dataset/toon_faces_64 --n 20000",
     )
     add = parser.add_argument

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class RunLog:
         return self.folder / "checkpoints" / f"{iteration:06d}.pt"
 
 
-def read_metrics(folder: str | Path) -> list[dict[str, float]]:
+def read_metrics(folder: str | PathLike[str]) -> list[dict[str, float]]:
     """All lines of a run's ``metrics.jsonl``, in order; of a repeated iteration the last counts."""
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     by_iteration = {row["iteration"]: row for row in map(json.loads, lines)}

@@ -4,7 +4,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import train_parser
-from Dataset.label_maps import LabelMapDataset
+from Dataset.label_maps import LabelMapDataset, LabelMapError
 from Model import checkpoint
 from Util import segmentation
 from Util.segmentation import Augmentation
@@ -138,18 +138,19 @@ def test_the_seed_decides_the_run(folder, tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--path", "/nowhere"], "--path: no folder /nowhere/images"),
-        (["--val_path", "/nowhere"], "--val_path: no folder /nowhere/images"),
-        (["--batch_size", "1"], "--batch_size 1 is too small"),
+        (["--path", "/nowhere"], "--path no folder /nowhere/images"),
+        (["--val_path", "/nowhere"], "--val_path no folder /nowhere/images"),
+        (["--batch_size", "1"], "--batch_size: 1 is not at least 2"),
         (["--batch_size", "64"], "--batch_size 64: more than"),
         (["--batch_size", "none"], "--batch_size"),
-        (["--val_fraction", "1.5"], "--val_fraction 1.5"),
+        (["--val_fraction", "1.5"], "--val_fraction: 1.5"),
         (["--lr", "0"], "--lr 0.0"),
+        (["--device", "tpu"], "--device tpu: unknown"),
         (["--stem_stride", "3"], "--stem_stride"),
         (["--n_classes", "2"], "raise n_classes"),
         (["--flip_pairs", "1,7"], "--flip_pairs: there is no class 7"),
         (["--classes_excluded", "16"], "--classes_excluded: there is no class 16"),
-        (["--eval_only", "/nowhere.pt"], "--eval_only: /nowhere.pt"),
+        (["--eval_only", "/nowhere.pt"], "--eval_only /nowhere.pt"),
     ],
 )
 def test_bad_input_is_one_line(folder, tmp_path, capsys, more, said):
@@ -168,16 +169,16 @@ def test_dataset_names_the_file(tmp_path):
     folder = make_folder(tmp_path / "data", 2)
     label = folder / "labels" / "001.png"
     Image.new("L", (32, 16)).save(label)
-    with pytest.raises(ValueError, match=r"labels/001.png has 32x16 pixels, its picture 32x32"):
+    with pytest.raises(LabelMapError, match=r"labels/001.png has 32x16 pixels, its picture 32x32"):
         LabelMapDataset(folder, 32, 3)[1]
     Image.new("RGB", (32, 32)).save(label)
-    with pytest.raises(ValueError, match=r"labels/001.png is in mode RGB"):
+    with pytest.raises(LabelMapError, match=r"labels/001.png is in mode RGB"):
         LabelMapDataset(folder, 32, 3)[1]
     label.write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"cannot read .*labels/001.png"):
+    with pytest.raises(LabelMapError, match=r"cannot read .*labels/001.png"):
         LabelMapDataset(folder, 32, 3)[1]
     label.unlink()
-    with pytest.raises(FileNotFoundError, match=r"images/001.png has no label map"):
+    with pytest.raises(LabelMapError, match=r"images/001.png has no label map"):
         LabelMapDataset(folder, 32, 3)
 
 

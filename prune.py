@@ -1,0 +1,362 @@
+"""Prunes a generator: scores its channels, removes the lowest of every layer, saves the rest."""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm
+
+from Model import checkpoint
+from Model.generator import Generator
+from Util.complexity import LayerCost, layer_costs, macs, parameters
+from Util.content import ContentParser
+from Util.device import pick_device
+from Util.pruning import prune_generator, select_channels
+from Util.scoring import METRICS, EmptyContentError, Scores, channel_scores
+
+ROOT = Path(__file__).resolve().parent
+BUNDLED_MODEL = ROOT / "Model/full_size_model/toon_faces_64px.pt"
+BUNDLED_PARSER = ROOT / "Model/parser_model/toon_faces_128px.pt"
+PUBLISHED_PARSER = ROOT / "Model/parser_model/79999_iter.pth"
+OUT_FOLDER = ROOT / "Model/pruned_model"
+
+EPILOG = """metrics (higher scores stay):
+{metrics}
+
+examples:
+  python3 prune.py
+      prunes the bundled 64 px model
+  python3 prune.py --generated_img_size 256 --ckpt FILE --remove_ratio 0.7 --info_print
+      prunes a 256 px generator of human faces, prints the details of every layer
+  python3 prune.py --ckpt FILE --metric l1_out --out small.pt
+      prunes by weights alone, without a face parser
+"""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a mistake in one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def at_least(low: int) -> Any:
+    """Argument type: an integer that is not below a limit."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is not at least {low}")
+        return value
+
+    return integer
+
+
+def ratio(text: str) -> float:
+    """Argument type: a fraction in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1, such as 0.7")
+    return value
+
+
+def probability(text: str) -> float:
+    """Argument type: a fraction in (0, 1]."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1, such as 0.05")
+    return value
+
+
+def build_parser() -> OneLineParser:
+    """Declare the command line."""
+    width = max(map(len, METRICS))
+    metrics = "\n".join(f"  {name:<{width}}  {m.description}" for name, m in METRICS.items())
+    parser = OneLineParser(
+        prog="prune.py",
+        description="Score the channels of a StyleGAN2 generator, remove the lowest of every layer"
+        " and save what remains to Model/pruned_model/. Retrain it with train.py.",
+        epilog=EPILOG.format(metrics=metrics),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_published_flags(parser)
+    _add_further_flags(parser)
+    return parser
+
+
+def _add_published_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--generated_img_size",
+        type=at_least(8),
+        metavar="PX",
+        help="side of the images in pixels; only checked against the checkpoint, which knows it",
+    )
+    add(
+        "--ckpt",
+        type=Path,
+        default=BUNDLED_MODEL,
+        metavar="FILE",
+        help="full-size checkpoint (default: Model/full_size_model/toon_faces_64px.pt)",
+    )
+    add(
+        "--remove_ratio",
+        type=ratio,
+        default=0.7,
+        metavar="R",
+        help="fraction of every layer's channels to remove, in [0, 1) (default: %(default)s)",
+    )
+    add("--info_print", action="store_true", help="print the details of every layer")
+    add(
+        "--n_sample",
+        type=at_least(1),
+        default=400,
+        metavar="N",
+        help="images to score by, at least 1 (default: %(default)s)",
+    )
+    add(
+        "--batch_size",
+        type=at_least(1),
+        default=10,
+        metavar="N",
+        help="images whose gradients are summed before their absolute value is taken, at least 1;"
+        " part of the metric content_aware (default: %(default)s)",
+    )
+    add(
+        "--noise_prob",
+        type=probability,
+        default=0.05,
+        metavar="P",
+        help="fraction of the content's pixels that are noised, in (0, 1] (default: %(default)s)",
+    )
+
+
+def _add_further_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--metric",
+        choices=METRICS,
+        default="content_aware",
+        metavar="NAME",
+        help="how channels are scored, see below (default: %(default)s)",
+    )
+    add(
+        "--parser_ckpt",
+        type=Path,
+        metavar="FILE",
+        help="face parser that finds the content, for content_aware alone (default: for the"
+        " bundled model Model/parser_model/toon_faces_128px.pt, for any other"
+        " Model/parser_model/79999_iter.pth)",
+    )
+    add(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="seed of latents and noise, at least 0 (default: %(default)s)",
+    )
+    add(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto, cpu, cuda or cuda:N; auto takes the GPU if there is one (default: %(default)s)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint to write, or a folder for it"
+        " (default: Model/pruned_model/METRIC_RATIO_SIZEpx_DATE-TIME.pt)",
+    )
+
+
+def load_full_size(args: argparse.Namespace) -> tuple[Generator, Mapping[str, Any]]:
+    """Load the generator to prune, and the networks that the file holds besides.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if not args.ckpt.is_file() and args.ckpt == BUNDLED_MODEL:
+        raise ValueError(f"--ckpt: the bundled model {args.ckpt} is missing; name a checkpoint")
+    try:
+        content = checkpoint.read(args.ckpt)
+        generator = checkpoint.load_generator(args.ckpt, device=args.device)
+    except checkpoint.CheckpointError as error:
+        raise ValueError(f"--ckpt {error}") from None
+    if args.generated_img_size not in (None, generator.size):
+        raise ValueError(
+            f"--generated_img_size {args.generated_img_size} contradicts {args.ckpt}, whose"
+            f" images are {generator.size} px; leave the flag out or give {generator.size}"
+        )
+    return generator, {"d": content["d"]} if "d" in content else {}
+
+
+def load_content_parser(args: argparse.Namespace) -> ContentParser | None:
+    """Load the face parser, if the metric needs one.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if not METRICS[args.metric].needs_parser:
+        return None
+    if args.parser_ckpt is None:
+        bundled = args.ckpt.resolve() == BUNDLED_MODEL
+        args.parser_ckpt = BUNDLED_PARSER if bundled else PUBLISHED_PARSER
+    if not args.parser_ckpt.is_file() and args.parser_ckpt == PUBLISHED_PARSER:
+        raise ValueError(
+            f"--parser_ckpt: the face parser {args.parser_ckpt} is missing; put 79999_iter.pth of"
+            " github.com/zllrunning/face-parsing.PyTorch there, name another parser, or take a"
+            " --metric that needs none"
+        )
+    try:
+        network = checkpoint.load_face_parser(args.parser_ckpt, args.device)
+    except checkpoint.CheckpointError as error:
+        raise ValueError(f"--parser_ckpt {error}") from None
+    # Without clothes among the classes, only the background is no content.
+    return ContentParser(network, (0, 16) if network.n_classes == 19 else (0,))
+
+
+def target_path(args: argparse.Namespace, size: int) -> Path:
+    """Decide where the result goes, and find out early that it cannot.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    name = f"{args.metric}_{args.remove_ratio:g}_{size}px_{time.strftime('%Y%m%d-%H%M%S')}.pt"
+    target = OUT_FOLDER / name if args.out is None else args.out
+    if target.is_dir():
+        target = target / name
+    if target.resolve() == args.ckpt.resolve():
+        raise ValueError(f"--out {target} is the checkpoint to prune; name another file")
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise ValueError(f"--out {target}: {parent} is no folder; name another file")
+    return target
+
+
+def score(args: argparse.Namespace, generator: Generator, parser: ContentParser | None) -> Scores:
+    """Score the channels under a progress bar.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    with tqdm(total=args.n_sample, desc=f"scoring ({args.metric})", unit="img") as bar:
+        try:
+            return channel_scores(
+                generator,
+                args.metric,
+                parser=parser,
+                n_sample=args.n_sample,
+                batch_size=args.batch_size,
+                noise_prob=args.noise_prob,
+                seed=args.seed,
+                progress=bar.update,
+            )
+        except EmptyContentError as error:
+            bar.leave = False
+            raise ValueError(f"--parser_ckpt {args.parser_ckpt}: {error}") from None
+
+
+def _factor(before: int, after: int) -> str:
+    return f"{before / after:.2f}x"
+
+
+def summary(before: Generator, after: Generator) -> str:
+    """Before and after: channels per layer, parameters, MACs, ratio."""
+    names = ["input", "conv1", *(f"convs.{i}" for i in range(len(before.convs)))]
+    rows = [("", "before", "after", "ratio")]
+    for name, old, new in zip(names, before.channels, after.channels, strict=True):
+        rows.append((f"channels of {name}", f"{old}", f"{new}", _factor(old, new)))
+    for what, count in (("parameters", parameters), ("MACs per image", macs)):
+        old, new = count(before), count(after)
+        rows.append((what, f"{old:,}", f"{new:,}", _factor(old, new)))
+    return "\n".join(f"{a:<22} {b:>16} {c:>16} {d:>8}" for a, b, c, d in rows)
+
+
+def _layer_row(old: LayerCost, new: LayerCost) -> str:
+    shape = f"{old.in_channels}>{old.out_channels}", f"{new.in_channels}>{new.out_channels}"
+    saved = _factor(old.macs, new.macs) if old.macs else ""
+    return (
+        f"{old.name:<10} {old.side or '':>5} {shape[0]:>9} {shape[1]:>9}"
+        f" {old.parameters:>11,} {new.parameters:>11,} {old.macs:>15,} {new.macs:>14,} {saved:>7}"
+    )
+
+
+def details(before: Generator, after: Generator) -> str:
+    """Width, parameters and MACs of every layer, before and after."""
+    head = (
+        f"{'layer':<10} {'px':>5} {'in>out':>9} {'after':>9}"
+        f" {'parameters':>11} {'after':>11} {'MACs':>15} {'after':>14} {'ratio':>7}"
+    )
+    costs = zip(layer_costs(before), layer_costs(after), strict=True)
+    return "\n".join([head, *(_layer_row(old, new) for old, new in costs)])
+
+
+def score_table(scores: Scores, keep: Sequence[torch.Tensor]) -> str:
+    """Range of the removed and of the kept scores of every channel group."""
+    lines = [f"{'group':<6} {'removed':>8} {'with scores from .. to':>26} {'kept':>6} {'':>26}"]
+    for i, (values, mask) in enumerate(zip(scores, keep, strict=True)):
+        cells = []
+        for part in (values[~mask], values[mask]):
+            low, high = (part.min(), part.max()) if len(part) else (math.nan, math.nan)
+            cells += [f"{len(part)}", f"{low:.4g} .. {high:.4g}" if len(part) else ""]
+        lines.append(f"{i:<6} {cells[0]:>8} {cells[1]:>26} {cells[2]:>6} {cells[3]:>26}")
+    return "\n".join(lines)
+
+
+def config_of(args: argparse.Namespace, before: Generator, after: Generator) -> dict[str, Any]:
+    """What the checkpoint remembers of its making, in plain values."""
+    return {
+        "metric": args.metric,
+        "remove_ratio": args.remove_ratio,
+        "seed": args.seed,
+        "n_sample": args.n_sample,
+        "batch_size": args.batch_size,
+        "noise_prob": args.noise_prob,
+        "source": args.ckpt.name,
+        "parser": args.parser_ckpt.name if METRICS[args.metric].needs_parser else "",
+        "channels_before": list(before.channels),
+        "channels_after": list(after.channels),
+    }
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prune and save.
+
+    Raises:
+        ValueError: naming the flag or file.
+    """
+    args.device = pick_device(args.device)
+    generator, others = load_full_size(args)
+    target = target_path(args, generator.size)
+    parser = load_content_parser(args)
+    scores = score(args, generator, parser)
+    keep = select_channels(scores, args.remove_ratio)
+    pruned = prune_generator(generator, keep)
+    if args.info_print:
+        print(f"{details(generator, pruned)}\n\n{score_table(scores, keep)}\n")
+    print(summary(generator, pruned))
+    config = config_of(args, generator, pruned)
+    checkpoint.save(target, {"g": pruned, "g_ema": pruned, **others, "config": config})
+    print(f"saved {target}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        print(f"prune.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
