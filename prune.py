@@ -6,13 +6,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from Model import checkpoint
 from Model.generator import Generator
+from Util.cli import OneLineParser, at_least, blame, fraction
 from Util.complexity import LayerCost, layer_costs, macs, parameters
 from Util.content import ContentParser
 from Util.device import pick_device
@@ -36,42 +37,6 @@ examples:
   python3 prune.py --ckpt FILE --metric l1_out --out small.pt
       prunes by weights alone, without a face parser
 """
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Reports a mistake in one line instead of the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message and exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def at_least(low: int) -> Any:
-    """Argument type: an integer that is not below a limit."""
-
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value} is not at least {low}")
-        return value
-
-    return integer
-
-
-def ratio(text: str) -> float:
-    """Argument type: a fraction in [0, 1)."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1, such as 0.7")
-    return value
-
-
-def probability(text: str) -> float:
-    """Argument type: a fraction in (0, 1]."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1, such as 0.05")
-    return value
 
 
 def build_parser() -> OneLineParser:
@@ -107,7 +72,7 @@ def _add_published_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--remove_ratio",
-        type=ratio,
+        type=fraction(high_open=True),
         default=0.7,
         metavar="R",
         help="fraction of every layer's channels to remove, in [0, 1) (default: %(default)s)",
@@ -130,7 +95,7 @@ def _add_published_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--noise_prob",
-        type=probability,
+        type=fraction(low_open=True),
         default=0.05,
         metavar="P",
         help="fraction of the content's pixels that are noised, in (0, 1] (default: %(default)s)",
@@ -184,11 +149,9 @@ def load_full_size(args: argparse.Namespace) -> tuple[Generator, Mapping[str, An
     """
     if not args.ckpt.is_file() and args.ckpt == BUNDLED_MODEL:
         raise ValueError(f"--ckpt: the bundled model {args.ckpt} is missing; name a checkpoint")
-    try:
+    with blame("--ckpt"):
         content = checkpoint.read(args.ckpt)
         generator = checkpoint.load_generator(args.ckpt, device=args.device)
-    except checkpoint.CheckpointError as error:
-        raise ValueError(f"--ckpt {error}") from None
     if args.generated_img_size not in (None, generator.size):
         raise ValueError(
             f"--generated_img_size {args.generated_img_size} contradicts {args.ckpt}, whose"
@@ -214,10 +177,8 @@ def load_content_parser(args: argparse.Namespace) -> ContentParser | None:
             " github.com/zllrunning/face-parsing.PyTorch there, name another parser, or take a"
             " --metric that needs none"
         )
-    try:
+    with blame("--parser_ckpt"):
         network = checkpoint.load_face_parser(args.parser_ckpt, args.device)
-    except checkpoint.CheckpointError as error:
-        raise ValueError(f"--parser_ckpt {error}") from None
     # Without clothes among the classes, only the background is no content.
     return ContentParser(network, (0, 16) if network.n_classes == 19 else (0,))
 

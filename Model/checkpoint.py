@@ -67,10 +67,10 @@ def _unsafe_name(error: Exception) -> str:
     return match.group(1) if match else text.splitlines()[0][:120]
 
 
-def _state_dict(source: PathOrDict, key: str) -> tuple[StateDict, str]:
+def _state_dict(source: PathOrDict, key: str, name: str = "") -> tuple[StateDict, str]:
     """Take one network's tensors and a name for messages out of a checkpoint."""
     content = read(source)
-    name = "checkpoint" if isinstance(source, Mapping) else str(source)
+    name = name or ("checkpoint" if isinstance(source, Mapping) else str(source))
     state = content.get(key)
     if not isinstance(state, Mapping):
         raise CheckpointError(
@@ -199,15 +199,13 @@ def load_face_parser(source: PathOrDict, device: str | torch.device = "cpu") -> 
         CheckpointError: see the module.
     """
     content = read(source)
-    config: Mapping[str, Any] = {}
+    config: Any = {}
     if "parser" in content:
-        found = content.get("config", {})
-        config = found if isinstance(found, Mapping) else {}
+        config = content.get("config", {})
     else:
         content = {"parser": content}
-    state, name = _state_dict(content, "parser")
-    if not isinstance(source, Mapping):
-        name = f"{source}: face parser"
+    name = "checkpoint" if isinstance(source, Mapping) else str(source)
+    state, name = _state_dict(content, "parser", name)
     n_classes = _shape(state, "conv_out.conv_out.weight", 4, name)[0]
     width = _shape(state, "cp.resnet.conv1.weight", 4, name)[0]
     try:

@@ -144,11 +144,11 @@ def error_of(capsys, call):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--remove_ratio", "1"], "--remove_ratio: 1 is not at least 0 and below 1"),
+        (["--remove_ratio", "1"], "--remove_ratio: 1 is not in [0, 1)"),
         (["--remove_ratio", "nan"], "--remove_ratio: nan is not"),
         (["--n_sample", "0"], "--n_sample: 0 is not at least 1"),
         (["--batch_size", "x"], "--batch_size: invalid integer value: 'x'"),
-        (["--noise_prob", "0"], "--noise_prob: 0 is not above 0"),
+        (["--noise_prob", "0"], "--noise_prob: 0 is not in (0, 1]"),
         (["--seed", "-1"], "--seed: -1 is not at least 0"),
         (["--metric", "l3"], "--metric: invalid choice: 'l3'"),
         (["--device", "tpu"], "--device tpu: unknown"),
