@@ -14,7 +14,8 @@ import torch
 import prune
 import train
 from Dataset import toon_faces
-from Model.checkpoint import atomic_path, load_face_parser, load_generator
+from Model.checkpoint import load_face_parser, load_generator
+from Model.files import atomic_path
 from Model.generator import Generator
 from Util.cli import OneLineParser, at_least
 from Util.comparison import content_l1, render, side_by_side
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--iter", type=at_least(1), default=1500, help="retraining iterations")
     args = parser.parse_args(argv)
     out, start = args.out, time.perf_counter()
-    data, pruned, run = out / "toon_faces_64", out / "pruned.pt", out / "run"
+    data, pruned, run = out / "toon_faces_64px", out / "pruned.pt", out / "run"
 
     step(
         "python3 -m Dataset.toon_faces",

@@ -30,7 +30,7 @@ EXAMPLES = """examples:
     python3 train.py --path FFHQ_LMDB --size 256 --ckpt Model/pruned_model/PRUNED.pt \\
         --teacher_ckpt Model/full_size_model/256px_full_size.pt --iter 450001 --batch_size 16
   train a small full-size model from scratch:
-    python3 train.py --path Dataset/toon_faces_64/images --size 64 --style_dim 128 --n_mlp 4 \\
+    python3 train.py --path Dataset/toon_faces_64px/images --size 64 --style_dim 128 --n_mlp 4 \\
         --channels 64,64,64,64,64,64,32,32,16,16 --batch_size 32 --r1 0.1 --iter 10000
 Every default and its reason: train_hyperparams.py"""
 

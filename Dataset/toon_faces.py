@@ -18,9 +18,12 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import cache
+from importlib.resources import files
+from multiprocessing import get_context
 from os import cpu_count
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from numpy.random import Generator
 from PIL import Image
 from tqdm import tqdm
 
-from Model.checkpoint import atomic_path
+from Model.files import atomic_path
 from Util.cli import OneLineParser, at_least
 
 VERSION = 1
@@ -86,19 +89,25 @@ def _between(rng: Generator, palette: Sequence[str], spread: float = 0.04) -> st
     return _hex(((1 - t) * a + t * b) / 255 + rng.normal(0, spread, 3))
 
 
-@cache
-def _style() -> Any:
-    """The avatar style, read once per process."""
+@contextmanager
+def _installed() -> Iterator[None]:
+    """Say how to install a package that the block fails to import."""
     try:
-        from importlib.resources import files
-
-        from dicebear import Style
-
-        text = files("dicebear_styles").joinpath("toon-head.json").read_text("utf-8")
+        yield
     except ImportError as error:
         raise ToonFacesError(
             f"{error.name} is not installed; run: pip install -r requirements.txt"
         ) from None
+
+
+@cache
+def _style() -> Any:
+    """The avatar style, read once per process."""
+    with _installed():
+        import dicebear_styles
+        from dicebear import Style
+
+    text = files(dicebear_styles).joinpath("toon-head.json").read_text("utf-8")
     return Style(json.loads(text))
 
 
@@ -215,7 +224,8 @@ def _background(rng: Generator) -> tuple[str, str]:
 
 
 def _rasterise(svg: str, side: int) -> Image.Image:
-    import resvg_py
+    with _installed():
+        import resvg_py
 
     data = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, skip_system_fonts=True))
     return Image.open(io.BytesIO(data)).convert("RGB")
@@ -331,11 +341,13 @@ def render_dataset(
         ToonFacesError: a package is missing, or the folder holds a set of other settings.
     """
     out = Path(out)
-    _style()
+    render(start, 8, seed)  # a missing package shows here, not in every worker
     settings = {"set": "toon_faces", "version": VERSION, "size": size, "seed": seed}
     attribution = 'remix of "ToonHead" by Johan Melin (https://www.johanmelin.com), CC BY 4.0'
     _check_settings(out, settings | {"labels": labels, "attribution": attribution})
     there = {path.stem for path in (out / "images").glob("*.png")}
+    if labels:
+        there &= {path.stem for path in (out / "labels").glob("*.png")}
     missing = [i for i in range(start, start + n) if f"{i:08d}" not in there]
     if not missing:
         return out
@@ -344,10 +356,15 @@ def render_dataset(
     bar = tqdm(
         total=n, initial=n - len(missing), unit="img", desc="rendering", disable=not progress
     )
-    with ProcessPoolExecutor(workers) as pool, bar:
+    # Spawned, not forked: a fork of a process that has used PyTorch's threads may hang.
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool, bar:
         jobs = [pool.submit(_render_files, out, chunk, size, seed, labels) for chunk in chunks]
-        for job in as_completed(jobs):
-            bar.update(job.result())
+        try:
+            for job in as_completed(jobs):
+                bar.update(job.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return out
 
 
@@ -357,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m Dataset.toon_faces",
         description="Render toon portraits on busy backgrounds, with label maps in the 19 classes"
         " of CelebAMask-HQ. What a folder holds already is not rendered again.",
-        epilog="example: python -m Dataset.toon_faces --out Dataset/toon_faces_64 --n 20000",
+        epilog="example: python -m Dataset.toon_faces --out Dataset/toon_faces_64px --n 20000",
     )
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="folder for images/ and labels/")

@@ -8,9 +8,7 @@ pickle that would run code is refused, whoever made it.
 import os
 import pickle
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from Model.discriminator import Discriminator
 from Model.face_parser import BiSeNet
+from Model.files import atomic_path
 from Model.generator import Generator
 
 PathOrDict = str | os.PathLike[str] | Mapping[str, Any]
@@ -214,34 +213,6 @@ def load_face_parser(source: PathOrDict, device: str | torch.device = "cpu") -> 
         raise CheckpointError(f"{name}: its config does not fit ({error})") from None
     _load_strict(network, state, name)
     return network.to(device).eval().requires_grad_(False)
-
-
-@contextmanager
-def atomic_path(path: str | os.PathLike[str], flush: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces it when the block ends well.
-
-    On an error the temporary file is removed and ``path`` keeps what it had. Without ``flush`` the
-    file may be empty after a power failure; for files that are cheap to make again.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix
-    )
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        if flush:
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-        # mkstemp makes files private; a result gets the permissions of any new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from Model.checkpoint import atomic_path
+from Model.files import atomic_path
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from Model.checkpoint import atomic_path
+from Model.files import atomic_path
 from Util.cli import OneLineParser
 from Util.run_log import read_metrics
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from Model import checkpoint
+from Model.files import atomic_path
 
 
 class RunLog:
@@ -40,7 +40,7 @@ class RunLog:
             "command": sys.argv,
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         }
-        with checkpoint.atomic_path(self.folder / "config.json") as temporary:
+        with atomic_path(self.folder / "config.json") as temporary:
             temporary.write_text(json.dumps(facts, indent=2) + "\n")
 
     def metrics(self, values: Mapping[str, float | int]) -> None:
