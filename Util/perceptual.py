@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import warnings
 from pathlib import Path
 
 import torch
@@ -55,7 +56,9 @@ def load_lpips(name: str, trunk: str | Path | None = None) -> nn.Module:
     """
     import lpips
 
-    with contextlib.redirect_stdout(io.StringIO()):  # the package announces itself
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        # The package announces itself, and calls torchvision in an outdated way.
+        warnings.simplefilter("ignore")
         if trunk:
             network = lpips.LPIPS(net=name, pnet_rand=True, verbose=False)
             _fill_trunk(network.net, read(trunk), str(trunk), LPIPS_TRUNKS[name])

@@ -1,0 +1,70 @@
+import pytest
+import torch
+import torchvision
+
+from Model.checkpoint import CheckpointError
+from Model.face_parser import BiSeNet
+from Util.content import ContentParser
+from Util.perceptual import LPIPS_TRUNKS, ParserDistance, load_lpips
+
+
+def images():
+    return torch.rand(2, 2, 3, 32, 32).mul(2).sub(1).unbind(0)
+
+
+def parser_distance():
+    return ParserDistance(ContentParser(BiSeNet(width=4, stem_stride=2, input_size=32)))
+
+
+def test_parser_distance_is_a_differentiable_distance():
+    distance = parser_distance()
+    a, b = images()
+    torch.testing.assert_close(distance(a, a), torch.zeros(2))
+    torch.testing.assert_close(distance(a, b), distance(b, a))
+    assert (distance(a, b) > 0).all()
+    a.requires_grad_()
+    distance(a, b).sum().backward()
+    assert a.grad.abs().max() > 0
+    assert all(p.grad is None for p in distance.parameters())
+
+
+def test_parser_distance_of_a_pair_ignores_the_batch():
+    distance = parser_distance()
+    a, b = images()
+    torch.testing.assert_close(distance(a, b)[:1], distance(a[:1], b[:1]))
+
+
+def test_lpips_trunk_comes_from_a_torchvision_file(tmp_path):
+    # The smallest of the three; the mapping of names is the same for all.
+    network = getattr(torchvision.models, LPIPS_TRUNKS["squeeze"])(weights=None)
+    torch.save(network.state_dict(), tmp_path / "squeeze.pth")
+    lpips = load_lpips("squeeze", tmp_path / "squeeze.pth")
+    weight = network.state_dict()["features.3.squeeze.weight"]
+    torch.testing.assert_close(lpips.state_dict()["net.slice2.3.squeeze.weight"], weight)
+    a, b = images()
+    assert lpips(a, a).abs().max() < 1e-6
+    assert (lpips(a, b) > 0).all()
+    torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "wrong.pth")
+    with pytest.raises(CheckpointError, match="expected torchvision's squeezenet1_1"):
+        load_lpips("squeeze", tmp_path / "wrong.pth")
+
+
+@pytest.mark.parametrize("name", list(LPIPS_TRUNKS))
+def test_every_lpips_trunk_maps_onto_torchvision(name):
+    lpips = pytest.importorskip("lpips")
+    with torch.device("meta"):
+        source = getattr(torchvision.models, LPIPS_TRUNKS[name])(weights=None).state_dict()
+        net = lpips.LPIPS(net=name, pnet_rand=True, pretrained=False, verbose=False).net
+    for key, value in net.state_dict().items():
+        assert source["features." + key.split(".", 1)[1]].shape == value.shape
+
+
+def test_a_failed_download_says_what_to_do(monkeypatch):
+    lpips = pytest.importorskip("lpips")
+
+    def offline(**_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(lpips, "LPIPS", offline)
+    with pytest.raises(CheckpointError, match=r"--perceptual vgg: .*take --perceptual parser"):
+        load_lpips("vgg")
