@@ -3,8 +3,8 @@
 import argparse
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ from Dataset.images import EndlessBatches, Images, endless_loader
 from Model import checkpoint
 from Model.discriminator import Discriminator
 from Model.generator import Generator, resolution_log2
-from train_hyperparams import TrainConfig, add_flags
-from Util import pictures
+from train_hyperparams import TrainConfig, add_flags, check_ranges
+from Util import distributed, pictures
 from Util.cli import OneLineParser, blame
+from Util.comparison import render
 from Util.content import ContentParser
-from Util.device import pick_device
+from Util.device import peak_memory_gib, pick_device
 from Util.losses import Perceptual
 from Util.perceptual import ParserDistance, load_lpips
-from Util.run_log import RunLog
+from Util.run_log import RunLog, newest_checkpoint, read_config
+from Util.stopping import StopRequest
 from Util.training import NonFiniteError, Teacher, Trainer, train
 
 EXAMPLES = """examples:
@@ -35,8 +37,12 @@ EXAMPLES = """examples:
 Every default and its reason: train_hyperparams.py"""
 
 
-def parse_config(argv: list[str] | None) -> TrainConfig:
-    """Read the flags into a `TrainConfig`."""
+def parse_config(argv: Sequence[str] | None) -> TrainConfig:
+    """Read the flags into a `TrainConfig`; --resume takes the settings of its run as defaults.
+
+    Raises:
+        ValueError: names the flag, the value and what to do.
+    """
     parser = OneLineParser(
         prog="train.py",
         description=__doc__,
@@ -44,9 +50,27 @@ def parse_config(argv: list[str] | None) -> TrainConfig:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_flags(parser)
-    config = TrainConfig(**vars(parser.parse_args(argv)))
+    args = parser.parse_args(argv)
+    if args.resume:
+        folder = run_folder(args.resume)
+        with blame("--resume"):
+            saved = read_config(folder)
+        known = {item.name for item in fields(TrainConfig)}
+        parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
+        parser.set_defaults(out=str(folder))
+        args = parser.parse_args(argv)
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()
+    }
+    config = TrainConfig(**values)
     check_config(config)
     return config
+
+
+def run_folder(resume: str) -> Path:
+    """Folder of the run that --resume names, by itself or by one of its checkpoints."""
+    path = Path(resume)
+    return path.parent.parent if path.is_file() else path
 
 
 def check_config(config: TrainConfig) -> None:
@@ -55,44 +79,19 @@ def check_config(config: TrainConfig) -> None:
     Raises:
         ValueError: names the flag, the value and what to do.
     """
+    check_ranges(config)
     if not config.path:
         raise ValueError("--path is missing; give a folder of training images or an LMDB")
-    positive = (
-        "iter",
-        "batch_size",
-        "lr",
-        "path_batch_shrink",
-        "d_reg_every",
-        "g_reg_every",
-        "n_sample",
-        "log_freq",
-        "style_dim",
-        "n_mlp",
-    )
-    for name in positive:
-        if getattr(config, name) <= 0:
-            raise ValueError(f"--{name} must be positive, not {getattr(config, name)}")
-    not_negative = (
-        "r1",
-        "path_regularize",
-        "kd_l1_lambda",
-        "kd_lpips_lambda",
-        "workers",
-        "val_sample_freq",
-        "model_save_freq",
-        "size",
-    )
-    for name in not_negative:
-        if getattr(config, name) < 0:
-            raise ValueError(f"--{name} must not be negative, not {getattr(config, name)}")
-    if not 0 <= config.mixing <= 1:
-        raise ValueError(f"--mixing is a probability in [0, 1], not {config.mixing}")
-    if not 0 <= config.ema_decay < 1:
-        raise ValueError(f"--ema_decay must be in [0, 1), not {config.ema_decay}")
     if config.size:
         resolution_log2(config.size)
     if config.load_train_state and not config.ckpt:
         raise ValueError("--load_train_state goes with --ckpt; name the checkpoint to go on from")
+    processes = distributed.launched_processes()
+    if config.batch_size % processes:
+        raise ValueError(
+            f"--batch_size {config.batch_size} is the global one; it must be divisible by the"
+            f" {processes} processes"
+        )
 
 
 def make_networks(
@@ -140,80 +139,149 @@ def make_teacher(config: TrainConfig, size: int, device: torch.device) -> Teache
 
 def make_trainer(config: TrainConfig, device: torch.device) -> Trainer:
     """Build networks, teacher and optimisers, and take up a saved state if asked."""
-    with blame("--ckpt" if config.ckpt else "--size and --channels:"):
-        content = checkpoint.read(config.ckpt) if config.ckpt else {}
+    source, resume = config.ckpt, config.load_train_state
+    if config.resume:
+        file = Path(config.resume)
+        newest = file if file.is_file() else newest_checkpoint(file)
+        # A run that was ended before its first checkpoint starts again as it did.
+        source, resume = (str(newest), True) if newest else (source, resume)
+    torch.manual_seed(config.seed)
+    with blame("--ckpt" if source else "--size and --channels:"):
+        content = checkpoint.read(source) if source else {}
         if content and "d" not in content and config.teacher_ckpt:
             content["d"] = checkpoint.read(config.teacher_ckpt).get("d")
         generator, g_ema, discriminator = make_networks(config, content)
     teacher = make_teacher(config, generator.size, device)
     trainer = Trainer(generator, discriminator, config, device, teacher, g_ema)
-    if config.load_train_state:
-        with blame(f"--ckpt {config.ckpt}:"):
+    if distributed.world_size() > 1:
+        torch.manual_seed(config.seed * distributed.world_size() + distributed.rank() + 1)
+    if resume:
+        with blame(f"--ckpt {source}:"):
             trainer.load_state(content)
     return trainer
 
 
-def run(config: TrainConfig) -> Path:
-    """Train as configured; returns the run's folder."""
-    device = pick_device(config.device)
-    torch.manual_seed(config.seed)
-    trainer = make_trainer(config, device)
-    size = trainer.generator.size
-    images = Images(config.path, size)
-    config = replace(
-        config,
-        size=size,
-        channels=trainer.generator.channels,
-        out=config.out or time.strftime("runs/%Y%m%d-%H%M%S"),
+def open_data(config: TrainConfig, trainer: Trainer) -> Iterator[torch.Tensor]:
+    """This process's share of the endless stream of batches, from where the run is."""
+    images = Images(config.path, trainer.generator.size)
+    stream = EndlessBatches(
+        len(images),
+        config.batch_size,
+        config.seed,
+        trainer.images_seen,
+        config.mirror,
+        distributed.rank(),
+        distributed.world_size(),
     )
-    log = RunLog(config.out, asdict(config), config.load_train_state)
-    sample_z = torch.randn(
+    return endless_loader(images, stream, config.workers, trainer.device.type == "cuda")
+
+
+def event_handler(
+    config: TrainConfig, trainer: Trainer, log: RunLog | None, bar: tqdm
+) -> Callable[[str], None]:
+    """What happens at the events of `train`; all processes take part, one writes."""
+    z = torch.randn(
         config.n_sample,
         trainer.generator.style_dim,
         generator=torch.Generator().manual_seed(config.seed),
-    ).to(device)
-    start = trainer.iteration * config.batch_size
-    stream = EndlessBatches(len(images), config.batch_size, config.seed, start, config.mirror)
-    batches = endless_loader(images, stream, config.workers, device.type == "cuda")
-    print(
-        f"{len(images)} images, {size} px; generator {trainer.generator.channels}; {device};"
-        f" run folder {log.folder}"
     )
 
-    bar = tqdm(total=config.iter, initial=trainer.iteration, unit="it", dynamic_ncols=True)
-
-    def on_event(name: str, metrics: dict[str, float]) -> None:
-        iteration = trainer.iteration
-        if name == "log":
-            log.metrics({"iteration": iteration, **metrics})
+    def write_metrics() -> None:
+        metrics = trainer.averages.flush() | {"peak_memory_gib": peak_memory_gib(trainer.device)}
+        if log:
+            log.metrics(trainer.iteration, metrics)
             shown = ("d_loss", "g_loss", "kd_l1", "kd_lpips")
             bar.set_postfix({k: f"{metrics[k]:.3f}" for k in shown if k in metrics})
-        elif name == "sample":
-            with torch.no_grad():
-                samples = trainer.g_ema([sample_z], randomize_noise=False)
-            pictures.save_png(log.sample_path(iteration), pictures.grid(samples))
-        else:
-            checkpoint.save(log.checkpoint_path(iteration), trainer.state())
 
+    def write_samples() -> None:
+        if log:
+            samples = render(trainer.g_ema, z.to(trainer.device))
+            log.samples(trainer.iteration, pictures.grid(samples))
+
+    def write_checkpoint() -> None:
+        state = trainer.state()
+        if log:
+            log.checkpoint(trainer.iteration, state)
+
+    handlers = {"log": write_metrics, "sample": write_samples, "checkpoint": write_checkpoint}
+
+    def on_event(name: str) -> None:
+        if name == "iteration":
+            bar.update()
+        else:
+            handlers[name]()
+
+    return on_event
+
+
+def run(config: TrainConfig) -> int:
+    """Train as configured; returns the exit code."""
+    device = distributed.join(training_device(config))
+    trainer = make_trainer(config, device)
+    batches = open_data(config, trainer)
+    generator = trainer.generator
+    config = replace(
+        config,
+        size=generator.size,
+        channels=generator.channels,
+        out=config.out or time.strftime("runs/%Y%m%d-%H%M%S"),
+    )
+    log = None
+    if distributed.rank() == 0:
+        going_on = trainer.iteration if config.resume or config.load_train_state else None
+        log = RunLog(config.out, asdict(config), going_on, config.keep_checkpoints)
+        print(
+            f"{config.path}: {config.size} px; generator {config.channels};"
+            f" {distributed.world_size()} x {device.type}; run folder {config.out}"
+        )
+    bar = tqdm(
+        total=config.iter, initial=trainer.iteration, unit="it", dynamic_ncols=True, disable=not log
+    )
+    on_event = event_handler(config, trainer, log, bar)
     every = {
+        "iteration": 1,
         "log": config.log_freq,
         "sample": config.val_sample_freq,
         "checkpoint": config.model_save_freq,
     }
-    with bar:
-        train(trainer, batches, config.iter, every, on_event, lambda: bar.update())
-    return log.folder
+    with bar, StopRequest() as stop:
+        try:
+            train(trainer, batches, config.iter, every, on_event, stop)
+        except NonFiniteError as error:
+            kept = Path(config.out) / f"before_non_finite_{trainer.iteration:06d}.pt"
+            checkpoint.save(kept, trainer.state(together=False))
+            raise NonFiniteError(f"{error} (the state before it: {kept})") from None
+        stopped = trainer.iteration < config.iter
+        if stopped:
+            on_event("checkpoint")
+    if log:
+        log.close()
+        end = f"stopped at iteration {trainer.iteration}; go on with --resume {config.out}"
+        print(end if stopped else f"done: {config.out}")
+    return 128 + stop.signal if stopped else 0
 
 
-def main(argv: list[str] | None = None) -> int:
+def training_device(config: TrainConfig) -> torch.device:
+    """The device of --device; auto means primary_device where there is CUDA."""
+    if config.device == "auto" and torch.cuda.is_available():
+        return pick_device(config.primary_device)
+    return pick_device(config.device)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry."""
     try:
-        folder = run(parse_config(argv))
+        config = parse_config(argv)
+        several = len(config.gpu_device_ids) > 1 and config.device == "auto"
+        if several and not distributed.launched() and torch.cuda.is_available():
+            flags = sys.argv[1:] if argv is None else argv
+            distributed.relaunch(__file__, flags, config.gpu_device_ids)
+        return run(config)
     except (ValueError, NonFiniteError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
-    print(f"done: {folder}")
-    return 0
+    finally:
+        distributed.leave()
 
 
 if __name__ == "__main__":

@@ -15,9 +15,16 @@ from Util.cli import boolean, integers
 PARSER_CKPT = "Model/parser_model/79999_iter.pth"
 
 
-def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field with the help text and the choices of its flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def setting(
+    default: Any,
+    help: str,
+    choices: Sequence[str] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A dataclass field with the help text, the choices and the range of its flag."""
+    limits = {"choices": choices, "low": low, "high": high}
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass
@@ -26,52 +33,67 @@ class TrainConfig:
 
     # What is trained on what.
     path: str = setting("", "training images: a folder, or an LMDB with keys like 256-00000")
-    size: int = setting(0, "image side in px; 0: as the checkpoint has it (64 without one)")
+    size: int = setting(0, "image side in px; 0: as the checkpoint has it (64 without one)", low=0)
     ckpt: str = setting("", "checkpoint to start from, e.g. a pruned one; empty: from scratch")
     teacher_ckpt: str = setting("", "full-size checkpoint to distil from; empty: GAN loss only")
+    resume: str = setting(
+        "", "go on with a run: its folder (newest checkpoint), or one of its checkpoints"
+    )
     load_train_state: bool = setting(
         False, "also take optimisers, iteration and random state from --ckpt"
     )
-    out: str = setting("", "folder of this run; empty: runs/DATE-TIME")
+    out: str = setting("", "folder of this run; empty: runs/DATE-TIME, or that of --resume")
 
     # Networks made from scratch. Widths: StyleGAN2's pyramid unless given.
     channels: tuple[int, ...] = setting(
         (), "generator widths a,b,... (constant input, conv1, convs.0, ...); empty: full size"
     )
-    style_dim: int = setting(512, "size of z and w")
-    n_mlp: int = setting(8, "layers of the mapping network")
+    style_dim: int = setting(512, "size of z and w", low=1)
+    n_mlp: int = setting(8, "layers of the mapping network", low=1)
 
     # Length and batch. The paper: 450,000 iterations of 16 images at 256 px.
-    iter: int = setting(450_000, "train up to this iteration")
-    batch_size: int = setting(16, "images per iteration, over all processes")
+    iter: int = setting(450_000, "train up to this iteration", low=1)
+    batch_size: int = setting(16, "images per iteration, over all processes", low=1)
     mirror: bool = setting(True, "flip training images left to right at random (faces allow it)")
 
     # Optimiser. Betas (0, 0.99), adjusted for lazy regularisation as in StyleGAN2, appendix B.
-    lr: float = setting(0.002, "learning rate of Adam")
-    mixing: float = setting(0.9, "probability of mixing two styles in a batch")
+    lr: float = setting(0.002, "learning rate of Adam", low=0)
+    mixing: float = setting(0.9, "probability of mixing two styles in a batch", low=0, high=1)
     ema_decay: float = setting(
-        0.5 ** (32 / 10_000), "decay of g_ema per iteration: half-life of 312 iterations"
+        0.5 ** (32 / 10_000),
+        "decay of g_ema per iteration: half-life of 312 iterations",
+        low=0,
+        high=1,
     )
 
     # Regularisation. R1's 10 is for 256 px; its natural scale is 0.0002 * size**2 / batch.
-    r1: float = setting(10.0, "weight of the R1 penalty")
-    path_regularize: float = setting(2.0, "weight of the path length penalty; 0: off")
-    path_batch_shrink: int = setting(2, "path length is computed on batch_size / this")
-    d_reg_every: int = setting(16, "iterations between R1 penalties")
-    g_reg_every: int = setting(4, "iterations between path length penalties")
+    r1: float = setting(10.0, "weight of the R1 penalty", low=0)
+    path_regularize: float = setting(2.0, "weight of the path length penalty; 0: off", low=0)
+    path_batch_shrink: int = setting(2, "path length is computed on batch_size / this", low=1)
+    d_reg_every: int = setting(16, "iterations between R1 penalties", low=1)
+    g_reg_every: int = setting(4, "iterations between path length penalties", low=1)
     freeze_noise: bool = setting(
         False,
         "hold layer-noise strengths at what they are (0 from scratch): noise learned early in a"
         " small run stands in for details",
     )
 
+    grad_clip: float = setting(
+        0.0, "largest norm of a phase's gradients; 0: no clipping, as in StyleGAN2", low=0
+    )
+
     # Distillation (paper, section 3.3).
-    kd_l1_lambda: float = setting(3.0, "weight of the L1 distance to the teacher's images")
-    kd_lpips_lambda: float = setting(3.0, "weight of the perceptual distance to the teacher's")
+    kd_l1_lambda: float = setting(3.0, "weight of the L1 distance to the teacher's images", low=0)
+    kd_lpips_lambda: float = setting(
+        3.0, "weight of the perceptual distance to the teacher's", low=0
+    )
     kd_mode: str = setting(
         "Output_Only",
         "compare the images, or the RGB sums of every resolution",
         ("Output_Only", "Intermediate"),
+    )
+    kd_shared_noise: bool = setting(
+        False, "student and teacher see the same layer noise; the paper's draw theirs separately"
     )
     content_aware_KD: bool = setting(True, "distil only inside the teacher's content mask")
     parser_ckpt: str = setting(PARSER_CKPT, "face parser that makes the mask")
@@ -86,16 +108,21 @@ class TrainConfig:
     )
 
     # What is written, and when.
-    n_sample: int = setting(25, "images in a sample grid")
-    val_sample_freq: int = setting(1000, "iterations between sample grids; 0: none")
-    model_save_freq: int = setting(10_000, "iterations between checkpoints; 0: only the last")
-    log_freq: int = setting(50, "iterations between lines of metrics.jsonl")
+    n_sample: int = setting(25, "images in a sample grid", low=1)
+    val_sample_freq: int = setting(1000, "iterations between sample grids; 0: only the last", low=0)
+    model_save_freq: int = setting(
+        10_000, "iterations between checkpoints; 0: only the last", low=0
+    )
+    keep_checkpoints: int = setting(0, "newest checkpoints of the run that stay; 0: all", low=0)
+    log_freq: int = setting(50, "iterations between lines of metrics.jsonl", low=1)
 
     # Where it runs.
     device: str = setting("auto", "auto (primary_device if CUDA is there, else cpu), cpu, cuda:N")
-    gpu_device_ids: tuple[int, ...] = setting((0,), "GPUs of a run, by index")
+    gpu_device_ids: tuple[int, ...] = setting(
+        (0,), "GPUs of a run, by index; several start one process on each"
+    )
     primary_device: str = setting("cuda:0", "the GPU that auto takes")
-    workers: int = setting(2, "data loading processes; 0: load in the training process")
+    workers: int = setting(2, "data loading processes; 0: load in the training process", low=0)
     seed: int = setting(0, "seed of networks, latents and data order")
 
 
@@ -118,3 +145,17 @@ def add_flags(parser: argparse.ArgumentParser, config: type = TrainConfig) -> No
         elif get_origin(kind) is tuple and get_args(kind)[0] is int:
             options |= {"type": integers, "metavar": "N,N,..."}
         parser.add_argument(f"--{item.name}", **options)
+
+
+def check_ranges(config: TrainConfig) -> None:
+    """Refuse values out of the range of their setting.
+
+    Raises:
+        ValueError: names the flag, the value and the limit.
+    """
+    for item in fields(config):
+        value, low, high = getattr(config, item.name), item.metadata["low"], item.metadata["high"]
+        if low is not None and value < low:
+            raise ValueError(f"--{item.name} must be at least {low}, not {value}")
+        if high is not None and value > high:
+            raise ValueError(f"--{item.name} must be at most {high}, not {value}")

@@ -222,6 +222,9 @@ def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
         path: target; missing folders are made.
         content: networks (`torch.nn.Module`, stored as CPU state dicts), state dicts, and plain
             containers of numbers, strings and tensors.
+
+    Raises:
+        OSError: the file could not be written; what was there is still there.
     """
     plain = {
         key: {k: v.detach().cpu() for k, v in value.state_dict().items()}
@@ -229,5 +232,9 @@ def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
         else value
         for key, value in content.items()
     }
-    with atomic_path(path) as temporary:
-        torch.save(plain, temporary)
+    try:
+        with atomic_path(path) as temporary:
+            torch.save(plain, temporary)
+    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path}: could not be written ({reason}); is the disk full?") from error

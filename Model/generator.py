@@ -100,11 +100,11 @@ class Generator(nn.Module):
         """The stored noise maps, (1, 1, h, w) each, in layer order."""
         return [getattr(self.noises, f"noise_{i}") for i in range(self.n_latent - 1)]
 
-    def make_noise(self) -> list[Tensor]:
-        """Draw one (1, 1, h, w) standard normal noise map per styled convolution."""
+    def make_noise(self, n: int = 1) -> list[Tensor]:
+        """Draw (n, 1, h, w) standard normal noise maps, one list entry per styled convolution."""
         device = self.input.input.device
         sides = [4] + [2 ** (3 + i // 2) for i in range(self.n_latent - 2)]
-        return [torch.randn(1, 1, side, side, device=device) for side in sides]
+        return [torch.randn(n, 1, side, side, device=device) for side in sides]
 
     def mapping(self, z: Tensor) -> Tensor:
         """Map latents z (N, style_dim) to w (N, style_dim)."""

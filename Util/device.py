@@ -1,6 +1,8 @@
 """The device that a script's --device flag means."""
 
 import re
+import resource
+import sys
 
 import torch
 
@@ -27,3 +29,11 @@ def pick_device(name: str) -> torch.device:
     if (device.index or 0) >= count:
         raise ValueError(f"--device {name}: there are {count} GPUs, cuda:0 to cuda:{count - 1}")
     return device
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far, in GiB: by PyTorch on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,24 +1,68 @@
-"""Averages over processes; every function is a no-op in a run of one process."""
+"""Several processes: start, averages, agreement. Everything is a no-op in a run of one process."""
 
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.nn.functional import all_reduce
 
 
 def world_size() -> int:
     """Number of processes of this run."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size()
-    return 1
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this process; 0 logs and saves."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def launched_processes() -> int:
+    """Number of processes that torchrun (or anything that sets its variables) started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched() -> bool:
+    """Whether this process is one of several."""
+    return launched_processes() > 1
+
+
+def relaunch(script: str, argv: Sequence[str], gpus: Sequence[int]) -> NoReturn:
+    """Replace this process by PyTorch's launcher, with one process per listed GPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(gpus)}"]
+    os.execv(sys.executable, [sys.executable, *launcher, script, *argv])
+
+
+def join(device: torch.device) -> torch.device:
+    """Join the process group that the launcher describes: nccl on GPUs, gloo on CPUs.
+
+    Returns:
+        The device of this process: of several GPUs the one of its local rank.
+    """
+    if not launched():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        distributed.init_process_group("nccl", device_id=device)
+    else:
+        distributed.init_process_group("gloo")
+    return device
+
+
+def leave() -> None:
+    """Leave the process group."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def average(values: Tensor) -> Tensor:
-    """Mean of a tensor over the processes, in place."""
-    if world_size() > 1:
-        distributed.all_reduce(values)
-        values /= world_size()
-    return values
+    """Mean of a tensor over the processes; gradients flow into every process's share."""
+    return values if world_size() == 1 else all_reduce(values) / world_size()
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -29,6 +73,26 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     grads = [p.grad for p in parameters if p.grad is not None]
     if world_size() == 1 or not grads:
         return
-    flat = average(torch.cat([g.flatten() for g in grads]))
-    for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+    flat = torch.cat([grad.flatten() for grad in grads])
+    distributed.all_reduce(flat)
+    flat /= world_size()
+    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
         grad.copy_(part.view_as(grad))
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is up in any process."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(float(flag), device=device)
+    distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every process, in rank order, in every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values

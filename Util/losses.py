@@ -41,6 +41,7 @@ def path_length_penalty(
     mean_length: Tensor,
     decay: float = 0.01,
     noise: Tensor | None = None,
+    average: Callable[[Tensor], Tensor] = lambda mean: mean,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Path length regularisation (StyleGAN2, section 3.2, eq. 4).
 
@@ -50,6 +51,7 @@ def path_length_penalty(
         mean_length: running mean of the lengths, a scalar.
         decay: weight of this batch in the running mean.
         noise: (N, 3, H, W) standard normal direction in image space; drawn when None.
+        average: differentiable mean of a scalar over the processes that share the batch.
 
     Returns:
         The penalty (not weighted; it carries the gradient of the updated mean too, as in the
@@ -60,7 +62,7 @@ def path_length_penalty(
     noise = noise / math.sqrt(images.shape[2] * images.shape[3])
     (grad,) = torch.autograd.grad((images * noise).sum(), w_plus, create_graph=True)
     lengths = grad.square().sum(dim=2).mean(dim=1).sqrt()
-    updated = mean_length + decay * (lengths.mean() - mean_length)
+    updated = mean_length + decay * (average(lengths.mean()) - mean_length)
     return (lengths - updated).square().mean(), updated.detach(), lengths.detach()
 
 

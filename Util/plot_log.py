@@ -30,8 +30,6 @@ def plot(runs: Sequence[str | PathLike[str]], out: str | PathLike[str]) -> None:
 
     logs = {}
     for run in runs:
-        if not (Path(run) / "metrics.jsonl").is_file():
-            raise ValueError(f"{run}: no metrics.jsonl; give the folder of a training run")
         logs[str(run)] = read_metrics(run)
     logged = {key for rows in logs.values() for row in rows for key in row}
     panels = [(t, [k for k in keys if k in logged]) for t, keys in PANELS]

@@ -1,64 +1,164 @@
 """The folder of a training run: settings, metrics, samples, checkpoints."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from Model import checkpoint
 from Model.files import atomic_path
+from Util.pictures import save_png
+
+METRICS = "metrics.jsonl"
+TIMING = ("images_per_second", "peak_memory_gib")
+"""Metrics that differ between two runs of the same numbers."""
 
 
 class RunLog:
     """Writes one run's files.
 
-    ``config.json`` holds every setting, versions and the command line; ``metrics.jsonl`` one object
-    a line; ``samples/`` and ``checkpoints/`` are named by iteration.
+    ``config.json`` holds every setting, versions, git commit and command line; ``metrics.jsonl``
+    one object a line; ``samples/`` and ``checkpoints/`` are named by iteration. Where the package
+    tensorboard is installed, ``events/`` holds the metrics and samples for it too.
 
     Args:
         folder: made if missing.
         config: the run's settings, plain values.
-        resume: append to the metrics that are there.
+        resume_at: iteration at which a run goes on; later lines of its metrics are dropped, since
+            they will be written again. None starts a run.
+        keep: newest checkpoints that stay; 0 keeps all.
 
     Raises:
         ValueError: the folder holds a run and this is not its resumption.
     """
 
-    def __init__(self, folder: str | Path, config: Mapping[str, Any], resume: bool) -> None:
-        self.folder = Path(folder)
-        if not resume and (self.folder / "metrics.jsonl").exists():
+    def __init__(
+        self,
+        folder: str | PathLike[str],
+        config: Mapping[str, Any],
+        resume_at: int | None = None,
+        keep: int = 0,
+    ) -> None:
+        self.folder, self.keep = Path(folder), keep
+        if resume_at is None and (self.folder / METRICS).exists():
             raise ValueError(
-                f"--out {folder} holds a run already; name another folder, or go on with it by"
-                " --load_train_state and its newest checkpoint as --ckpt"
+                f"--out {folder} holds a run already; name another folder, or go on with that run"
+                f" by --resume {folder}"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "config": dict(config),
-            "command": sys.argv,
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-        }
+        if resume_at is not None:
+            self._drop_metrics_after(resume_at)
         with atomic_path(self.folder / "config.json") as temporary:
-            temporary.write_text(json.dumps(facts, indent=2) + "\n")
+            temporary.write_text(json.dumps(_facts(config), indent=2) + "\n")
+        self.events = _event_writer(self.folder / "events")
 
-    def metrics(self, values: Mapping[str, float | int]) -> None:
+    def _drop_metrics_after(self, iteration: int) -> None:
+        if not (self.folder / METRICS).exists():
+            return
+        rows = [row for row in read_metrics(self.folder) if row["iteration"] <= iteration]
+        with atomic_path(self.folder / METRICS) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def metrics(self, iteration: int, values: Mapping[str, float]) -> None:
         """Append one line to ``metrics.jsonl``."""
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(dict(values)) + "\n")
+        with open(self.folder / METRICS, "a") as file:
+            file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        if self.events is not None:
+            for key, value in values.items():
+                self.events.add_scalar(key, value, iteration)
 
-    def sample_path(self, iteration: int) -> Path:
-        """Where the sample grid of an iteration goes."""
-        return self.folder / "samples" / f"{iteration:06d}.png"
+    def samples(self, iteration: int, pixels: np.ndarray) -> None:
+        """Write a sample grid, (H, W, 3) bytes."""
+        save_png(self.folder / "samples" / f"{iteration:06d}.png", pixels)
+        if self.events is not None:
+            self.events.add_image("samples", pixels, iteration, dataformats="HWC")
 
-    def checkpoint_path(self, iteration: int) -> Path:
-        """Where the checkpoint of an iteration goes."""
-        return self.folder / "checkpoints" / f"{iteration:06d}.pt"
+    def checkpoint(self, iteration: int, content: Mapping[str, Any]) -> Path:
+        """Write a checkpoint and remove those beyond the number to keep.
+
+        Raises:
+            OSError: it could not be written; names the newest one that could.
+        """
+        path = self.folder / "checkpoints" / f"{iteration:06d}.pt"
+        try:
+            checkpoint.save(path, content)
+        except OSError as error:
+            last = newest_checkpoint(self.folder)
+            raise OSError(f"{error}; the last good checkpoint is {last or 'none'}") from None
+        if self.keep:
+            for old in checkpoints(self.folder)[: -self.keep]:
+                old.unlink()
+        return path
+
+    def close(self) -> None:
+        """Flush the event files."""
+        if self.events is not None:
+            self.events.close()
+
+
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        commit = ""
+    return {
+        "config": dict(config),
+        "command": sys.argv,
+        "commit": commit or None,
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+        },
+    }
+
+
+def _event_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))
 
 
 def read_metrics(folder: str | PathLike[str]) -> list[dict[str, float]]:
-    """All lines of a run's ``metrics.jsonl``, in order; of a repeated iteration the last counts."""
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    by_iteration = {row["iteration"]: row for row in map(json.loads, lines)}
-    return [by_iteration[i] for i in sorted(by_iteration)]
+    """All lines of a run's ``metrics.jsonl`` in order; a last line cut off by a crash is left out.
+
+    Raises:
+        ValueError: the folder holds no metrics.
+    """
+    path = Path(folder) / METRICS
+    if not path.is_file():
+        raise ValueError(f"{folder}: no {METRICS}; give the folder of a training run")
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+
+
+def read_config(folder: str | PathLike[str]) -> dict[str, Any]:
+    """The settings of a run.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no config.json; give the folder of a training run")
+    return json.loads(path.read_text())["config"]
+
+
+def checkpoints(folder: str | PathLike[str]) -> list[Path]:
+    """A run's checkpoints by iteration, oldest first."""
+    found = (Path(folder) / "checkpoints").glob("*.pt")
+    return sorted((p for p in found if p.stem.isdecimal()), key=lambda p: int(p.stem))
+
+
+def newest_checkpoint(folder: str | PathLike[str]) -> Path | None:
+    """The checkpoint of a run's highest iteration, or None."""
+    found = checkpoints(folder)
+    return found[-1] if found else None

@@ -5,9 +5,8 @@ path length penalty. Each computes a loss, and `Trainer._step` does the rest.
 """
 
 import copy
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,6 +35,8 @@ class Settings(Protocol):
     kd_l1_lambda: float
     kd_lpips_lambda: float
     kd_mode: str
+    kd_shared_noise: bool
+    grad_clip: float
 
 
 @dataclass
@@ -67,10 +68,32 @@ def lazy_adam(parameters: Iterator[nn.Parameter], lr: float, every: int) -> Adam
     return Adam(parameters, lr=lr * ratio, betas=(0.0, 0.99**ratio))
 
 
-def draw_styles(n: int, style_dim: int, mixing: float, device: torch.device) -> list[Tensor]:
-    """One z (n, style_dim), or two with probability ``mixing`` (style mixing, for all images)."""
-    count = 2 if mixing > 0 and torch.rand(()).item() < mixing else 1
-    return list(torch.randn(count, n, style_dim, device=device).unbind(0))
+class Draws:
+    """Where a run's random numbers come from: PyTorch's global streams.
+
+    A separate object, so that a test can give two processes the shares of one.
+
+    Args:
+        style_dim: size of z.
+        mixing: probability that a batch mixes two styles.
+        device: where the numbers go.
+    """
+
+    def __init__(self, style_dim: int, mixing: float, device: torch.device) -> None:
+        self.style_dim, self.mixing, self.device = style_dim, mixing, device
+
+    def styles(self, n: int) -> list[Tensor]:
+        """One z (n, style_dim), or two where styles are mixed."""
+        count = 2 if self.mixing > 0 and torch.rand(()).item() < self.mixing else 1
+        return list(torch.randn(count, n, self.style_dim, device=self.device).unbind(0))
+
+    def layer(self, n_latent: int) -> int:
+        """Layer at which the second style takes over, in [1, n_latent - 1]."""
+        return int(torch.randint(1, n_latent, ()))
+
+    def image_noise(self, images: Tensor) -> Tensor:
+        """Standard normal direction of the path length, like the images."""
+        return torch.randn_like(images)
 
 
 @torch.no_grad()
@@ -112,7 +135,9 @@ class Trainer:
         self.g_optim = lazy_adam(generator.parameters(), settings.lr, path_every)
         r1_every = settings.d_reg_every if settings.r1 else 0
         self.d_optim = lazy_adam(discriminator.parameters(), settings.lr, r1_every)
-        self.iteration = 0
+        self.draws = Draws(generator.style_dim, settings.mixing, device)
+        self.averages = Averages()
+        self.iteration = self.images_seen = 0
         self.mean_path_length = torch.zeros((), device=device)
 
     def iterate(self, real: Tensor) -> dict[str, Tensor]:
@@ -132,27 +157,41 @@ class Trainer:
             metrics |= self._path_phase(max(1, real.shape[0] // s.path_batch_shrink))
         accumulate(self.g_ema, self.generator, s.ema_decay)
         self.iteration += 1
+        self.images_seen += s.batch_size
+        self.averages.add(metrics, s.batch_size)
         return metrics
 
-    def _step(self, optimizer: Optimizer, loss: Tensor) -> None:
-        """Back-propagate, average the gradients over the processes, and update."""
+    def _step(self, optimizer: Optimizer, phase: str, loss: Tensor) -> None:
+        """Back-propagate, average the gradients over the processes, and update.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite; nothing has been updated.
+        """
+        if not torch.isfinite(loss):
+            raise NonFiniteError(
+                f"the {phase} loss is {loss.item()} in iteration {self.iteration + 1}; lower --lr,"
+                " set --grad_clip, or look at the data"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for group in optimizer.param_groups:
             distributed.average_gradients(group["params"])
+            if self.settings.grad_clip:
+                nn.utils.clip_grad_norm_(group["params"], self.settings.grad_clip)
         optimizer.step()
 
     def _latents(self, n: int) -> Tensor:
         """Draw w+ (n, n_latent, style_dim) of the generator, mixed as configured."""
-        z = draw_styles(n, self.generator.style_dim, self.settings.mixing, self.device)
-        return self.generator.broadcast_latents([self.generator.mapping(part) for part in z])
+        g = self.generator
+        w = [g.mapping(z) for z in self.draws.styles(n)]
+        return g.broadcast_latents(w, self.draws.layer(g.n_latent))
 
     def _d_phase(self, real: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             fake = self.generator.synthesis(self._latents(real.shape[0]))
         fake_logits, real_logits = self.discriminator(fake), self.discriminator(real)
         loss = losses.d_logistic_loss(real_logits, fake_logits)
-        self._step(self.d_optim, loss)
+        self._step(self.d_optim, "discriminator", loss)
         return {
             "d_loss": loss.detach(),
             "real_score": real_logits.detach().mean(),
@@ -162,53 +201,63 @@ class Trainer:
     def _r1_phase(self, real: Tensor) -> dict[str, Tensor]:
         real = real.detach().requires_grad_()
         penalty = losses.r1_penalty(self.discriminator(real), real)
-        self._step(self.d_optim, penalty * (self.settings.r1 / 2 * self.settings.d_reg_every))
+        weight = self.settings.r1 / 2 * self.settings.d_reg_every
+        self._step(self.d_optim, "R1", penalty * weight)
         return {"r1": penalty.detach()}
 
     def _g_phase(self, n: int) -> dict[str, Tensor]:
-        g = self.generator
-        z = draw_styles(n, g.style_dim, self.settings.mixing, self.device)
-        layer = int(torch.randint(1, g.n_latent, ()))
-        rgbs = g(z, inject_index=layer, return_rgbs=True)
-        gan_loss = losses.g_nonsaturating_loss(self.discriminator(rgbs[-1]))
-        metrics = {"g_loss": gan_loss.detach()}
-        loss = gan_loss
+        g, s = self.generator, self.settings
+        z, layer = self.draws.styles(n), self.draws.layer(g.n_latent)
+        noise = g.make_noise(n) if s.kd_shared_noise and self.teacher else None
+        rgbs = g(z, inject_index=layer, noise=noise, return_rgbs=True)
+        loss = losses.g_nonsaturating_loss(self.discriminator(rgbs[-1]))
+        metrics = {"g_loss": loss.detach()}
         if self.teacher is not None:
-            l1, perceptual = self._distillation(self.teacher, rgbs, z, layer)
-            s = self.settings
-            loss = gan_loss + s.kd_l1_lambda * l1 + s.kd_lpips_lambda * perceptual
+            with torch.no_grad():
+                target = self.teacher.generator(
+                    z, inject_index=layer, noise=noise, return_rgbs=True
+                )
+            l1, perceptual = self._distillation(self.teacher, rgbs, target)
+            loss = loss + s.kd_l1_lambda * l1 + s.kd_lpips_lambda * perceptual
             metrics |= {"kd_l1": l1.detach(), "kd_lpips": perceptual.detach()}
-        self._step(self.g_optim, loss)
+        self._step(self.g_optim, "generator", loss)
         return metrics
 
     def _distillation(
-        self, teacher: Teacher, rgbs: list[Tensor], z: list[Tensor], layer: int
+        self, teacher: Teacher, rgbs: list[Tensor], target: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Distance of the student's images to the teacher's of the same latents."""
-        with torch.no_grad():
-            teacher_rgbs = teacher.generator(z, inject_index=layer, return_rgbs=True)
-            mask = teacher.content_mask(teacher_rgbs[-1]) if teacher.content_mask else None
+        """Distance of the student's RGB sums to the teacher's of the same latents."""
+        mask = teacher.content_mask(target[-1]) if teacher.content_mask else None
         perceptual = teacher.perceptual if self.settings.kd_lpips_lambda else None
         if self.settings.kd_mode == "Output_Only":
-            rgbs, teacher_rgbs = rgbs[-1:], teacher_rgbs[-1:]
-        return losses.distillation_loss(rgbs, teacher_rgbs, mask, perceptual)
+            rgbs, target = rgbs[-1:], target[-1:]
+        return losses.distillation_loss(rgbs, target, mask, perceptual)
 
     def _path_phase(self, n: int) -> dict[str, Tensor]:
         w_plus = self._latents(n)
         images = self.generator.synthesis(w_plus)
         assert isinstance(images, Tensor)
-        penalty, self.mean_path_length, lengths = losses.path_length_penalty(
-            images, w_plus, self.mean_path_length
+        penalty, mean_length, lengths = losses.path_length_penalty(
+            images,
+            w_plus,
+            self.mean_path_length,
+            noise=self.draws.image_noise(images),
+            average=distributed.average,
         )
-        distributed.average(self.mean_path_length)
-        self._step(
-            self.g_optim, penalty * (self.settings.path_regularize * self.settings.g_reg_every)
-        )
+        weight = self.settings.path_regularize * self.settings.g_reg_every
+        self._step(self.g_optim, "path length", penalty * weight)
+        self.mean_path_length = mean_length
         return {"path_penalty": penalty.detach(), "path_length": lengths.mean()}
 
-    def state(self) -> dict[str, Any]:
-        """Everything a run needs to go on, in the layout of `Model.checkpoint`."""
-        cuda = self.device.type == "cuda"
+    def state(self, together: bool = True) -> dict[str, Any]:
+        """Everything a run needs to go on, in the layout of `Model.checkpoint`.
+
+        Args:
+            together: take the random states of all processes, which must all make this call.
+        """
+        own = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            own["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
             "g": self.generator,
             "g_ema": self.g_ema,
@@ -217,17 +266,18 @@ class Trainer:
             "d_optim": self.d_optim.state_dict(),
             "train_state": {
                 "iteration": self.iteration,
+                "images_seen": self.images_seen,
                 "mean_path_length": self.mean_path_length.item(),
-                "images_seen": self.iteration * self.settings.batch_size,
-                "rng_cpu": torch.get_rng_state(),
-                "rng_cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
+                "averages": self.averages.state(),
+                "rng": distributed.gather(own) if together else [own],
             },
         }
 
     def load_state(self, content: Mapping[str, Any]) -> None:
         """Go on from `state`; the networks have been loaded already.
 
-        The learning rates stay those of the settings.
+        The learning rates stay those of the settings. The random streams go on where they were if
+        the number of processes is the same; otherwise each process keeps its own fresh one.
 
         Raises:
             ValueError: the checkpoint has no training state, or of another architecture.
@@ -244,17 +294,23 @@ class Trainer:
             for group, own in zip(optimizer.param_groups, options, strict=True):
                 group.update(own)
         saved = content["train_state"]
-        self.iteration = saved["iteration"]
+        self.iteration, self.images_seen = saved["iteration"], saved["images_seen"]
         self.mean_path_length = torch.tensor(saved["mean_path_length"], device=self.device)
-        torch.set_rng_state(saved["rng_cpu"])
-        if self.device.type == "cuda" and saved["rng_cuda"] is not None:
-            torch.cuda.set_rng_state(saved["rng_cuda"], self.device)
+        self.averages.load(saved["averages"], self.device)
+        if len(saved["rng"]) == distributed.world_size():
+            streams = saved["rng"][distributed.rank()]
+            torch.set_rng_state(streams["cpu"])
+            if self.device.type == "cuda" and "cuda" in streams:
+                torch.cuda.set_rng_state(streams["cuda"], self.device)
 
 
 class Averages:
     """Means of the metrics since the last line of the log, without waiting for the device."""
 
     def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
         self._values: dict[str, list[Tensor]] = {}
         self._images, self._since = 0, time.perf_counter()
 
@@ -264,22 +320,23 @@ class Averages:
             self._values.setdefault(key, []).append(value)
         self._images += images
 
-    def flush(self, iteration: int) -> dict[str, float]:
-        """Return the means and the images per second, and start afresh.
+    def flush(self) -> dict[str, float]:
+        """Return the means over iterations and processes, and the speed; start afresh."""
+        keys = list(self._values)
+        means = torch.stack([torch.stack(values).mean() for values in self._values.values()])
+        result = dict(zip(keys, distributed.average(means).tolist(), strict=True))
+        result["images_per_second"] = self._images / (time.perf_counter() - self._since)
+        self._clear()
+        return result
 
-        Raises:
-            NonFiniteError: a mean is NaN or infinite.
-        """
-        means = {k: torch.stack(v).mean().item() for k, v in self._values.items()}
-        for key, value in means.items():
-            if not math.isfinite(value):
-                raise NonFiniteError(
-                    f"{key} is {value} by iteration {iteration}; lower --lr or raise --r1, and"
-                    " start again from the last checkpoint"
-                )
-        means["images_per_second"] = self._images / (time.perf_counter() - self._since)
-        self.__init__()  # type: ignore[misc]
-        return means
+    def state(self) -> dict[str, list[float]]:
+        """The values so far, so that a resumed run writes the same line."""
+        return {key: torch.stack(values).tolist() for key, values in self._values.items()}
+
+    def load(self, values: Mapping[str, Sequence[float]], device: torch.device) -> None:
+        """Take up `state`."""
+        self._clear()
+        self._values = {k: list(torch.tensor(v, device=device)) for k, v in values.items()}
 
 
 def train(
@@ -287,30 +344,30 @@ def train(
     batches: Iterator[Tensor],
     iterations: int,
     every: Mapping[str, int],
-    on_event: Callable[[str, dict[str, float]], None],
-    on_iteration: Callable[[], None] = lambda: None,
+    on_event: Callable[[str], None],
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Iterate up to iteration ``iterations``.
 
     Args:
         trainer: goes on at its own iteration.
-        batches: real images (N, 3, size, size) in [-1, 1].
-        iterations: where to stop.
-        every: event name -> iterations between its calls; 0 never. "log" is averaged metrics.
-        on_event: called with the event's name and, for "log", the metrics.
-        on_iteration: called after every iteration (for a progress bar).
+        batches: real images (N, 3, size, size) in [-1, 1], this process's share of every batch.
+        iterations: where to end.
+        every: event name -> iterations between its calls; 0: only at the end.
+        on_event: called with the name of every event that is due, in the order of ``every``, in
+            every process.
+        stop: asked after every iteration; when true in any process, all stop there.
 
     Raises:
-        NonFiniteError: see `Averages.flush`.
+        NonFiniteError: a loss became NaN or infinite.
     """
-    averages = Averages()
+    # Agreeing costs a transfer, so several processes ask each other only now and then.
+    patience = 1 if distributed.world_size() == 1 else 10
     while trainer.iteration < iterations:
-        real = next(batches).to(trainer.device, non_blocking=True)
-        averages.add(trainer.iterate(real), real.shape[0])
-        on_iteration()
-        last = trainer.iteration == iterations
+        trainer.iterate(next(batches).to(trainer.device, non_blocking=True))
+        end = trainer.iteration == iterations
         for name, period in every.items():
-            due = period and trainer.iteration % period == 0
-            if due or last:
-                # Losses are looked at before a checkpoint is written, so that none is poisoned.
-                on_event(name, averages.flush(trainer.iteration) if name == "log" else {})
+            if end or (period and trainer.iteration % period == 0):
+                on_event(name)
+        if trainer.iteration % patience == 0 and distributed.any_process(stop(), trainer.device):
+            break

@@ -1,4 +1,10 @@
 import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +18,8 @@ from Model.face_parser import BiSeNet
 from Model.generator import Generator
 from train_hyperparams import TrainConfig
 from Util.plot_log import main as plot_main
-from Util.run_log import read_metrics
+from Util.run_log import TIMING, checkpoints, read_metrics
+from Util.training import Trainer
 
 SMALL = (
     "--size 8 --style_dim 8 --n_mlp 2 --channels 6,5,4,4 --batch_size 4 --workers 0 --device cpu"
@@ -50,15 +57,130 @@ def test_training_from_scratch_writes_a_run(folder):
     assert Image.open(folder / "curve.png").width > 400
 
 
-def test_a_resumed_run_ends_like_an_uninterrupted_one(folder):
-    assert run(folder, f"{SMALL} --iter 6") == 0
-    assert run(folder, f"{SMALL} --iter 3", "part") == 0
-    flags = f"--ckpt {folder}/part/checkpoints/000003.pt --load_train_state --iter 6"
-    assert run(folder, f"{flags} --batch_size 4 --workers 0 --device cpu", "part") == 0
-    whole, parts = (checkpoint.read(folder / p / "checkpoints/000006.pt") for p in ("run", "part"))
+def assert_same_run(a, b, iteration):
+    """Weights and log of two runs are equal to the bit, but for the speed."""
+    first, second = (checkpoint.read(run / f"checkpoints/{iteration:06d}.pt") for run in (a, b))
     for network in ("g", "g_ema", "d"):
-        for key, value in whole[network].items():
-            torch.testing.assert_close(parts[network][key], value, rtol=0, atol=0)
+        for key, value in first[network].items():
+            torch.testing.assert_close(second[network][key], value, rtol=0, atol=0)
+    logs = [
+        [{k: v for k, v in row.items() if k not in TIMING} for row in read_metrics(r)]
+        for r in (a, b)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(folder):
+    flags = f"{SMALL} --iter 7 --log_freq 2 --model_save_freq 3"
+    assert run(folder, flags) == 0
+    shutil.copytree(folder / "run", folder / "part")
+    for lost in ("000006.pt", "000007.pt"):
+        (folder / "part" / "checkpoints" / lost).unlink()
+    with open(folder / "part" / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 8, "d_lo')  # cut off by a crash
+    assert train.main(["--resume", str(folder / "part")]) == 0
+    assert_same_run(folder / "run", folder / "part", 7)
+
+
+def test_resuming_by_the_original_flags_or_from_one_checkpoint(folder):
+    flags = f"{SMALL} --iter 6 --log_freq 2 --model_save_freq 2"
+    assert run(folder, flags) == 0
+    start = folder / "run/checkpoints/000002.pt"
+    original = f"--ckpt {start} --load_train_state --batch_size 4 --workers 0 --device cpu --iter 6"
+    assert run(folder, original, "other") == 0
+    first, second = (
+        checkpoint.read(folder / r / "checkpoints/000006.pt") for r in ("run", "other")
+    )
+    for key, value in first["g"].items():
+        torch.testing.assert_close(second["g"][key], value, rtol=0, atol=0)
+    shutil.copytree(folder / "run", folder / "again")
+    assert train.main(["--resume", str(folder / "again/checkpoints/000004.pt")]) == 0
+    assert_same_run(folder / "run", folder / "again", 6)
+
+
+def test_a_run_without_a_checkpoint_resumes_from_its_start(folder):
+    assert run(folder, f"{SMALL} --iter 2") == 0
+    shutil.copytree(folder / "run", folder / "young")
+    shutil.rmtree(folder / "young" / "checkpoints")
+    assert train.main(["--resume", str(folder / "young")]) == 0
+    assert_same_run(folder / "run", folder / "young", 2)
+
+
+def test_a_longer_run_is_a_resumed_one_with_another_iter(folder):
+    assert run(folder, f"{SMALL} --iter 2") == 0
+    assert train.main(["--resume", str(folder / "run"), "--iter", "3"]) == 0
+    assert (folder / "run/checkpoints/000003.pt").is_file()
+
+
+def test_old_checkpoints_go(folder):
+    assert run(folder, f"{SMALL} --iter 5 --model_save_freq 1 --keep_checkpoints 2") == 0
+    assert [p.name for p in checkpoints(folder / "run")] == ["000004.pt", "000005.pt"]
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(folder, monkeypatch, capsys):
+    real_save = torch.save
+
+    def full(content, file):
+        if content["train_state"]["iteration"] == 2:
+            raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+        real_save(content, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert run(folder, f"{SMALL} --iter 3 --model_save_freq 1") == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "No space left on device" in message
+    assert "the last good checkpoint is" in message
+    assert [p.name for p in checkpoints(folder / "run")] == ["000001.pt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_a_checkpoint(folder, monkeypatch, number):
+    iterate = Trainer.iterate
+
+    def interrupted(trainer, real):
+        if trainer.iteration == 2:
+            signal.raise_signal(number)
+        return iterate(trainer, real)
+
+    monkeypatch.setattr(Trainer, "iterate", interrupted)
+    assert run(folder, f"{SMALL} --iter 5 --log_freq 2") == 128 + number
+    assert [p.name for p in checkpoints(folder / "run")] == ["000003.pt"]
+    monkeypatch.undo()
+    assert train.main(["--resume", str(folder / "run")]) == 0
+    assert run(folder, f"{SMALL} --iter 5 --log_freq 2", "whole") == 0
+    assert_same_run(folder / "whole", folder / "run", 5)
+
+
+def test_the_state_before_a_loss_that_is_not_finite_is_kept(folder, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "Util.losses.g_nonsaturating_loss", lambda logits: logits.mean() * torch.inf
+    )
+    assert run(folder, f"{SMALL} --iter 5") == 2
+    kept = folder / "run/before_non_finite_000000.pt"
+    assert str(kept) in capsys.readouterr().err
+    assert checkpoint.load_generator(kept).channels == (6, 5, 4, 4)
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_ends_like_an_uninterrupted_one(folder):
+    flags = f"{SMALL} --iter 4000 --log_freq 7 --model_save_freq 25 --keep_checkpoints 2".split()
+    script = [sys.executable, train.__file__]
+    where = ["--path", f"{folder}/data", "--out"]
+    whole, killed = folder / "whole", folder / "killed"
+    started = time.perf_counter()
+    subprocess.run([*script, *where, str(whole), *flags], check=True)
+    length = time.perf_counter() - started
+    command, rng = [*script, *where, str(killed), *flags], random.Random(0)
+    for _ in range(20):
+        process = subprocess.Popen(command)
+        while process.poll() is None and not (killed / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.4, 0.3 * length))
+        process.kill()
+        process.wait()
+        command = [*script, "--resume", str(killed)]
+    subprocess.run(command, check=True)
+    assert_same_run(whole, killed, 4000)
 
 
 @pytest.mark.parametrize("mode", ["Output_Only", "Intermediate"])
@@ -84,7 +206,7 @@ def test_distillation_with_mask_and_parser_features(folder, mode):
     ("flags", "message"),
     [
         ("--size 48", "power of two"),
-        ("--batch_size 0", "--batch_size must be positive, not 0"),
+        ("--batch_size 0", "--batch_size must be at least 1, not 0"),
         ("--mixing 2", "--mixing"),
         ("--content_aware_KD maybe", "'maybe' is neither True nor False"),
         ("--kd_mode both", "--kd_mode"),

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def config(**changes):
-    return TrainConfig(batch_size=4, perceptual="parser", **changes)
+    return TrainConfig(batch_size=4, **changes)
 
 
 def make_trainer(settings=None, teacher=None):
@@ -146,16 +146,51 @@ def test_events_come_at_their_periods_and_at_the_end():
         itertools.cycle(images(2)),
         5,
         {"log": 2, "checkpoint": 3, "sample": 0},
-        lambda name, metrics: events.append((name, trainer.iteration)),
+        lambda name: events.append((name, trainer.iteration)),
     )
     assert events == [
         ("log", 2), ("checkpoint", 3), ("log", 4), ("log", 5), ("checkpoint", 5), ("sample", 5),
     ]  # fmt: skip
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
+def test_a_request_to_stop_ends_the_run_after_its_iteration():
+    trainer = make_trainer()
+    train(trainer, itertools.cycle(images(1)), 9, {}, print, lambda: trainer.iteration == 2)
+    assert trainer.iteration == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update():
+    trainer = make_trainer()
+    trainer.iterate(images()[0])
+    before = snapshot(trainer.discriminator)
+    with pytest.raises(NonFiniteError, match="the discriminator loss is nan in iteration 2"):
+        trainer.iterate(torch.full((4, 3, 8, 8), float("nan")))
+    assert not changed(trainer.discriminator, before)
+    assert trainer.iteration == 1
+
+
+def test_gradients_are_clipped_when_asked():
+    trainer = make_trainer(config(grad_clip=1e-3))
+    trainer.iterate(images()[0])
+    grads = [p.grad for p in trainer.discriminator.parameters() if p.grad is not None]
+    assert torch.cat([g.flatten() for g in grads]).norm() <= 1e-3 * 1.001
+
+
+def test_averages_are_those_of_all_iterations_since_the_last_line():
     averages = Averages()
-    averages.add({"d_loss": torch.tensor(1.0)}, 4)
-    averages.add({"d_loss": torch.tensor(float("nan"))}, 4)
-    with pytest.raises(NonFiniteError, match="d_loss is nan by iteration 7"):
-        averages.flush(7)
+    averages.add({"d_loss": torch.tensor(1.0), "r1": torch.tensor(5.0)}, 4)
+    averages.add({"d_loss": torch.tensor(2.0)}, 4)
+    resumed = Averages()
+    resumed.load(averages.state(), CPU)
+    for one in (averages, resumed):
+        means = one.flush()
+        assert (means["d_loss"], means["r1"]) == (1.5, 5.0)
+
+
+def test_shared_noise_makes_equal_networks_make_equal_pictures():
+    settings = config(kd_lpips_lambda=0.0, path_regularize=0.0, r1=0.0, kd_shared_noise=True)
+    trainer = make_trainer(settings)
+    for layer in trainer.generator.styled_convs:
+        layer.noise.weight.data.fill_(1.0)
+    trainer.teacher = Teacher(copy.deepcopy(trainer.generator).requires_grad_(False))
+    assert trainer.iterate(images()[0])["kd_l1"].item() == pytest.approx(0, abs=1e-6)
