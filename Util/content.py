@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from Model.face_parser import BiSeNet, upsample
+from Model.face_parser import BiSeNet
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -80,7 +80,8 @@ class ContentParser(nn.Module):
         # over contiguous values, which is several times faster than over strided planes.
         images = images.float().contiguous(memory_format=torch.channels_last)
         size = (self.network.input_size, self.network.input_size)
-        logits = upsample(self.network.main_logits(self.network_input(images)), size)
+        logits = self.network.main_logits(self.network_input(images))
+        logits = self.network.upsample(logits, size)
         return logits.permute(0, 2, 3, 1).argmax(dim=3)
 
     @torch.no_grad()

@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.nn.functional import all_reduce
 
 
 def world_size() -> int:
@@ -60,9 +59,27 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
+def _all_mean(values: Tensor) -> Tensor:
+    total = values.clone()
+    distributed.all_reduce(total)
+    return total / world_size()
+
+
+class _Average(torch.autograd.Function):
+    """A mean over processes passes back the mean of the processes' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return _all_mean(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _all_mean(gradients[0])
+
+
 def average(values: Tensor) -> Tensor:
     """Mean of a tensor over the processes; gradients flow into every process's share."""
-    return values if world_size() == 1 else all_reduce(values) / world_size()
+    return values if world_size() == 1 else _Average.apply(values)
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -73,9 +90,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     grads = [p.grad for p in parameters if p.grad is not None]
     if world_size() == 1 or not grads:
         return
-    flat = torch.cat([grad.flatten() for grad in grads])
-    distributed.all_reduce(flat)
-    flat /= world_size()
+    flat = _all_mean(torch.cat([grad.flatten() for grad in grads]))
     for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
         grad.copy_(part.view_as(grad))
 

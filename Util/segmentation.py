@@ -42,7 +42,7 @@ class Augmentation:
     log_scale: float = 0.15
     shift: float = 0.06
     colour: float = 0.2
-    noise: float = 0.08
+    noise: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class TrainingPlan:
     learning_rate: float = 3e-3
     warm_up: float = 0.05
     weight_decay: float = 1e-4
-    aux_weight: float = 0.5
+    aux_weight: float = 0.2
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
@@ -106,12 +106,13 @@ def _uniform(count: int, limit: float, like: Tensor, generator: torch.Generator)
 
 
 def _move(images: Tensor, labels: Tensor, how: Augmentation, generator: torch.Generator) -> Batch:
-    """Rotates, scales and shifts; what comes in at the border repeats it."""
+    """Rotates, scales and shifts half of the pictures; what comes in at the border repeats it."""
     n = len(images)
-    angle = _uniform(n, math.radians(how.rotation), images, generator)
-    scale = _uniform(n, how.log_scale, images, generator).exp()
-    shift_x = _uniform(n, 2 * how.shift, images, generator)
-    shift_y = _uniform(n, 2 * how.shift, images, generator)
+    limits = torch.tensor((math.radians(how.rotation), how.log_scale, 2 * how.shift, 2 * how.shift))
+    moving = torch.rand(n, generator=generator) < 0.5
+    draws = (torch.rand(4, n, generator=generator) * 2 - 1) * limits.view(4, 1) * moving
+    angle, log_scale, shift_x, shift_y = draws.to(images.device)
+    scale = log_scale.exp()
     cos, sin = scale * angle.cos(), scale * angle.sin()
     rows = (torch.stack((cos, -sin, shift_x), 1), torch.stack((sin, cos, shift_y), 1))
     size = [n, 1, *images.shape[2:]]
@@ -181,15 +182,21 @@ def segmentation_loss(outputs: Sequence[Tensor], labels: Tensor, aux_weight: flo
     """Cross-entropy of the main output plus `aux_weight` times that of each other output.
 
     Args:
-        outputs: logits (N, n_classes, H, W), the main output first.
+        outputs: logits (N, n_classes, h, w), the main output first. Where they are smaller than the
+            label maps, those are reduced to the nearest value.
         labels: (N, H, W), int64.
         aux_weight: weight of the auxiliary losses (BiSeNet paper, equation 2; 1 there).
     """
-    # Classes last: softmax then runs over contiguous values (twice as fast on a CPU, no copies).
-    flat = labels.flatten()
-    main, *others = (
-        F.cross_entropy(logits.permute(0, 2, 3, 1).flatten(0, 2), flat) for logits in outputs
-    )
+
+    def cross_entropy(logits: Tensor) -> Tensor:
+        target = labels
+        if logits.shape[2:] != labels.shape[1:]:
+            reduced = F.interpolate(labels.unsqueeze(1).float(), logits.shape[2:], mode="nearest")
+            target = reduced.squeeze(1).long()
+        # Classes last: softmax then runs over contiguous values, twice as fast on a CPU.
+        return F.cross_entropy(logits.permute(0, 2, 3, 1).flatten(0, 2), target.flatten())
+
+    main, *others = (cross_entropy(logits) for logits in outputs)
     return main + aux_weight * sum(others, start=torch.zeros_like(main))
 
 
@@ -294,7 +301,10 @@ def train(
         images, labels = augment(images, labels, plan.augmentation, generator)
         network.train()
         images = parser.network_input(images).contiguous(memory_format=torch.channels_last)
-        loss = segmentation_loss(network(images), labels, plan.aux_weight)
+        main, *others = network.all_logits(images)
+        # The auxiliary outputs only guide the lower layers; small maps do, and are far cheaper.
+        outputs = (network.upsample(main, images.shape[2:]), *others)
+        loss = segmentation_loss(outputs, labels, plan.aux_weight)
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} in step {step}")
         optimiser.zero_grad()
