@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -23,7 +24,7 @@ from Util.content import ContentParser
 from Util.device import peak_memory_gib, pick_device
 from Util.losses import Perceptual
 from Util.perceptual import ParserDistance, load_lpips
-from Util.run_log import RunLog, newest_checkpoint, read_config
+from Util.run_log import TIMING, RunLog, newest_checkpoint, read_config, read_metrics
 from Util.stopping import StopRequest
 from Util.training import NonFiniteError, Teacher, Trainer, train
 
@@ -218,6 +219,8 @@ def run(config: TrainConfig) -> int:
     """Train as configured; returns the exit code."""
     device = distributed.join(training_device(config))
     trainer = make_trainer(config, device)
+    if config.dry_run:
+        config = replace(config, iter=trainer.iteration + 2, log_freq=1)
     batches = open_data(config, trainer)
     generator = trainer.generator
     config = replace(
@@ -256,9 +259,21 @@ def run(config: TrainConfig) -> int:
             on_event("checkpoint")
     if log:
         log.close()
+        if config.dry_run:
+            print_dry_run(log.folder)
+            return 0
         end = f"stopped at iteration {trainer.iteration}; go on with --resume {config.out}"
         print(end if stopped else f"done: {config.out}")
     return 128 + stop.signal if stopped else 0
+
+
+def print_dry_run(folder: Path) -> None:
+    """Print what two iterations tell; from scratch, the first has all regularisers."""
+    first, second = read_metrics(folder)[-2:]
+    losses = {k: round(v, 4) for k, v in first.items() if k not in ("iteration", *TIMING)}
+    speed, memory = TIMING
+    print(f"dry run: all is well; losses of the first iteration: {losses}")
+    print(f"{first[speed]:.1f}, then {second[speed]:.1f} images/s; peak {second[memory]:.2f} GiB")
 
 
 def training_device(config: TrainConfig) -> torch.device:
@@ -272,6 +287,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry."""
     try:
         config = parse_config(argv)
+        if config.dry_run:
+            with tempfile.TemporaryDirectory() as folder:
+                return run(replace(config, out=folder))
         several = len(config.gpu_device_ids) > 1 and config.device == "auto"
         if several and not distributed.launched() and torch.cuda.is_available():
             flags = sys.argv[1:] if argv is None else argv

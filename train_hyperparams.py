@@ -114,6 +114,9 @@ class TrainConfig:
         10_000, "iterations between checkpoints; 0: only the last", low=0
     )
     keep_checkpoints: int = setting(0, "newest checkpoints of the run that stay; 0: all", low=0)
+    dry_run: bool = setting(
+        False, "check everything, train two iterations, print speed and memory, keep nothing"
+    )
     log_freq: int = setting(50, "iterations between lines of metrics.jsonl", low=1)
 
     # Where it runs.

@@ -112,6 +112,15 @@ def test_a_longer_run_is_a_resumed_one_with_another_iter(folder):
     assert (folder / "run/checkpoints/000003.pt").is_file()
 
 
+def test_a_dry_run_keeps_nothing(folder, capsys):
+    before = set(folder.rglob("*"))
+    assert run(folder, f"{SMALL} --dry_run") == 0
+    assert set(folder.rglob("*")) == before
+    printed = capsys.readouterr().out
+    assert "dry run: all is well" in printed
+    assert "GiB" in printed
+
+
 def test_old_checkpoints_go(folder):
     assert run(folder, f"{SMALL} --iter 5 --model_save_freq 1 --keep_checkpoints 2") == 0
     assert [p.name for p in checkpoints(folder / "run")] == ["000004.pt", "000005.pt"]
