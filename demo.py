@@ -3,6 +3,7 @@
 Every step is one of the project's commands; the demo prints it before it runs it.
 """
 
+import os
 import shutil
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 import prune
 import train
 from Dataset import toon_faces
+from Model import bundled
 from Model.checkpoint import load_face_parser, load_generator
 from Model.files import atomic_path
 from Model.generator import Generator
@@ -24,8 +26,7 @@ from Util.content import ContentParser
 from Util.pictures import save_png
 from Util.plot_log import plot
 
-TEACHER = "Model/full_size_model/toon_faces_64px.pt"
-PARSER = "Model/parser_model/toon_faces_128px.pt"
+TEACHER = os.path.relpath(bundled.MODEL)
 LATENTS = 64
 SHOWN = 8
 
@@ -44,7 +45,7 @@ def compare(networks: dict[str, Generator], out: Path) -> str:
     """Write the pictures; return the table."""
     z = torch.randn(LATENTS, 128, generator=torch.Generator().manual_seed(7))
     images = {name: render(network.eval(), z) for name, network in networks.items()}
-    mask = ContentParser(load_face_parser(PARSER))(images["teacher"])
+    mask = ContentParser(load_face_parser(bundled.PARSER))(images["teacher"])
     rows = {name: x[:SHOWN] for name, x in images.items()} | {"content mask": mask[:SHOWN]}
     save_png(out / "comparison.png", side_by_side(rows))
     lines = [f"{'':<12}{'MACs':>14}{'parameters':>13}{'L1 to teacher inside the content':>36}"]
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="demo.py", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="default: %(default)s")
     parser.add_argument("--n", type=at_least(1), default=5000, help="pictures to render")
-    parser.add_argument("--iter", type=at_least(1), default=1500, help="retraining iterations")
+    parser.add_argument("--iter", type=at_least(1), default=1000, help="retraining iterations")
     args = parser.parse_args(argv)
     out, start = args.out, time.perf_counter()
     data, pruned, run = out / "toon_faces_64px", out / "pruned.pt", out / "run"
@@ -71,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     step("python3 prune.py", prune.main, ["--remove_ratio", "0.7", "--out", str(pruned)])
     flags = (
-        f"--path {data}/images --ckpt {pruned} --teacher_ckpt {TEACHER} --parser_ckpt {PARSER}"
-        f" --perceptual parser --r1 0.1 --batch_size 16 --iter {args.iter} --log_freq 25"
-        f" --val_sample_freq 500 --model_save_freq 0 --workers 1 --out {run}"
+        f"--path {data}/images --ckpt {pruned} --teacher_ckpt {TEACHER}"
+        f" --perceptual parser --freeze_noise --r1 0.1 --batch_size 16 --iter {args.iter}"
+        f" --log_freq 20 --val_sample_freq 250 --model_save_freq 0 --workers 1 --out {run}"
     )
     shutil.rmtree(run, ignore_errors=True)
     step("python3 train.py", train.main, flags.split())

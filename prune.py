@@ -1,30 +1,22 @@
 """Prunes a generator: scores its channels, removes the lowest of every layer, saves the rest."""
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from Model import checkpoint
+from Model import bundled, checkpoint
 from Model.generator import Generator
 from Util.cli import OneLineParser, at_least, blame, fraction
-from Util.complexity import LayerCost, layer_costs, macs, parameters
 from Util.content import ContentParser
 from Util.device import pick_device
 from Util.pruning import prune_generator, select_channels
+from Util.report import details, score_table, summary
 from Util.scoring import METRICS, EmptyContentError, Scores, channel_scores
-
-ROOT = Path(__file__).resolve().parent
-BUNDLED_MODEL = ROOT / "Model/full_size_model/toon_faces_64px.pt"
-BUNDLED_PARSER = ROOT / "Model/parser_model/toon_faces_128px.pt"
-PUBLISHED_PARSER = ROOT / "Model/parser_model/79999_iter.pth"
-OUT_FOLDER = ROOT / "Model/pruned_model"
 
 EPILOG = """metrics (higher scores stay):
 {metrics}
@@ -66,7 +58,7 @@ def _add_published_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--ckpt",
         type=Path,
-        default=BUNDLED_MODEL,
+        default=bundled.MODEL,
         metavar="FILE",
         help="full-size checkpoint (default: Model/full_size_model/toon_faces_64px.pt)",
     )
@@ -147,8 +139,6 @@ def load_full_size(args: argparse.Namespace) -> tuple[Generator, Mapping[str, An
     Raises:
         ValueError: naming the flag.
     """
-    if not args.ckpt.is_file() and args.ckpt == BUNDLED_MODEL:
-        raise ValueError(f"--ckpt: the bundled model {args.ckpt} is missing; name a checkpoint")
     with blame("--ckpt"):
         content = checkpoint.read(args.ckpt)
         generator = checkpoint.load_generator(args.ckpt, device=args.device)
@@ -169,14 +159,7 @@ def load_content_parser(args: argparse.Namespace) -> ContentParser | None:
     if not METRICS[args.metric].needs_parser:
         return None
     if args.parser_ckpt is None:
-        bundled = args.ckpt.resolve() == BUNDLED_MODEL
-        args.parser_ckpt = BUNDLED_PARSER if bundled else PUBLISHED_PARSER
-    if not args.parser_ckpt.is_file() and args.parser_ckpt == PUBLISHED_PARSER:
-        raise ValueError(
-            f"--parser_ckpt: the face parser {args.parser_ckpt} is missing; put 79999_iter.pth of"
-            " github.com/zllrunning/face-parsing.PyTorch there, name another parser, or take a"
-            " --metric that needs none"
-        )
+        args.parser_ckpt = bundled.default_parser(args.ckpt)
     with blame("--parser_ckpt"):
         network = checkpoint.load_face_parser(args.parser_ckpt, args.device)
     # Without clothes among the classes, only the background is no content.
@@ -190,7 +173,7 @@ def target_path(args: argparse.Namespace, size: int) -> Path:
         ValueError: naming the flag.
     """
     name = f"{args.metric}_{args.remove_ratio:g}_{size}px_{time.strftime('%Y%m%d-%H%M%S')}.pt"
-    target = OUT_FOLDER / name if args.out is None else args.out
+    target = bundled.PRUNED_FOLDER / name if args.out is None else args.out
     if target.is_dir():
         target = target / name
     if target.resolve() == args.ckpt.resolve():
@@ -222,53 +205,6 @@ def score(args: argparse.Namespace, generator: Generator, parser: ContentParser 
         except EmptyContentError as error:
             bar.leave = False
             raise ValueError(f"--parser_ckpt {args.parser_ckpt}: {error}") from None
-
-
-def _factor(before: int, after: int) -> str:
-    return f"{before / after:.2f}x"
-
-
-def summary(before: Generator, after: Generator) -> str:
-    """Before and after: channels per layer, parameters, MACs, ratio."""
-    names = ["input", "conv1", *(f"convs.{i}" for i in range(len(before.convs)))]
-    rows = [("", "before", "after", "ratio")]
-    for name, old, new in zip(names, before.channels, after.channels, strict=True):
-        rows.append((f"channels of {name}", f"{old}", f"{new}", _factor(old, new)))
-    for what, count in (("parameters", parameters), ("MACs per image", macs)):
-        old, new = count(before), count(after)
-        rows.append((what, f"{old:,}", f"{new:,}", _factor(old, new)))
-    return "\n".join(f"{a:<22} {b:>16} {c:>16} {d:>8}" for a, b, c, d in rows)
-
-
-def _layer_row(old: LayerCost, new: LayerCost) -> str:
-    shape = f"{old.in_channels}>{old.out_channels}", f"{new.in_channels}>{new.out_channels}"
-    saved = _factor(old.macs, new.macs) if old.macs else ""
-    return (
-        f"{old.name:<10} {old.side or '':>5} {shape[0]:>9} {shape[1]:>9}"
-        f" {old.parameters:>11,} {new.parameters:>11,} {old.macs:>15,} {new.macs:>14,} {saved:>7}"
-    )
-
-
-def details(before: Generator, after: Generator) -> str:
-    """Width, parameters and MACs of every layer, before and after."""
-    head = (
-        f"{'layer':<10} {'px':>5} {'in>out':>9} {'after':>9}"
-        f" {'parameters':>11} {'after':>11} {'MACs':>15} {'after':>14} {'ratio':>7}"
-    )
-    costs = zip(layer_costs(before), layer_costs(after), strict=True)
-    return "\n".join([head, *(_layer_row(old, new) for old, new in costs)])
-
-
-def score_table(scores: Scores, keep: Sequence[torch.Tensor]) -> str:
-    """Range of the removed and of the kept scores of every channel group."""
-    lines = [f"{'group':<6} {'removed':>8} {'with scores from .. to':>26} {'kept':>6} {'':>26}"]
-    for i, (values, mask) in enumerate(zip(scores, keep, strict=True)):
-        cells = []
-        for part in (values[~mask], values[mask]):
-            low, high = (part.min(), part.max()) if len(part) else (math.nan, math.nan)
-            cells += [f"{len(part)}", f"{low:.4g} .. {high:.4g}" if len(part) else ""]
-        lines.append(f"{i:<6} {cells[0]:>8} {cells[1]:>26} {cells[2]:>6} {cells[3]:>26}")
-    return "\n".join(lines)
 
 
 def config_of(args: argparse.Namespace, before: Generator, after: Generator) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from Dataset.images import EndlessBatches, Images, endless_loader
 from Model import checkpoint
+from Model.bundled import default_parser
 from Model.discriminator import Discriminator
 from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig, add_flags, check_ranges
@@ -129,8 +130,9 @@ def make_teacher(config: TrainConfig, size: int, device: torch.device) -> Teache
         generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
     parser = None
     if config.content_aware_KD or config.perceptual == "parser":
+        file = config.parser_ckpt or default_parser(config.teacher_ckpt)
         with blame("--parser_ckpt"):
-            parser = ContentParser(checkpoint.load_face_parser(config.parser_ckpt, device))
+            parser = ContentParser(checkpoint.load_face_parser(file, device))
     return Teacher(
         generator.eval().requires_grad_(False),
         parser if config.content_aware_KD else None,

@@ -12,8 +12,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from Util.cli import boolean, integers
 
-PARSER_CKPT = "Model/parser_model/79999_iter.pth"
-
 
 def setting(
     default: Any,
@@ -96,7 +94,11 @@ class TrainConfig:
         False, "student and teacher see the same layer noise; the paper's draw theirs separately"
     )
     content_aware_KD: bool = setting(True, "distil only inside the teacher's content mask")
-    parser_ckpt: str = setting(PARSER_CKPT, "face parser that makes the mask")
+    parser_ckpt: str = setting(
+        "",
+        "face parser that makes the mask; empty: the bundled one for the bundled teacher, else"
+        " Model/parser_model/79999_iter.pth",
+    )
     perceptual: str = setting(
         "vgg",
         "perceptual network: vgg, alex, squeeze (LPIPS; weights are downloaded on first use), or"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import prune
-from Model import checkpoint
+from Model import bundled, checkpoint
 from Model.discriminator import Discriminator
 from Model.face_parser import BiSeNet
 from Model.generator import Generator
@@ -104,7 +104,7 @@ def test_details_and_generated_name(files, tmp_path, capsys):
 
 
 def test_default_folder(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(prune, "OUT_FOLDER", tmp_path / "pruned_model")
+    monkeypatch.setattr(bundled, "PRUNED_FOLDER", tmp_path / "pruned_model")
     assert run(files, "--metric", "random", "--remove_ratio", 0, parser=None) == 0
     (path,) = (tmp_path / "pruned_model").iterdir()
     assert re.fullmatch(r"random_0_8px_\d{8}-\d{6}\.pt", path.name)
@@ -112,13 +112,11 @@ def test_default_folder(files, tmp_path, monkeypatch):
 
 
 def test_bundled_files_are_the_defaults(files, tmp_path, monkeypatch, capsys):
-    assert (prune.BUNDLED_MODEL.name, prune.BUNDLED_PARSER.name) == (
-        "toon_faces_64px.pt",
-        "toon_faces_128px.pt",
-    )
-    monkeypatch.setattr(prune, "BUNDLED_MODEL", files / "full.pt")
-    monkeypatch.setattr(prune, "BUNDLED_PARSER", files / "parser.pt")
-    monkeypatch.setattr(prune, "OUT_FOLDER", tmp_path)
+    assert bundled.MODEL.is_file()
+    assert bundled.PARSER.is_file()
+    monkeypatch.setattr(bundled, "MODEL", files / "full.pt")
+    monkeypatch.setattr(bundled, "PARSER", files / "parser.pt")
+    monkeypatch.setattr(bundled, "PRUNED_FOLDER", tmp_path)
     assert prune.main([]) == 0
     assert "400/400" in capsys.readouterr().err
     (path,) = tmp_path.iterdir()
@@ -174,13 +172,10 @@ def test_bad_files(files, tmp_path, capsys, monkeypatch):
     assert "nothing.pt: no such file" in line
     assert "--parser_ckpt " in error(parser="full.pt")
     assert "content masks of all 5 images are empty" in error(parser="blind.pt")
-    monkeypatch.setattr(prune, "PUBLISHED_PARSER", files / "79999_iter.pth")
+    monkeypatch.setattr(bundled, "PUBLISHED_PARSER", files / "79999_iter.pth")
     line = error(parser=None)
     assert "79999_iter.pth is missing" in line
     assert "face-parsing.PyTorch" in line
-    monkeypatch.setattr(prune, "BUNDLED_MODEL", tmp_path / "toon.pt")
-    line = error_of(capsys, lambda: prune.main(["--out", str(tmp_path)]))
-    assert "--ckpt: the bundled model" in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,26 @@
+"""Where the checkpoints that this repository ships, or that a user downloads, lie."""
+
+from os import PathLike
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+MODEL = FOLDER / "full_size_model/toon_faces_64px.pt"
+PARSER = FOLDER / "parser_model/toon_faces_128px.pt"
+PUBLISHED_PARSER = FOLDER / "parser_model/79999_iter.pth"
+PRUNED_FOLDER = FOLDER / "pruned_model"
+
+
+def default_parser(model: str | PathLike[str]) -> Path:
+    """The face parser that fits a model: the bundled one for the bundled model, else the published.
+
+    Raises:
+        ValueError: the published parser is not there; says where it is from.
+    """
+    if Path(model).resolve() == MODEL:
+        return PARSER
+    if not PUBLISHED_PARSER.is_file():
+        raise ValueError(
+            f"--parser_ckpt: the face parser {PUBLISHED_PARSER} is missing; put 79999_iter.pth of"
+            " github.com/zllrunning/face-parsing.PyTorch there, or name another parser"
+        )
+    return PUBLISHED_PARSER
