@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT ?= 10000
 $(VENV)/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --progress-bar on -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install -r requirements.txt -r requirements-dev.txt
 	touch $@
 
 demo: $(VENV)/installed

@@ -14,6 +14,10 @@ def golden(request) -> tuple[Generator, dict]:
     return generator.requires_grad_(False), arrays
 
 
+def pytest_configure():
+    torch.set_num_threads(1)  # the networks are tiny; more threads wait for each other
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
