@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# Short spins before a thread sleeps: on a busy machine the default makes threads wait for each other
-# and costs a factor of ten or more; on an idle one this costs a few per cent.
+# Short spins before a thread sleeps: with OpenMP's default, threads on a busy machine burn their time
+# waiting for one whose core another process holds.
 export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: demo test slow clean
