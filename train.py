@@ -300,6 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, NonFiniteError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     finally:
         distributed.leave()
 

@@ -1,49 +1,79 @@
-"""Training images from a folder or an LMDB file, and the endless stream of batches."""
+"""Training images from a folder or an LMDB file, and the endless stream of batches.
+
+``python -m Dataset.images --path DIR`` measures how fast they are loaded.
+"""
 
 import io
-from collections.abc import Iterator
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing.context import BaseContext
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import lmdb
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from tqdm import tqdm
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-class DatasetError(ValueError):
-    """A data set cannot be used; the message names the path, what was found and what to do."""
+from Dataset.prepare_data import (
+    LENGTH_KEY,
+    SUFFIXES,
+    DatasetError,
+    State,
+    UnreadableImageError,
+    fit_square,
+    image_files,
+    image_key,
+    read_image,
+    sizes_held,
+)
+from Util.cli import OneLineParser, at_least
 
 
 class Images(Dataset[Tensor]):
     """Images of one size, as tensors (3, size, size) in [-1, 1].
 
-    Item ``(index, mirror)`` is image ``index``, flipped left to right when ``mirror``.
+    Item ``(index, mirror)`` is image ``index``, flipped left to right when ``mirror``. In place of
+    an unreadable image comes the next readable one, the same in every run; the name of the
+    unreadable one is printed on standard error.
 
     Args:
         path: a folder of images (searched recursively), or an LMDB folder in the layout of the
-            StyleGAN2-PyTorch family (keys ``256-00000``, ``length``).
+            StyleGAN2-PyTorch family (keys ``256-00000``, ``length``). A process can read an LMDB
+            through one object at a time.
         size: image side in pixels. Folder images of another size are centre-cropped to a square
             and resampled (Lanczos); an LMDB must hold this size.
+        max_bad: unreadable images that are passed over.
+
+    Attributes:
+        bad: reasons of the unreadable images found so far, by name.
 
     Raises:
-        DatasetError: the path is missing, holds no images, or an LMDB lacks this size.
+        DatasetError: the path is missing, holds no images, or an LMDB is unfinished or lacks this
+            size; from an item, when more than ``max_bad`` images are unreadable.
     """
 
-    def __init__(self, path: str | Path, size: int) -> None:
-        self.path, self.size = Path(path), size
+    def __init__(self, path: str | Path, size: int, max_bad: int = 10) -> None:
+        self.path, self.size, self.max_bad = Path(path), size, max_bad
+        self.bad: dict[str, str] = {}
+        self.files: list[str] = []
         self._lmdb: Any = None
         if not self.path.is_dir():
             raise DatasetError(f"--path {path}: no such folder; give a folder of images or an LMDB")
         self.is_lmdb = (self.path / "data.mdb").is_file()
         if self.is_lmdb:
-            self.files: list[Path] = []
             self.length = self._lmdb_length()
         else:
-            self.files = sorted(f for f in self.path.rglob("*") if f.suffix.lower() in SUFFIXES)
+            self.files = image_files(self.path)
             self.length = len(self.files)
         if self.length == 0:
             raise DatasetError(f"--path {path}: holds no images ({', '.join(SUFFIXES)})")
@@ -53,57 +83,97 @@ class Images(Dataset[Tensor]):
 
     def __getitem__(self, item: tuple[int, bool]) -> Tensor:
         index, mirror = item
-        pixels = np.asarray(self._open(index))
+        pixels = np.asarray(self._readable(index))
         if mirror:
             pixels = pixels[:, ::-1]
         tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
         return tensor.float().div_(127.5).sub_(1)
 
-    def _open(self, index: int) -> Image.Image:
-        source = io.BytesIO(self._read(index)) if self.is_lmdb else self.files[index]
-        name = f"{self.path} image {index}" if self.is_lmdb else source
-        try:
-            with Image.open(source) as file:
-                image = file.convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise DatasetError(f"{name}: not a readable image ({error})") from None
-        return self._fit(image)
+    def __getstate__(self) -> dict[str, Any]:
+        # An LMDB handle belongs to one process; a worker opens its own.
+        return vars(self) | {"_lmdb": None}
 
-    def _fit(self, image: Image.Image) -> Image.Image:
-        if image.size == (self.size, self.size):
-            return image
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.crop((left, top, left + side, top + side))
-        return square.resize((self.size, self.size), Image.Resampling.LANCZOS)
+    def note_bad(self, name: str, reason: str) -> None:
+        """Count and report an unreadable image, once.
+
+        Raises:
+            DatasetError: there are more than ``max_bad``.
+        """
+        if name in self.bad:
+            return
+        self.bad[name] = reason
+        # What a worker meets is reported by the main process, or each worker would repeat it.
+        if get_worker_info() is None:
+            line = f"warning: {name}: {reason}; the next readable image takes its place"
+            tqdm.write(line, file=sys.stderr)
+        if len(self.bad) > self.max_bad:
+            raise self._too_many(f"more than {self.max_bad} unreadable images")
+
+    def _too_many(self, what: str) -> DatasetError:
+        names = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[:10])
+        return DatasetError(f"--path {self.path}: {what}: {names}; mend or remove them")
+
+    def _readable(self, index: int) -> Image.Image:
+        """The image, or the first readable one after it: a function of the data set alone."""
+        for i in (*range(index, self.length), *range(index)):
+            name = f"{self.path} image {i}" if self.is_lmdb else str(self.path / self.files[i])
+            if name in self.bad:
+                continue
+            try:
+                image = read_image(self._read(i) if self.is_lmdb else name)
+            except UnreadableImageError as error:
+                self.note_bad(name, str(error))
+            else:
+                return fit_square(image, self.size)
+        raise self._too_many(f"none of {self.length} images can be read")
 
     def _environment(self) -> Any:
         # Opened on first use in every process: an LMDB handle does not survive a fork.
         if self._lmdb is None:
-            import lmdb
-
-            self._lmdb = lmdb.open(
-                str(self.path), readonly=True, lock=False, readahead=False, meminit=False
-            )
+            try:
+                self._lmdb = lmdb.open(
+                    str(self.path), readonly=True, lock=False, readahead=False, meminit=False
+                )
+            except lmdb.Error as error:
+                raise DatasetError(
+                    f"--path {self.path}: cannot be opened as an LMDB ({error}); make it again"
+                ) from None
         return self._lmdb
 
-    def _read(self, index: int) -> bytes:
+    def _read(self, index: int) -> io.BytesIO:
         with self._environment().begin() as transaction:
-            data = transaction.get(f"{self.size}-{index:05d}".encode())
+            data = transaction.get(image_key(self.size, index))
         if data is None:
             raise DatasetError(f"{self.path}: no image {index} of {self.size} px in this LMDB")
-        return data
+        return io.BytesIO(data)
 
     def _lmdb_length(self) -> int:
-        with self._environment().begin() as transaction:
-            length = transaction.get(b"length")
-            first = transaction.get(f"{self.size}-00000".encode())
-        self._lmdb.close()
+        with self._environment() as environment, environment.begin() as transaction:
+            length = transaction.get(LENGTH_KEY)
+            problem = self._unfinished(State.read(transaction))
+            if length is not None:
+                sizes = sizes_held(transaction)
+                problem = f"no images of {self.size} px, but of {sizes}; choose one of these"
+                if self.size in sizes:
+                    last = int(length) - 1
+                    problem = f"{int(length)} images by its key 'length', but image {last} missing"
+                    if last < 0 or transaction.get(image_key(self.size, last)) is not None:
+                        problem = ""
         self._lmdb = None
-        if length is None or first is None:
-            what = "no key 'length'" if length is None else f"no images of {self.size} px"
-            raise DatasetError(f"--path {self.path}: an LMDB with {what}")
+        if problem:
+            raise DatasetError(f"--path {self.path}: an LMDB with {problem}")
         return int(length)
+
+    def _unfinished(self, state: State | None) -> str:
+        if state is None:
+            return "no key 'length'; make one with: python -m Dataset.prepare_data"
+        done, settings = state.done, state.settings
+        quality = f" --quality {settings['quality']}" if settings["quality"] else ""
+        return (
+            f"only {done} of {settings['files']} files; complete it with: python -m"
+            f" Dataset.prepare_data --path FOLDER --out {self.path} --format {settings['format']}"
+            f"{quality} --size {','.join(map(str, settings['sizes']))}"
+        )
 
 
 class EndlessBatches(Sampler[list[tuple[int, bool]]]):
@@ -155,16 +225,130 @@ class EndlessBatches(Sampler[list[tuple[int, bool]]]):
             yield batch[self.rank :: self.world]
 
 
+class _Batches(Dataset[Any]):
+    """Whole batches with the images newly found bad, or the error that a batch ended in.
+
+    Errors are results here: what a worker raises, DataLoader turns into a long traceback.
+    """
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitems__(
+        self, items: list[tuple[int, bool]]
+    ) -> tuple[Tensor, dict[str, str]] | DatasetError:
+        known = len(self.images.bad)
+        try:
+            batch = default_collate([self.images[item] for item in items])
+        except DatasetError as error:
+            return error
+        return batch, dict(list(self.images.bad.items())[known:])
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    # Ctrl-C reaches the whole process group; the main process alone deals with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    # DataLoader's own watch sees the fork server as parent, which outlives a killed main process.
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _worker_context() -> BaseContext:
+    """Processes that do not inherit this one's threads, which a plain fork may deadlock on."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    # One import of PyTorch for all workers; it takes seconds and hundreds of megabytes.
+    context.set_forkserver_preload(["torch", "torch.utils.data", "PIL.Image", "lmdb"])
+    return context
+
+
+def _reported(messages: Iterator[Any], images: Images) -> Iterator[Tensor]:
+    for message in messages:
+        if isinstance(message, DatasetError):
+            raise message
+        batch, bad = message
+        for name, reason in bad.items():
+            images.note_bad(name, reason)
+        yield batch
+
+
 def endless_loader(
     dataset: Images, batches: EndlessBatches, workers: int = 0, pin_memory: bool = False
 ) -> Iterator[Tensor]:
-    """Iterate over image batches (N, 3, size, size) in [-1, 1] for ever."""
+    """Iterate over image batches (N, 3, size, size) in [-1, 1] for ever.
+
+    Args:
+        dataset: the images.
+        batches: which of them, in which order.
+        workers: processes that load; 0 loads in this one. They start at once.
+        pin_memory: put batches where a GPU copies from fastest.
+
+    Returns:
+        The iterator; raises `DatasetError` when too many images are unreadable.
+    """
     loader = DataLoader(
-        dataset,
+        _Batches(dataset),
         batch_sampler=batches,
         num_workers=workers,
+        collate_fn=_as_is,
         pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        multiprocessing_context=_worker_context() if workers else None,
+        # At least four batches ahead: iterations differ in time, as most do without regularisation.
+        prefetch_factor=max(2, 4 // workers) if workers else None,
         # Its own, or a resumed run would draw a seed for its workers from the restored state.
         generator=torch.Generator(),
     )
-    return iter(loader)
+    return _reported(iter(loader), dataset)
+
+
+def images_per_second(images: Images, batch_size: int, workers: int, n_batches: int) -> float:
+    """Speed of the loader alone, without its start."""
+    batches = endless_loader(images, EndlessBatches(len(images), batch_size), workers)
+    for _ in range(2 * workers + 4):  # more than wait ready-made
+        next(batches)
+    start = time.perf_counter()
+    for _ in range(n_batches):
+        next(batches)
+    return n_batches * batch_size / (time.perf_counter() - start)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry: measure the loader."""
+    parser = OneLineParser(prog="python -m Dataset.images", description="Measure the loader.")
+    add = parser.add_argument
+    add("--path", nargs="+", required=True, metavar="DIR", help="folders of images or LMDBs")
+    add("--size", type=at_least(1), default=64, help="side in pixels (default: %(default)s)")
+    add("--batch_size", type=at_least(1), default=32, help="images (default: %(default)s)")
+    add("--workers", type=at_least(0), default=2, help="processes (default: %(default)s)")
+    add("--n_batches", type=at_least(1), default=200, help="per run (default: %(default)s)")
+    add("--runs", type=at_least(1), default=5, help="of each, in turn (default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        sets = [Images(path, args.size) for path in args.path]
+        # In turn, so that what else the machine does touches all alike.
+        speeds = [
+            [images_per_second(s, args.batch_size, args.workers, args.n_batches) for s in sets]
+            for _ in range(args.runs)
+        ]
+    except (DatasetError, OSError) as error:
+        print(f"images: error: {error}", file=sys.stderr)
+        return 2
+    for path, runs in zip(args.path, zip(*speeds, strict=True), strict=True):
+        print(f"{path}: {median(runs):.0f} images/s ({min(runs):.0f} to {max(runs):.0f})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,5 @@
 import itertools
+import pickle
 
 import lmdb
 import numpy as np
@@ -6,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from Dataset.images import DatasetError, EndlessBatches, Images, endless_loader
+import train
+from Dataset.images import DatasetError, EndlessBatches, Images, endless_loader, main
 
 
 def write(path, colour, size=(8, 8)):
@@ -101,3 +103,93 @@ def test_the_loader_gives_the_stream_in_order(folder, workers):
     loaded = list(itertools.islice(endless_loader(images, stream, workers), 3))
     for batch, items in zip(loaded, stream, strict=False):
         torch.testing.assert_close(batch, torch.stack([images[item] for item in items]))
+
+
+def break_files(folder, *names):
+    for name in names:
+        file = next(folder.rglob(name))
+        file.write_bytes(file.read_bytes()[:-30])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_file_is_named_once_and_replaced_the_same_way_in_every_run(folder, capfd, workers):
+    break_files(folder, "6.png", "1.png")  # indices 3 (part0's last) and 4 (part1's first)
+    images = Images(folder, 8)
+    assert [file[-5:] for file in images.files[3:5]] == ["6.png", "1.png"]
+    batches = endless_loader(images, EndlessBatches(7, 7, seed=3), workers)
+    for batch, items in zip(range(3), EndlessBatches(7, 7, seed=3), strict=False):
+        shown = [(5, flip) if index in (3, 4) else (index, flip) for index, flip in items]
+        expected = torch.stack([images[item] for item in shown])
+        torch.testing.assert_close(next(batches), expected, msg=f"batch {batch}")
+    lines = [line for line in capfd.readouterr().err.splitlines() if "warning: /" in line]
+    assert sorted(line.split(": ")[1][-5:] for line in lines) == ["1.png", "6.png"]
+    assert "truncated" in lines[0]
+    assert len(images.bad) == 2
+
+
+def test_after_the_last_image_comes_the_first(folder):
+    break_files(folder, "5.png")
+    images = Images(folder, 8)
+    torch.testing.assert_close(images[6, True], images[0, True])
+
+
+def test_more_bad_files_than_allowed_are_an_error_that_names_them(folder):
+    break_files(folder, "0.png", "2.png", "4.png")
+    images = Images(folder, 8, max_bad=2)
+    with pytest.raises(DatasetError, match=r"more than 2 unreadable .*0\.png.*2\.png.*4\.png"):
+        images[0, False]
+    assert Images(folder, 8, max_bad=3)[0, False].shape == (3, 8, 8)
+
+
+def test_a_decompression_bomb_is_bad(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    write(folder / "part0" / "bomb.png", "red", (16, 16))
+    images = Images(folder, 8)
+    assert images[4, False].shape == (3, 8, 8)
+    (reason,) = images.bad.values()
+    assert "decompression bomb" in reason
+
+
+def test_a_bad_image_in_an_lmdb_is_named(tmp_path, folder, capfd):
+    with lmdb.open(str(tmp_path / "lmdb")) as env, env.begin(write=True) as txn:
+        txn.put(b"8-00000", b"no image")
+        txn.put(b"8-00001", (folder / "part0/2.png").read_bytes())
+        txn.put(b"length", b"2")
+    images = pickle.loads(pickle.dumps(Images(tmp_path / "lmdb", 8)))
+    torch.testing.assert_close(images[0, False], images[1, False])
+    assert f"{tmp_path}/lmdb image 0: not a readable image (unknown" in capfd.readouterr().err
+    pickle.dumps(images)  # also with the LMDB open
+
+
+def test_unusable_lmdbs_are_named(tmp_path):
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "data.mdb").write_bytes(b"no LMDB" * 2000)
+    with pytest.raises(DatasetError, match="none: cannot be opened as an LMDB"):
+        Images(tmp_path / "none", 8)
+    with lmdb.open(str(tmp_path / "half")) as env, env.begin(write=True) as txn:
+        txn.put(b"8-00000", b"")
+        txn.put(b"length", b"2")
+    with pytest.raises(DatasetError, match="2 images by its key 'length', but image 1 missing"):
+        Images(tmp_path / "half", 8)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_train_reports_bad_data_in_one_line(folder, tmp_path, capfd, workers):
+    for file in folder.rglob("*.png"):
+        file.write_bytes(b"no image")
+    flags = "--size 8 --style_dim 8 --n_mlp 2 --channels 6,5,4,4 --batch_size 4 --device cpu"
+    out = f"--path {folder} --out {tmp_path}/run --iter 2 --workers {workers}"
+    assert train.main([*flags.split(), *out.split()]) == 2
+    error = capfd.readouterr().err.splitlines()
+    assert not [line for line in error if "Traceback" in line or "File" in line]
+    assert error[-1].startswith(f"train.py: error: --path {folder}: none of 7 images can be read")
+    assert "part0/0.png: not a readable image (unknown format or damaged)" in error[-1]
+
+
+def test_the_loader_is_measured(folder, tmp_path, capsys):
+    flags = "--size 8 --batch_size 4 --workers 0 --n_batches 2 --runs 3 --path"
+    assert main([*flags.split(), str(folder), str(folder / "part0")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [str(folder), str(folder / "part0")]
+    assert main([*flags.split(), str(tmp_path / "none")]) == 2
+    assert "none: no such folder" in capsys.readouterr().err
