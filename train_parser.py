@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -13,30 +12,16 @@ from Dataset.label_maps import LabelMapDataset
 from Model import checkpoint
 from Model.face_parser import BiSeNet
 from Util import segmentation
+from Util.cli import OneLineParser, at_least, blame, fraction
 from Util.content import ContentParser
+from Util.device import pick_device
 from Util.segmentation import Augmentation, Batch, Scores, TrainingPlan
 
 EXAMPLE = """example:
-  python3 train_parser.py --path Dataset/toon_faces_128 --val_path Dataset/toon_faces_128_val \\
+  python3 train_parser.py --path Dataset/toon_faces_128px --val_path Dataset/toon_faces_128px_val \\
       --out Model/parser_model/toon_faces_128px.pt --size 128 --image_size 64 \\
-      --width 12 --stem_stride 2 --iter 4000 --batch_size 16
+      --width 8 --stem_stride 1 --iter 4500 --batch_size 16 --lr 0.025
 """
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Reports a mistake in one line instead of the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Prints the message and exits with code 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def positive(text: str) -> int:
-    """Argument type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 def class_pair(text: str) -> tuple[int, int]:
@@ -64,7 +49,7 @@ def build_parser() -> OneLineParser:
     )
     add(
         "--val_fraction",
-        type=float,
+        type=fraction(True, True),
         default=0.1,
         metavar="X",
         help="part of --path that is held "
@@ -83,14 +68,14 @@ def build_parser() -> OneLineParser:
     )
     add(
         "--size",
-        type=positive,
+        type=at_least(1),
         default=128,
         metavar="PX",
         help="side of the parser's input in pixels (default: %(default)s)",
     )
     add(
         "--image_size",
-        type=positive,
+        type=at_least(1),
         metavar="PX",
         help="side in pixels that pictures are "
         "reduced to before they are enlarged to --size: the size of the pictures to be parsed, if "
@@ -98,7 +83,7 @@ def build_parser() -> OneLineParser:
     )
     add(
         "--n_classes",
-        type=positive,
+        type=at_least(1),
         default=19,
         metavar="N",
         help="number of classes (default: %(default)s, those of CelebAMask-HQ)",
@@ -120,8 +105,8 @@ def build_parser() -> OneLineParser:
     )
     add(
         "--width",
-        type=positive,
-        default=12,
+        type=at_least(1),
+        default=8,
         metavar="N",
         help="channels of the first stage; 64 is the published parser (default: %(default)s)",
     )
@@ -129,20 +114,20 @@ def build_parser() -> OneLineParser:
         "--stem_stride",
         type=int,
         choices=(1, 2, 4),
-        default=2,
-        help="reduction before the first "
-        "stage; small for small pictures, 4 is the published parser (default: %(default)s)",
+        default=1,
+        help="logits are computed at 1 / (2 * N) of --size; 1 keeps the finest detail and costs "
+        "the most, 4 is the published parser (default: %(default)s)",
     )
     add(
         "--iter",
-        type=positive,
+        type=at_least(1),
         default=4000,
         metavar="N",
         help="training iterations (default: %(default)s)",
     )
     add(
         "--batch_size",
-        type=positive,
+        type=at_least(2),
         default=16,
         metavar="N",
         help="pictures per iteration, at least 2 (default: %(default)s)",
@@ -150,13 +135,13 @@ def build_parser() -> OneLineParser:
     add(
         "--lr",
         type=float,
-        default=3e-3,
+        default=0.01,
         metavar="X",
         help="highest learning rate of AdamW (default: %(default)s)",
     )
     add(
         "--eval_every",
-        type=positive,
+        type=at_least(1),
         default=1000,
         metavar="N",
         help="iterations between evaluations, each of which saves (default: %(default)s)",
@@ -164,13 +149,13 @@ def build_parser() -> OneLineParser:
     add("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
     add(
         "--device",
-        choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="auto takes the GPU if there is one (default: %(default)s)",
+        metavar="DEV",
+        help="auto, cpu, cuda or cuda:N; auto takes the GPU if there is one (default: %(default)s)",
     )
     add(
         "--workers",
-        type=int,
+        type=at_least(0),
         default=0,
         metavar="N",
         help="processes that read pictures; 0 reads in the main one (default: %(default)s)",
@@ -184,18 +169,9 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the flag.
     """
-    if args.batch_size < 2:
-        raise ValueError("--batch_size 1 is too small: batch normalisation needs at least 2")
-    if not 0 < args.val_fraction < 1:
-        raise ValueError(f"--val_fraction {args.val_fraction} is not between 0 and 1")
     if args.lr <= 0:
         raise ValueError(f"--lr {args.lr} is not positive")
-    if args.workers < 0:
-        raise ValueError(f"--workers {args.workers} is negative")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no GPU that PyTorch can use; take --device cpu")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = pick_device(args.device)
     if args.eval_only is None:
         complete_classes(args, args.n_classes)
 
@@ -224,10 +200,8 @@ def open_dataset(flag: str, path: str, size: int, n_classes: int) -> LabelMapDat
     Raises:
         ValueError: naming the flag.
     """
-    try:
+    with blame(flag):
         return LabelMapDataset(path, size, n_classes)
-    except FileNotFoundError as error:
-        raise ValueError(f"{flag}: {error}") from error
 
 
 def open_both(args: argparse.Namespace) -> tuple[Dataset[Batch], Dataset[Batch]]:
@@ -262,10 +236,8 @@ def report(scores: Scores) -> str:
 
 def run_evaluation(args: argparse.Namespace) -> None:
     """Scores a parser from a file."""
-    try:
+    with blame("--eval_only"):
         network = checkpoint.load_face_parser(args.eval_only, args.device)
-    except checkpoint.CheckpointError as error:
-        raise ValueError(f"--eval_only: {error}") from error
     complete_classes(args, network.n_classes)
     flag, path = ("--val_path", args.val_path) if args.val_path else ("--path", args.path)
     dataset = open_dataset(flag, path, network.input_size, network.n_classes)

@@ -11,6 +11,10 @@ from torch.utils.data import Dataset
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
+class LabelMapError(ValueError):
+    """A folder of pictures and label maps cannot be used; the message names the file."""
+
+
 class LabelMapDataset(Dataset[tuple[Tensor, Tensor]]):
     """Pairs of a picture and its label map.
 
@@ -25,7 +29,7 @@ class LabelMapDataset(Dataset[tuple[Tensor, Tensor]]):
         n_classes: label values must be below it.
 
     Raises:
-        FileNotFoundError: if a folder or a picture's label map is missing, or there is no picture.
+        LabelMapError: if a folder or a picture's label map is missing, or there is no picture.
     """
 
     def __init__(self, path: str | Path, size: int, n_classes: int) -> None:
@@ -34,16 +38,16 @@ class LabelMapDataset(Dataset[tuple[Tensor, Tensor]]):
         self.n_classes = n_classes
         for folder in (self.path / "images", self.path / "labels"):
             if not folder.is_dir():
-                raise FileNotFoundError(f"no folder {folder}; expected images/ and labels/ there")
+                raise LabelMapError(f"no folder {folder}; expected images/ and labels/ there")
         files = sorted((self.path / "images").iterdir())
         self.images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
         if not self.images:
-            raise FileNotFoundError(f"no .png, .jpg or .jpeg picture in {self.path / 'images'}")
+            raise LabelMapError(f"no .png, .jpg or .jpeg picture in {self.path / 'images'}")
         # One listing instead of a look-up per picture: folders may hold many thousands of files.
         labels = {file.name for file in (self.path / "labels").iterdir()}
         for image in self.images:
             if f"{image.stem}.png" not in labels:
-                raise FileNotFoundError(f"{image} has no label map {self.label_path(image)}")
+                raise LabelMapError(f"{image} has no label map {self.label_path(image)}")
 
     def label_path(self, image: Path) -> Path:
         """The label map's file of a picture's file."""
@@ -59,25 +63,25 @@ class LabelMapDataset(Dataset[tuple[Tensor, Tensor]]):
             The picture (3, size, size), float32 in [-1, 1], and its label map (size, size), int64.
 
         Raises:
-            ValueError: if a file cannot be read, the label map is no 8-bit index map, has other
+            LabelMapError: if a file cannot be read, the label map is no 8-bit index map, has other
                 proportions than the picture, or a value of `n_classes` or more.
         """
         image_path = self.images[index]
         label_path = self.label_path(image_path)
         image, label = _open(image_path).convert("RGB"), _open(label_path)
         if label.mode not in ("L", "P"):
-            raise ValueError(
+            raise LabelMapError(
                 f"{label_path} is in mode {label.mode}; label maps are 8-bit greyscale or palette "
                 "pictures whose values are class indices"
             )
         if image.width * label.height != image.height * label.width:
-            raise ValueError(
+            raise LabelMapError(
                 f"{label_path} has {label.width}x{label.height} pixels, its picture "
                 f"{image.width}x{image.height}; they must have the same proportions"
             )
         highest = int(np.asarray(label).max())
         if highest >= self.n_classes:
-            raise ValueError(
+            raise LabelMapError(
                 f"{label_path} has class {highest}, but there are only {self.n_classes} classes, "
                 "counted from 0; raise n_classes or correct the label map"
             )
@@ -100,4 +104,4 @@ def _open(path: Path) -> Image.Image:
             picture.load()
             return picture
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+        raise LabelMapError(f"cannot read {path}: {error}") from error

@@ -9,6 +9,8 @@ Two numbers make cheaper relatives of the published network: `width` scales ever
 `stem_stride` keeps more of the detail of a small input.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,13 +69,13 @@ class ResNet18(nn.Module):
 
     def __init__(self, width: int, stem_stride: int) -> None:
         super().__init__()
-        conv_stride = 1 if stem_stride == 1 else 2
-        pool_stride = 2 if stem_stride == 4 else 1
-        self.conv1 = nn.Conv2d(3, width, 7, conv_stride, padding=3, bias=False)
+        # Strides are taken away from behind: the first layer's, at the picture's full size, costs
+        # the most to do without.
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.maxpool = nn.MaxPool2d(3, pool_stride, padding=1)
+        self.maxpool = nn.MaxPool2d(3, 2 if stem_stride == 4 else 1, padding=1)
         self.layer1 = self._stage(width, width, 1)
-        self.layer2 = self._stage(width, 2 * width, 2)
+        self.layer2 = self._stage(width, 2 * width, 1 if stem_stride == 1 else 2)
         self.layer3 = self._stage(2 * width, 4 * width, 2)
         self.layer4 = self._stage(4 * width, 8 * width, 2)
 
@@ -170,8 +172,8 @@ class BiSeNet(nn.Module):
     Args:
         n_classes: number of classes; the published parser has CelebAMask-HQ's 19.
         width: channels of the first stage. The stages have width, 2, 4 and 8 times width.
-        stem_stride: 4 (published), 2 or 1, by how much the layers before the first stage shrink the
-            image. The logits are computed at 1 / (2 * stem_stride) of the input's side.
+        stem_stride: 4 (published), 2 or 1. The logits are computed at 1 / (2 * stem_stride) of the
+            input's side; 2 leaves out the pooling's stride, 1 also that of the second stage.
         input_size: side in pixels of the square images that the network was trained for; kept for
             those who use the network, it does not limit `forward`.
 
@@ -227,14 +229,26 @@ class BiSeNet(nn.Module):
         Returns:
             Three logit maps (N, n_classes, H, W): main output, context at 1/8, context at 1/16.
         """
-        detail8, context8, context16 = self.cp(images)
-        low = (
-            self.conv_out(self.ffm(detail8, context8)),
-            self.conv_out16(context8),
-            self.conv_out32(context16),
-        )
         size = images.shape[2:]
-        return upsample(low[0], size), upsample(low[1], size), upsample(low[2], size)
+        main, at8, at16 = (self.upsample(logits, size) for logits in self.all_logits(images))
+        return main, at8, at16
+
+    def all_logits(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The outputs before their upsampling, the last at half the others' side."""
+        detail8, context8, context16 = self.cp(images)
+        main = self.conv_out(self.ffm(detail8, context8))
+        return main, self.conv_out16(context8), self.conv_out32(context16)
+
+    def upsample(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        """Enlarges logits to the picture's size, bilinearly.
+
+        The published network lets the corner pixels' centres coincide, so the maps drift against
+        the picture by up to half a logit pixel from its middle to its border. With the smaller stem
+        strides, made for thin structures in small pictures, the maps are enlarged evenly.
+        """
+        return F.interpolate(
+            logits, tuple(size), mode="bilinear", align_corners=self.stem_stride == 4
+        )
 
     def main_logits(self, images: Tensor) -> Tensor:
         """The main output before its upsampling: (N, n_classes, h, w), h = H / 2 / stem_stride."""
@@ -243,7 +257,7 @@ class BiSeNet(nn.Module):
 
     def forward_main(self, images: Tensor) -> Tensor:
         """`forward(images)[0]` without the cost of the two auxiliary heads."""
-        return upsample(self.main_logits(images), images.shape[2:])
+        return self.upsample(self.main_logits(images), images.shape[2:])
 
     def trunk_features(self, images: Tensor) -> list[Tensor]:
         """The trunk's features, for losses that compare images by them.
@@ -256,8 +270,3 @@ class BiSeNet(nn.Module):
             (with the published stem stride).
         """
         return list(self.cp.resnet(images))
-
-
-def upsample(logits: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Bilinear upsampling as in the published network: the corner pixels' centres stay in place."""
-    return F.interpolate(logits, size, mode="bilinear", align_corners=True)

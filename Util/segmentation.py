@@ -76,7 +76,7 @@ class TrainingPlan:
     """
 
     iterations: int
-    learning_rate: float = 3e-3
+    learning_rate: float = 0.01
     warm_up: float = 0.05
     weight_decay: float = 1e-4
     aux_weight: float = 0.2

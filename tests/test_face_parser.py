@@ -68,6 +68,14 @@ def test_stem_stride_sets_the_logits_side(stem_stride, side):
     torch.testing.assert_close(network.forward_main(images), outputs[0])
 
 
+def test_small_stem_strides_enlarge_evenly():
+    ramp = torch.arange(4.0).expand(1, 1, 4, 4)
+    even = BiSeNet(1, width=1, stem_stride=2).upsample(ramp, (16, 16))[0, 0, 0]
+    torch.testing.assert_close(even[2:14], (torch.arange(2, 14) + 0.5) / 4 - 0.5)
+    published = BiSeNet(1, width=1).upsample(ramp, (16, 16))[0, 0, 0]
+    torch.testing.assert_close(published, torch.linspace(0, 3, 16))
+
+
 def test_odd_sizes_are_parsed():
     network = BiSeNet(3, width=2).eval()
     assert network(torch.randn(1, 3, 75, 100))[0].shape == (1, 3, 75, 100)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import train_parser
@@ -36,7 +37,9 @@ def folder(tmp_path_factory):
 
 
 def flags(folder, tmp_path, *more):
-    small = "--size 32 --width 4 --n_classes 3 --batch_size 8 --device cpu --lr 0.01"
+    small = (
+        "--size 32 --width 4 --stem_stride 2 --n_classes 3 --batch_size 8 --device cpu --lr 0.01"
+    )
     out = ["--path", str(folder), "--out", str(tmp_path / "parser.pt")]
     return [*out, *small.split(), *more]
 
@@ -86,6 +89,15 @@ def test_scores_against_closed_form():
     assert scores.class_iou[4].isnan()
     assert scores.mean_iou == pytest.approx(expected.mean().item())
     assert scores.content_iou == pytest.approx(5 / 7)
+
+
+def test_loss_adds_the_auxiliary_outputs():
+    labels = torch.randint(0, 3, (2, 8, 8), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    main, same, small = (torch.randn(2, 3, n, n, generator=generator) for n in (8, 8, 4))
+    loss = segmentation.segmentation_loss((main, same, small), labels, 0.25)
+    terms = [F.cross_entropy(*pair) for pair in ((same, labels), (small, labels[:, ::2, ::2]))]
+    torch.testing.assert_close(loss, F.cross_entropy(main, labels) + 0.25 * sum(terms))
 
 
 def test_learning_rate_rises_then_falls():
