@@ -164,9 +164,8 @@ def make_trainer(config: TrainConfig, device: torch.device) -> Trainer:
     return trainer
 
 
-def open_data(config: TrainConfig, trainer: Trainer) -> Iterator[torch.Tensor]:
+def open_stream(config: TrainConfig, trainer: Trainer, images: Images) -> Iterator[torch.Tensor]:
     """This process's share of the endless stream of batches, from where the run is."""
-    images = Images(config.path, trainer.generator.size)
     stream = EndlessBatches(
         len(images),
         config.batch_size,
@@ -217,28 +216,23 @@ def event_handler(
     return on_event
 
 
-def run(config: TrainConfig) -> int:
-    """Train as configured; returns the exit code."""
-    device = distributed.join(training_device(config))
-    trainer = make_trainer(config, device)
-    if config.dry_run:
-        config = replace(config, iter=trainer.iteration + 2, log_freq=1)
-    batches = open_data(config, trainer)
-    generator = trainer.generator
-    config = replace(
-        config,
-        size=generator.size,
-        channels=generator.channels,
-        out=config.out or time.strftime("runs/%Y%m%d-%H%M%S"),
+def open_log(config: TrainConfig, trainer: Trainer) -> RunLog | None:
+    """The run's folder, in the first process only."""
+    if distributed.rank() != 0:
+        return None
+    resume_at = trainer.iteration if config.resume or config.load_train_state else None
+    log = RunLog(config.out, asdict(config), resume_at, config.keep_checkpoints)
+    print(
+        f"{config.path}: {config.size} px; generator {config.channels};"
+        f" {distributed.world_size()} x {trainer.device.type}; run folder {config.out}"
     )
-    log = None
-    if distributed.rank() == 0:
-        going_on = trainer.iteration if config.resume or config.load_train_state else None
-        log = RunLog(config.out, asdict(config), going_on, config.keep_checkpoints)
-        print(
-            f"{config.path}: {config.size} px; generator {config.channels};"
-            f" {distributed.world_size()} x {device.type}; run folder {config.out}"
-        )
+    return log
+
+
+def train_to_the_end(
+    config: TrainConfig, trainer: Trainer, batches: Iterator[torch.Tensor], log: RunLog | None
+) -> int:
+    """Train under a progress bar until the end or a signal; returns the exit code."""
     bar = tqdm(
         total=config.iter, initial=trainer.iteration, unit="it", dynamic_ncols=True, disable=not log
     )
@@ -256,17 +250,34 @@ def run(config: TrainConfig) -> int:
             kept = Path(config.out) / f"before_non_finite_{trainer.iteration:06d}.pt"
             checkpoint.save(kept, trainer.state(together=False))
             raise NonFiniteError(f"{error} (the state before it: {kept})") from None
-        stopped = trainer.iteration < config.iter
-        if stopped:
-            on_event("checkpoint")
+        if trainer.iteration >= config.iter:
+            return 0
+        on_event("checkpoint")
+        bar.write(f"stopped at iteration {trainer.iteration}; go on with --resume {config.out}")
+    return 128 + stop.signal
+
+
+def run(config: TrainConfig) -> int:
+    """Train as configured; returns the exit code."""
+    trainer = make_trainer(config, distributed.join(training_device(config)))
+    if config.dry_run:
+        config = replace(config, iter=trainer.iteration + 2, log_freq=1)
+    config = replace(
+        config,
+        size=trainer.generator.size,
+        channels=trainer.generator.channels,
+        out=config.out or time.strftime("runs/%Y%m%d-%H%M%S"),
+    )
+    images = Images(config.path, config.size)  # refused before a folder is made
+    log = open_log(config, trainer)
+    code = train_to_the_end(config, trainer, open_stream(config, trainer, images), log)
     if log:
         log.close()
         if config.dry_run:
             print_dry_run(log.folder)
-            return 0
-        end = f"stopped at iteration {trainer.iteration}; go on with --resume {config.out}"
-        print(end if stopped else f"done: {config.out}")
-    return 128 + stop.signal if stopped else 0
+        elif code == 0:
+            print(f"done: {config.out}")
+    return code
 
 
 def print_dry_run(folder: Path) -> None:
@@ -289,13 +300,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry."""
     try:
         config = parse_config(argv)
-        if config.dry_run:
-            with tempfile.TemporaryDirectory() as folder:
-                return run(replace(config, out=folder))
         several = len(config.gpu_device_ids) > 1 and config.device == "auto"
         if several and not distributed.launched() and torch.cuda.is_available():
             flags = sys.argv[1:] if argv is None else argv
             distributed.relaunch(__file__, flags, config.gpu_device_ids)
+        if config.dry_run:
+            with tempfile.TemporaryDirectory() as folder:
+                return run(replace(config, out=folder))
         return run(config)
     except (ValueError, NonFiniteError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
