@@ -7,7 +7,7 @@ wants other defaults changes them here. Where no other reason is given, the valu
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 from Util.cli import boolean, integers
@@ -139,9 +139,10 @@ def add_flags(parser: argparse.ArgumentParser, config: type = TrainConfig) -> No
     hints = get_type_hints(config)
     for item in fields(config):
         kind = hints[item.name]
+        shown_default = "" if item.default in ("", ()) else " (default: %(default)s)"
         options: dict[str, Any] = {
-            "default": None if item.default is MISSING else item.default,
-            "help": item.metadata["help"] + " (default: %(default)s)",
+            "default": item.default,
+            "help": item.metadata["help"] + shown_default,
             "choices": item.metadata["choices"],
             "type": kind,
         }
