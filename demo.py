@@ -41,6 +41,19 @@ def step(name: str, main, argv: list[str]) -> None:  # type: ignore[no-untyped-d
     print(f"[{time.perf_counter() - start:.0f} s]", flush=True)
 
 
+def retraining_flags(data: Path, pruned: Path, iterations: int, run: Path) -> list[str]:
+    """A short retraining of the bundled model.
+
+    Its teacher was trained without mixed styles and layer noise, and R1's weight of 10 is for 256 px.
+    """
+    return (
+        f"--path {data}/images --ckpt {pruned} --teacher_ckpt {TEACHER} --perceptual parser"
+        f" --freeze_noise --mixing 0 --path_regularize 0 --r1 0.1 --lr 0.004 --batch_size 16"
+        f" --iter {iterations} --log_freq 20 --val_sample_freq 250 --model_save_freq 0 --workers 1"
+        f" --out {run}"
+    ).split()
+
+
 def compare(networks: dict[str, Generator], out: Path) -> str:
     """Write the pictures; return the table."""
     z = torch.randn(LATENTS, 128, generator=torch.Generator().manual_seed(7))
@@ -71,14 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ["--out", str(data), "--n", str(args.n), "--size", "64", "--no_labels"],
     )
     step("python3 prune.py", prune.main, ["--remove_ratio", "0.7", "--out", str(pruned)])
-    # The bundled teacher was trained without mixed styles and layer noise, and R1's 10 is for 256 px.
-    flags = (
-        f"--path {data}/images --ckpt {pruned} --teacher_ckpt {TEACHER}"
-        f" --perceptual parser --freeze_noise --mixing 0 --path_regularize 0 --r1 0.1 --lr 0.004"
-        f" --batch_size 16 --iter {args.iter} --log_freq 20 --val_sample_freq 250 --model_save_freq 0 --workers 1 --out {run}"
-    )
     shutil.rmtree(run, ignore_errors=True)
-    step("python3 train.py", train.main, flags.split())
+    step("python3 train.py", train.main, retraining_flags(data, pruned, args.iter, run))
 
     trained = run / "checkpoints" / f"{args.iter:06d}.pt"
     files = {"teacher": TEACHER, "pruned": pruned, "retrained": trained}
