@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ LATENTS = 64
 SHOWN = 8
 
 
-def step(name: str, main, argv: list[str]) -> None:  # type: ignore[no-untyped-def]
+def step(name: str, main: Callable[[list[str]], int], argv: list[str]) -> None:
     """Print a command, run it, and stop the demo where it fails."""
     print(f"\n$ {name} {' '.join(argv)}", flush=True)
     start = time.perf_counter()
@@ -44,7 +44,7 @@ def step(name: str, main, argv: list[str]) -> None:  # type: ignore[no-untyped-d
 def retraining_flags(data: Path, pruned: Path, iterations: int, run: Path) -> list[str]:
     """A short retraining of the bundled model.
 
-    Its teacher was trained without mixed styles and layer noise, and R1's weight of 10 is for 256 px.
+    Its teacher was trained without mixed styles and layer noise; R1's weight of 10 is for 256 px.
     """
     return (
         f"--path {data}/images --ckpt {pruned} --teacher_ckpt {TEACHER} --perceptual parser"
