@@ -257,3 +257,22 @@ def test_every_setting_has_a_flag_and_the_papers_defaults_hold():
     assert config == TrainConfig(path="x")
     assert (config.lr, config.r1, config.path_regularize, config.mixing) == (0.002, 10, 2, 0.9)
     assert (config.kd_l1_lambda, config.kd_lpips_lambda, config.batch_size) == (3, 3, 16)
+
+
+@pytest.mark.slow
+def test_several_processes_stop_together_on_a_signal_and_resume(folder):
+    run_folder = folder / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = f"--path {folder}/data --out {run_folder} {SMALL} --iter 100000"
+    process = subprocess.Popen([*launcher, train.__file__, *flags.split(), "--log_freq", "10"])
+    while process.poll() is None and not (run_folder / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    process.terminate()
+    process.wait()
+    (stopped,) = checkpoints(run_folder)
+    iteration = int(stopped.stem)
+    assert 10 <= iteration < 100_000
+    assert len(checkpoint.read(stopped)["train_state"]["rng"]) == 2
+    again = ["--resume", str(run_folder), "--iter", str(iteration + 3)]
+    subprocess.run([*launcher, train.__file__, *again], check=True)
+    assert [int(p.stem) for p in checkpoints(run_folder)] == [iteration, iteration + 3]
