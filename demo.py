@@ -16,13 +16,13 @@ import prune
 import train
 from Dataset import toon_faces
 from Model import bundled
-from Model.checkpoint import load_face_parser, load_generator
+from Model.checkpoint import load_generator
 from Model.files import atomic_path
 from Model.generator import Generator
 from Util.cli import OneLineParser, at_least
 from Util.comparison import content_l1, render, side_by_side
 from Util.complexity import macs, parameters
-from Util.content import ContentParser
+from Util.content import load_content_parser
 from Util.pictures import save_png
 from Util.plot_log import plot
 
@@ -58,7 +58,7 @@ def compare(networks: dict[str, Generator], out: Path) -> str:
     """Write the pictures; return the table."""
     z = torch.randn(LATENTS, 128, generator=torch.Generator().manual_seed(7))
     images = {name: render(network.eval(), z) for name, network in networks.items()}
-    mask = ContentParser(load_face_parser(bundled.PARSER))(images["teacher"])
+    mask = load_content_parser(bundled.PARSER, torch.device("cpu"))(images["teacher"])
     rows = {name: x[:SHOWN] for name, x in images.items()} | {"content mask": mask[:SHOWN]}
     save_png(out / "comparison.png", side_by_side(rows))
     lines = [f"{'':<12}{'MACs':>14}{'parameters':>13}{'L1 to teacher inside the content':>36}"]

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from Model import bundled, checkpoint
 from Model.generator import Generator
 from Util.cli import OneLineParser, at_least, blame, fraction
-from Util.content import ContentParser
+from Util.content import ContentParser, load_content_parser
 from Util.device import pick_device
 from Util.pruning import prune_generator, select_channels
 from Util.report import details, score_table, summary
@@ -150,7 +150,7 @@ def load_full_size(args: argparse.Namespace) -> tuple[Generator, Mapping[str, An
     return generator, {"d": content["d"]} if "d" in content else {}
 
 
-def load_content_parser(args: argparse.Namespace) -> ContentParser | None:
+def parser_of(args: argparse.Namespace) -> ContentParser | None:
     """Load the face parser, if the metric needs one.
 
     Raises:
@@ -161,9 +161,7 @@ def load_content_parser(args: argparse.Namespace) -> ContentParser | None:
     if args.parser_ckpt is None:
         args.parser_ckpt = bundled.default_parser(args.ckpt)
     with blame("--parser_ckpt"):
-        network = checkpoint.load_face_parser(args.parser_ckpt, args.device)
-    # Without clothes among the classes, only the background is no content.
-    return ContentParser(network, (0, 16) if network.n_classes == 19 else (0,))
+        return load_content_parser(args.parser_ckpt, args.device)
 
 
 def target_path(args: argparse.Namespace, size: int) -> Path:
@@ -232,7 +230,7 @@ def run(args: argparse.Namespace) -> None:
     args.device = pick_device(args.device)
     generator, others = load_full_size(args)
     target = target_path(args, generator.size)
-    parser = load_content_parser(args)
+    parser = parser_of(args)
     scores = score(args, generator, parser)
     keep = select_channels(scores, args.remove_ratio)
     pruned = prune_generator(generator, keep)

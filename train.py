@@ -21,7 +21,7 @@ from train_hyperparams import TrainConfig, add_flags, check_ranges
 from Util import distributed, pictures
 from Util.cli import OneLineParser, blame
 from Util.comparison import render
-from Util.content import ContentParser
+from Util.content import ContentParser, load_content_parser
 from Util.device import peak_memory_gib, pick_device
 from Util.losses import Perceptual
 from Util.perceptual import ParserDistance, load_lpips
@@ -132,7 +132,7 @@ def make_teacher(config: TrainConfig, size: int, device: torch.device) -> Teache
     if config.content_aware_KD or config.perceptual == "parser":
         file = config.parser_ckpt or default_parser(config.teacher_ckpt)
         with blame("--parser_ckpt"):
-            parser = ContentParser(checkpoint.load_face_parser(file, device))
+            parser = load_content_parser(file, device)
     return Teacher(
         generator.eval().requires_grad_(False),
         parser if config.content_aware_KD else None,

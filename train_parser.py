@@ -13,7 +13,7 @@ from Model import checkpoint
 from Model.face_parser import BiSeNet
 from Util import segmentation
 from Util.cli import OneLineParser, at_least, blame, fraction
-from Util.content import ContentParser
+from Util.content import ContentParser, usual_exclusions
 from Util.device import pick_device
 from Util.segmentation import Augmentation, Batch, Scores, TrainingPlan
 
@@ -187,7 +187,7 @@ def complete_classes(args: argparse.Namespace, n_classes: int) -> None:
     if args.flip_pairs is None:
         args.flip_pairs = segmentation.CELEBAMASK_FLIP_PAIRS if faces else ()
     if args.classes_excluded is None:
-        args.classes_excluded = (0, 16) if faces else (0,)
+        args.classes_excluded = usual_exclusions(n_classes)
     for flag in ("flip_pairs", "classes_excluded"):
         for value in torch.tensor(getattr(args, flag)).flatten().tolist():
             if not 0 <= value < n_classes:

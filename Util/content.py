@@ -1,11 +1,13 @@
 """The content of interest: which pixels of a picture belong to it, by a parser's class map."""
 
 from collections.abc import Iterable
+from os import PathLike
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from Model.checkpoint import load_face_parser
 from Model.face_parser import BiSeNet
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -119,6 +121,21 @@ class ContentParser(nn.Module):
                 mask = F.interpolate(mask, size, mode="bilinear", align_corners=False)
             masks.append((mask > 0.5).to(images.dtype))
         return torch.cat(masks)
+
+
+def usual_exclusions(n_classes: int) -> tuple[int, ...]:
+    """Classes that are no content: background, and clothes in CelebAMask-HQ's 19 classes."""
+    return (0, 16) if n_classes == 19 else (0,)
+
+
+def load_content_parser(path: str | PathLike[str], device: torch.device) -> ContentParser:
+    """Make the content parser of a face parser's file, with the usual exclusions.
+
+    Raises:
+        CheckpointError: the file holds no face parser.
+    """
+    network = load_face_parser(path, device)
+    return ContentParser(network, usual_exclusions(network.n_classes))
 
 
 def _check_images(images: Tensor) -> None:

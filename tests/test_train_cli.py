@@ -192,11 +192,11 @@ def test_a_run_killed_twenty_times_ends_like_an_uninterrupted_one(folder):
     assert_same_run(whole, killed, 4000)
 
 
-@pytest.mark.parametrize("mode", ["Output_Only", "Intermediate"])
-def test_distillation_with_mask_and_parser_features(folder, mode):
+@pytest.mark.parametrize(("mode", "n_classes"), [("Output_Only", 19), ("Intermediate", 5)])
+def test_distillation_with_mask_and_parser_features(folder, mode, n_classes):
     teacher = Generator(8, 8, 2, channels=(6, 5, 4, 4))
     student = Generator(8, 8, 2, channels=(3, 3, 2, 2))
-    parser = BiSeNet(width=4, stem_stride=2, input_size=32)
+    parser = BiSeNet(n_classes, width=4, stem_stride=2, input_size=32)
     d = Discriminator(8, channels=(5, 4))
     checkpoint.save(folder / "teacher.pt", {"g_ema": teacher, "d": d})
     checkpoint.save(folder / "student.pt", {"g": student, "g_ema": student})
