@@ -5,18 +5,19 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 MODEL = FOLDER / "full_size_model/toon_faces_64px.pt"
+COMPRESSED = FOLDER / "pruned_model/toon_faces_64px_compressed.pt"
 PARSER = FOLDER / "parser_model/toon_faces_128px.pt"
 PUBLISHED_PARSER = FOLDER / "parser_model/79999_iter.pth"
 PRUNED_FOLDER = FOLDER / "pruned_model"
 
 
 def default_parser(model: str | PathLike[str]) -> Path:
-    """The face parser that fits a model: the bundled one for the bundled model, else the published.
+    """The face parser that fits a model: the bundled one for bundled models, else the published.
 
     Raises:
         ValueError: the published parser is not there; says where it is from.
     """
-    if Path(model).resolve() == MODEL:
+    if Path(model).resolve() in (MODEL, COMPRESSED):
         return PARSER
     if not PUBLISHED_PARSER.is_file():
         raise ValueError(

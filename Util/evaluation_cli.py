@@ -1,0 +1,99 @@
+"""What the evaluation scripts' command lines share: the flags of the model, and the output."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from Model import bundled
+from Model.checkpoint import load_generator
+from Model.generator import Generator
+from Util.cli import OneLineParser, at_least, blame
+from Util.content import ContentParser, load_content_parser
+
+
+def evaluation_parser(
+    prog: str, description: str | None, examples: str, several: bool = False
+) -> OneLineParser:
+    """A parser with the flags that every evaluation script has.
+
+    Args:
+        prog: the script's name.
+        description: what it does.
+        examples: shown below the flags.
+        several: --ckpt takes several checkpoints, shown side by side.
+    """
+    parser = OneLineParser(
+        prog=prog,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--generated_img_size",
+        type=at_least(0),
+        default=0,
+        help="image side of the model in px; 0: as the checkpoint has it (default)",
+    )
+    models = [bundled.MODEL, *([bundled.COMPRESSED] if bundled.COMPRESSED.is_file() else [])]
+    add(
+        "--ckpt",
+        type=Path,
+        nargs="+" if several else None,
+        default=models if several else bundled.MODEL,
+        metavar="FILE",
+        help="generator checkpoint; its g_ema is taken (default: bundled)",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--seed", type=at_least(0), default=0, help="of all random draws (default: %(default)s)")
+    add("--info_print", action="store_true", help="print what is done, with which settings")
+    add("--json", action="store_true", help="end with one JSON line: figures, protocol, settings")
+    return parser
+
+
+def load_evaluated(path: Path, size: int, device: torch.device) -> Generator:
+    """The frozen generator of --ckpt.
+
+    Raises:
+        ValueError: names the flag and what is wrong with the file or the size.
+    """
+    with blame("--ckpt"):
+        generator = load_generator(path, device=device, size=size or None)
+    return generator.eval().requires_grad_(False)
+
+
+def parser_for(parser_ckpt: Path | None, model: Path, device: torch.device) -> ContentParser:
+    """The content parser of --parser_ckpt, by default the one that fits the model.
+
+    Raises:
+        ValueError: names the flag and what is wrong.
+    """
+    file = parser_ckpt or bundled.default_parser(model)
+    with blame("--parser_ckpt"):
+        return load_content_parser(file, device)
+
+
+def print_json(args: argparse.Namespace, figures: Mapping[str, Any], protocol: Any) -> None:
+    """Print the line that --json asks for."""
+    if args.json:
+        settings = {k: v for k, v in vars(args).items() if k not in ("json", "info_print")}
+        line = {"figures": dict(figures), "protocol": protocol, "settings": settings}
+        print(json.dumps(line, default=lambda v: str(v) if isinstance(v, Path) else repr(v)))
+
+
+def run_script(
+    parser: OneLineParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
+) -> int:
+    """Parse, run, and turn what a user can cause into one line and exit code 2."""
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
