@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from Dataset.images import EndlessBatches, Images, endless_loader
+from Dataset.images import EndlessBatches, Images, load_batches
 from Model import checkpoint
 from Model.bundled import default_parser
 from Model.discriminator import Discriminator
@@ -175,7 +175,7 @@ def open_stream(config: TrainConfig, trainer: Trainer, images: Images) -> Iterat
         distributed.rank(),
         distributed.world_size(),
     )
-    return endless_loader(images, stream, config.workers, trainer.device.type == "cuda")
+    return load_batches(images, stream, config.workers, trainer.device.type == "cuda")
 
 
 def event_handler(
@@ -268,7 +268,7 @@ def run(config: TrainConfig) -> int:
         channels=trainer.generator.channels,
         out=config.out or time.strftime("runs/%Y%m%d-%H%M%S"),
     )
-    images = Images(config.path, config.size)  # refused before a folder is made
+    images = Images(config.path, config.size, config.max_bad)  # refused before a folder is made
     log = open_log(config, trainer)
     code = train_to_the_end(config, trainer, open_stream(config, trainer, images), log)
     if log:

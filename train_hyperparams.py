@@ -52,6 +52,7 @@ class TrainConfig:
     # Length and batch. The paper: 450,000 iterations of 16 images at 256 px.
     iter: int = setting(450_000, "train up to this iteration", low=1)
     batch_size: int = setting(16, "images per iteration, over all processes", low=1)
+    max_bad: int = setting(10, "unreadable images that are named and passed over", low=0)
     mirror: bool = setting(True, "flip training images left to right at random (faces allow it)")
 
     # Optimiser. Betas (0, 0.99), adjusted for lazy regularisation as in StyleGAN2, appendix B.

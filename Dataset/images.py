@@ -3,13 +3,15 @@
 ``python -m Dataset.images --path DIR`` measures how fast they are loaded.
 """
 
+import atexit
 import io
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -250,8 +252,10 @@ def _as_is(batch: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process alone deals with it.
+    # Ctrl-C and torchrun's SIGTERM reach the whole process group; the main process alone deals with
+    # them, and may need batches until it has.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
 
@@ -273,7 +277,20 @@ def _worker_context() -> BaseContext:
     return context
 
 
-def _reported(messages: Iterator[Any], images: Images) -> Iterator[Tensor]:
+@contextmanager
+def _deaf_to_termination() -> Iterator[None]:
+    """Processes started in the block ignore SIGTERM; the fork server cannot be told later."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _reported(messages: Iterator[Any], images: Images) -> Generator[Tensor, None, None]:
     for message in messages:
         if isinstance(message, DatasetError):
             raise message
@@ -283,15 +300,28 @@ def _reported(messages: Iterator[Any], images: Images) -> Iterator[Tensor]:
         yield batch
 
 
-def endless_loader(
-    dataset: Images, batches: EndlessBatches, workers: int = 0, pin_memory: bool = False
-) -> Iterator[Tensor]:
-    """Iterate over image batches (N, 3, size, size) in [-1, 1] for ever.
+def in_order(n: int, size: int, rank: int = 0, world: int = 1) -> list[list[tuple[int, bool]]]:
+    """Batches of the first ``n`` images in order, none flipped; one process's share of them.
+
+    Batches have ``size`` images, the last one maybe fewer.
+    """
+    starts = range(rank * size, n, world * size)
+    return [[(i, False) for i in range(start, min(start + size, n))] for start in starts]
+
+
+def load_batches(
+    dataset: Images,
+    batches: Iterable[list[tuple[int, bool]]],
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Generator[Tensor, None, None]:
+    """Iterate over image batches (N, 3, size, size) in [-1, 1].
 
     Args:
         dataset: the images.
-        batches: which of them, in which order.
-        workers: processes that load; 0 loads in this one. They start at once.
+        batches: which of them, in which order: `EndlessBatches` or `in_order`.
+        workers: processes that load; 0 loads in this one. They start at once, and end with the
+            iterator.
         pin_memory: put batches where a GPU copies from fastest.
 
     Returns:
@@ -310,12 +340,17 @@ def endless_loader(
         # Its own, or a resumed run would draw a seed for its workers from the restored state.
         generator=torch.Generator(),
     )
-    return _reported(iter(loader), dataset)
+    with _deaf_to_termination():
+        messages = iter(loader)
+    stream = _reported(messages, dataset)
+    # Python ends what is left of the workers with the signal they ignore, and waits for them.
+    atexit.register(stream.close)
+    return stream
 
 
 def images_per_second(images: Images, batch_size: int, workers: int, n_batches: int) -> float:
     """Speed of the loader alone, without its start."""
-    batches = endless_loader(images, EndlessBatches(len(images), batch_size), workers)
+    batches = load_batches(images, EndlessBatches(len(images), batch_size), workers)
     for _ in range(2 * workers + 4):  # more than wait ready-made
         next(batches)
     start = time.perf_counter()

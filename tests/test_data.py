@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import train
-from Dataset.images import DatasetError, EndlessBatches, Images, endless_loader, main
+from Dataset.images import DatasetError, EndlessBatches, Images, load_batches, main
 
 
 def write(path, colour, size=(8, 8)):
@@ -100,7 +100,7 @@ def test_processes_share_a_batch():
 def test_the_loader_gives_the_stream_in_order(folder, workers):
     images = Images(folder, 8)
     stream = EndlessBatches(len(images), 4, seed=3)
-    loaded = list(itertools.islice(endless_loader(images, stream, workers), 3))
+    loaded = list(itertools.islice(load_batches(images, stream, workers), 3))
     for batch, items in zip(loaded, stream, strict=False):
         torch.testing.assert_close(batch, torch.stack([images[item] for item in items]))
 
@@ -116,7 +116,7 @@ def test_a_bad_file_is_named_once_and_replaced_the_same_way_in_every_run(folder,
     break_files(folder, "6.png", "1.png")  # indices 3 (part0's last) and 4 (part1's first)
     images = Images(folder, 8)
     assert [file[-5:] for file in images.files[3:5]] == ["6.png", "1.png"]
-    batches = endless_loader(images, EndlessBatches(7, 7, seed=3), workers)
+    batches = load_batches(images, EndlessBatches(7, 7, seed=3), workers)
     for batch, items in zip(range(3), EndlessBatches(7, 7, seed=3), strict=False):
         shown = [(5, flip) if index in (3, 4) else (index, flip) for index, flip in items]
         expected = torch.stack([images[item] for item in shown])

@@ -263,7 +263,7 @@ def test_every_setting_has_a_flag_and_the_papers_defaults_hold():
 def test_several_processes_stop_together_on_a_signal_and_resume(folder):
     run_folder = folder / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = f"--path {folder}/data --out {run_folder} {SMALL} --iter 100000"
+    flags = f"--path {folder}/data --out {run_folder} {SMALL} --workers 1 --iter 100000"
     process = subprocess.Popen([*launcher, train.__file__, *flags.split(), "--log_freq", "10"])
     while process.poll() is None and not (run_folder / "metrics.jsonl").exists():
         time.sleep(0.1)
