@@ -4,6 +4,7 @@
 """
 
 import atexit
+import hashlib
 import io
 import os
 import signal
@@ -94,6 +95,15 @@ class Images(Dataset[Tensor]):
     def __getstate__(self) -> dict[str, Any]:
         # An LMDB handle belongs to one process; a worker opens its own.
         return vars(self) | {"_lmdb": None}
+
+    def fingerprint(self) -> str:
+        """Eight hexadecimal digits that change when images are added, removed or replaced.
+
+        Of the files' names and sizes, not of their bytes, which would take minutes to read.
+        """
+        files = [self.path / "data.mdb"] if self.is_lmdb else [self.path / f for f in self.files]
+        listing = [(str(f.relative_to(self.path)), f.stat().st_size) for f in files]
+        return hashlib.sha256(repr(listing).encode()).hexdigest()[:8]
 
     def note_bad(self, name: str, reason: str) -> None:
         """Count and report an unreadable image, once.

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-def mean_and_covariance(features: Array) -> tuple[Array, Array]:
+def mean_and_covariance(features: NDArray[np.floating]) -> tuple[Array, Array]:
     """Mean (D,) and unbiased covariance (D, D) of features (N, D), N >= 2, in float64."""
     features = np.asarray(features, dtype=np.float64)
     return features.mean(axis=0), np.cov(features, rowvar=False)

@@ -1,4 +1,4 @@
-"""Where the checkpoints that this repository ships, or that a user downloads, lie."""
+"""Where the files that this repository ships, or that a user downloads, lie."""
 
 from os import PathLike
 from pathlib import Path
@@ -8,6 +8,8 @@ MODEL = FOLDER / "full_size_model/toon_faces_64px.pt"
 COMPRESSED = FOLDER / "pruned_model/toon_faces_64px_compressed.pt"
 PARSER = FOLDER / "parser_model/toon_faces_128px.pt"
 PUBLISHED_PARSER = FOLDER / "parser_model/79999_iter.pth"
+STATISTICS = FOLDER.parent / "Evaluation/real_statistics/toon_faces_64px.npz"
+CONTENT_STATISTICS = STATISTICS.with_stem(f"{STATISTICS.stem}_content")
 PRUNED_FOLDER = FOLDER / "pruned_model"
 
 

@@ -111,3 +111,10 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     distributed.all_gather_object(values, value)
     return values
+
+
+def gather_in_turn(values: Sequence[Any]) -> list[Any]:
+    """Merge the processes' lists: item k is item k // world_size of process k % world_size."""
+    lists = gather(list(values))
+    total = sum(len(items) for items in lists)
+    return [lists[k % len(lists)][k // len(lists)] for k in range(total)]

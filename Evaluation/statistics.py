@@ -1,0 +1,164 @@
+"""What is kept of a set of features: mean, covariance, and what it was made from."""
+
+import io
+import json
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from Evaluation.fid import frechet_distance, mean_and_covariance
+from Model.files import atomic_path
+
+Array = NDArray[np.float64]
+
+
+class StatisticsError(ValueError):
+    """Statistics cannot be made or used; the message says what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean (D,) and covariance (D, D) of features, float64.
+
+    Attributes:
+        features: (N, D) float32, kept where more than a Frechet distance is computed from them.
+        record: what the features were made from, plain values; empty if unknown.
+    """
+
+    mean: Array
+    cov: Array
+    features: NDArray[np.float32] | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def statistics_of(
+    features: NDArray[np.float32], record: Mapping[str, Any], keep_features: bool = False
+) -> Statistics:
+    """Statistics of features (N, D).
+
+    Raises:
+        StatisticsError: non-finite features, or too few for a covariance of full rank.
+    """
+    n, dimensions = features.shape
+    if not np.isfinite(features).all():
+        bad = int((~np.isfinite(features)).any(axis=1).sum())
+        raise StatisticsError(f"features of {bad} of {n} images are NaN or infinite")
+    if n <= dimensions:
+        raise StatisticsError(
+            f"{n} images, but a covariance of {dimensions} features needs at least {dimensions + 1}"
+        )
+    mean, cov = mean_and_covariance(features)
+    return Statistics(mean, cov, features if keep_features else None, record)
+
+
+def distance(a: Statistics, b: Statistics) -> float:
+    """Frechet distance of two sets.
+
+    Raises:
+        StatisticsError: they are of different features.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise StatisticsError(
+            f"statistics of {len(a.mean)} and of {len(b.mean)} features cannot be compared; make"
+            " them again with the same --features"
+        )
+    return frechet_distance(a.mean, a.cov, b.mean, b.cov)
+
+
+def save(path: Path, statistics: Statistics) -> None:
+    """Write an .npz of mean, cov, record (JSON) and, if there, features; atomically."""
+    arrays: dict[str, Any] = {"mean": statistics.mean, "cov": statistics.cov}
+    if statistics.features is not None:
+        arrays["features"] = statistics.features
+    record = np.array(json.dumps(dict(statistics.record)))
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, record=record, **arrays)
+
+
+def load(path: Path) -> Statistics:
+    """Read statistics: our .npz, or a pickled {mean, cov} of the StyleGAN2-PyTorch family.
+
+    No code of the file is run.
+
+    Raises:
+        StatisticsError: the file is missing, unreadable, unsafe or holds something else.
+    """
+    if not path.is_file():
+        raise StatisticsError(
+            f"{path}: no such file; give statistics (.npz, or a {{mean, cov}} .pkl)"
+        )
+    data = path.read_bytes()
+    try:
+        content = _from_npz(data) if data[:2] == b"PK" else _Arrays(io.BytesIO(data)).load()
+        record = json.loads(str(content["record"])) if "record" in content else {}
+        mean, cov = (np.asarray(content[key], dtype=np.float64) for key in ("mean", "cov"))
+    except _UnsafeError as error:
+        raise StatisticsError(f"{path}: refused, it would run {error}; make it again") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise StatisticsError(
+            f"{path}: no statistics of features (mean, cov): {type(error).__name__}"
+        ) from None
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        raise StatisticsError(f"{path}: mean {mean.shape} and covariance {cov.shape} do not fit")
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise StatisticsError(f"{path}: holds NaN or infinite values; make it again")
+    return Statistics(mean, cov, content.get("features"), record)
+
+
+def cached(
+    path: Path, record: Mapping[str, Any], make: Callable[[], Statistics], need_features: bool
+) -> Statistics:
+    """Statistics from a file that was made from the same record, else made and written to it.
+
+    Args:
+        path: .npz file; need not exist, and need not be writable.
+        record: what the statistics are made from, plain values.
+        make: makes them.
+        need_features: a file without the features themselves does not do.
+    """
+    if path.is_file():
+        found = load(path)
+        if found.record == record and not (need_features and found.features is None):
+            return found
+    made = make()
+    try:
+        save(path, made)
+    except OSError as error:
+        warnings.warn(f"statistics are not kept: {error}", stacklevel=2)
+    return made
+
+
+def _from_npz(data: bytes) -> dict[str, Any]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+class _UnsafeError(Exception):
+    """A pickle names something other than NumPy's own array constructors."""
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads plain containers and NumPy arrays, and calls nothing else."""
+
+    ALLOWED = frozenset(
+        {
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
+            *((f"numpy.{core}.multiarray", "scalar") for core in ("core", "_core")),
+            *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+            ("_codecs", "encode"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise _UnsafeError(f"{module}.{name}")
+        # Old files name NumPy's modules as they were; new NumPy would warn.
+        return super().find_class(module.replace("numpy.core.", "numpy._core."), name)

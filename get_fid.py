@@ -1,0 +1,332 @@
+"""Distances of a generator's images to real ones: Frechet, kernel, precision and recall."""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from Dataset.images import Images, in_order, load_batches
+from Evaluation import sampling, statistics
+from Evaluation.features import (
+    Extractor,
+    content_aware,
+    extract,
+    inception_extractor,
+    parser_extractor,
+)
+from Evaluation.kid import kernel_distance
+from Evaluation.precision_recall import precision_recall
+from Evaluation.statistics import Statistics, statistics_of
+from Model import bundled
+from Model.generator import Generator
+from Util import distributed
+from Util.cli import OneLineParser, at_least, blame, fraction
+from Util.content import ContentParser
+from Util.device import pick_device
+from Util.evaluation_cli import (
+    evaluation_parser,
+    load_evaluated,
+    parser_for,
+    print_json,
+    run_script,
+)
+
+METRICS = ("fid", "kid", "pr")
+EXAMPLES = """examples:
+  the bundled model, with the bundled parser's features and real statistics, no download:
+    python3 get_fid.py --n_sample 5000
+  the paper's figure; the Inception network is downloaded on first use:
+    python3 get_fid.py --generated_img_size 256 --ckpt MODEL.pt --path FFHQ_LMDB
+  everything, inside the content of interest only:
+    python3 get_fid.py --ckpt MODEL.pt --path FFHQ_LMDB --metrics fid,kid,pr --content_aware
+  several processes share the sampling and give the same figure:
+    torchrun --nproc_per_node=4 get_fid.py --ckpt MODEL.pt --path FFHQ_LMDB"""
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Argument type: metrics separated by commas."""
+    chosen = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not chosen or set(chosen) - set(METRICS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(METRICS)}")
+    return chosen
+
+
+def build_parser() -> OneLineParser:
+    """All flags of the script."""
+    parser = evaluation_parser("get_fid.py", __doc__, EXAMPLES)
+    add = parser.add_argument
+    add("--n_sample", type=at_least(2), default=50_000, help="generated images (%(default)s)")
+    add("--batch_size", type=at_least(1), default=64, help="images at a time (%(default)s)")
+    add("--images", type=Path, metavar="DIR", help="score these images in place of --ckpt's")
+    add("--path", type=Path, metavar="DIR", help="real images: a folder or an LMDB")
+    add(
+        "--stats",
+        type=Path,
+        metavar="FILE",
+        help="statistics of the real images (.npz, or a .pkl of mean and cov); with --path, made"
+        " if missing (default: beside the images)",
+    )
+    add(
+        "--features",
+        choices=("inception", "parser"),
+        help="network (default: parser for the bundled models, else inception)",
+    )
+    add("--inception_ckpt", type=Path, metavar="FILE", help="FID Inception weights, no download")
+    add("--parser_ckpt", type=Path, metavar="FILE", help="face parser of features and masks")
+    add("--metrics", type=names, default=("fid",), help="of fid,kid,pr (default: fid)")
+    add("--content_aware", action="store_true", help="multiply images by their own content mask")
+    add(
+        "--truncation",
+        type=fraction(low_open=True),
+        default=1.0,
+        help="psi; the paper's figures have none (default: %(default)s)",
+    )
+    add("--workers", type=at_least(0), default=2, help="processes that load images (%(default)s)")
+    return parser
+
+
+def make_extractor(
+    features: str,
+    inception_ckpt: Path | None,
+    parser: ContentParser | None,
+    parser_file: Path | None,
+    masked: bool,
+    device: torch.device,
+) -> Extractor:
+    """The features that images are compared by.
+
+    Args:
+        features: inception or parser.
+        inception_ckpt: Inception's weights, None for the downloaded ones.
+        parser: needed for its features and for masks.
+        parser_file: where it is from.
+        masked: multiply the images by their content mask.
+        device: where they run.
+
+    Raises:
+        ValueError: the weights are missing or unfit.
+    """
+    if features == "parser":
+        assert parser is not None
+        assert parser_file is not None
+        network = parser.network
+
+        def trunk(images: Tensor) -> list[Tensor]:
+            return network.trunk_features(parser.network_input(images))
+
+        extractor = parser_extractor(trunk, parser_file)
+    else:
+        extractor = inception_extractor(inception_ckpt, device)
+    if masked:
+        assert parser is not None
+        assert parser_file is not None
+        extractor = content_aware(extractor, parser, parser_file)
+    return extractor
+
+
+def all_features(
+    extractor: Extractor, batches: Iterable[Tensor], device: torch.device, n: int, what: str
+) -> NDArray[np.float32]:
+    """Features (n, D) of every process's batches, in order, under a progress bar."""
+    quiet = distributed.rank() != 0
+    with tqdm(total=n, desc=what, unit="img", leave=False, disable=quiet) as bar:
+        step = distributed.world_size()
+        own = extract(extractor, batches, device, lambda k: bar.update(min(k * step, n - bar.n)))
+    return torch.cat(distributed.gather_in_turn(own)).numpy()
+
+
+def sampled_features(
+    generator: Generator,
+    extractor: Extractor,
+    n: int,
+    batch_size: int,
+    seed: int,
+    truncation: float = 1.0,
+) -> NDArray[np.float32]:
+    """Features (n, D) of images 0 to n - 1 of a generator, shared by the processes."""
+    centre = sampling.mean_latent(generator, seed) if truncation < 1 else None
+    shares = sampling.shares(n, batch_size, distributed.rank(), distributed.world_size())
+    batches = (sampling.images(generator, s, seed, truncation, centre) for s in shares)
+    device = generator.input.input.device
+    return all_features(extractor, batches, device, n, "generated images")
+
+
+def image_features(
+    images: Images, extractor: Extractor, batch_size: int, workers: int, device: torch.device
+) -> NDArray[np.float32]:
+    """Features (N, D) of all images of a data set, shared by the processes."""
+    own = in_order(len(images), batch_size, distributed.rank(), distributed.world_size())
+    batches = load_batches(images, own, workers, device.type == "cuda")
+    return all_features(extractor, batches, device, len(images), f"images of {images.path}")
+
+
+def real_statistics(
+    images: Images,
+    file: Path | None,
+    extractor: Extractor,
+    need_features: bool,
+    compute: Callable[[], NDArray[np.float32]],
+) -> Statistics:
+    """Statistics of real images, made once and kept.
+
+    Args:
+        images: the data set.
+        file: where they are kept; None: beside the images.
+        extractor: the features.
+        need_features: the features themselves are needed, not only their mean and covariance.
+        compute: makes the features.
+
+    Raises:
+        StatisticsError: too few images for the features, or non-finite ones.
+    """
+    record = {
+        "images": str(images.path),
+        "count": len(images),
+        "size": images.size,
+        "files": images.fingerprint(),
+        "protocol": extractor.protocol,
+    }
+    if file is None:
+        digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:8]
+        file = images.path.with_name(f"{images.path.name}_{images.size}px_statistics_{digest}.npz")
+    return statistics.cached(
+        file, record, lambda: statistics_of(compute(), record, need_features), need_features
+    )
+
+
+def reference(
+    args: argparse.Namespace, size: int, extractor: Extractor, device: torch.device
+) -> Statistics:
+    """The real side of the comparison, as the flags say.
+
+    Raises:
+        ValueError: names the flag and what to do.
+    """
+    need_features = args.metrics != ("fid",)
+    if args.path:
+        images = Images(args.path, size)
+
+        def compute() -> NDArray[np.float32]:
+            return image_features(images, extractor, args.batch_size, args.workers, device)
+
+        with blame("--path"):
+            return real_statistics(images, args.stats, extractor, need_features, compute)
+    file = args.stats
+    if file is None and args.ckpt in (bundled.MODEL, bundled.COMPRESSED):
+        file = bundled.CONTENT_STATISTICS if args.content_aware else bundled.STATISTICS
+    if file is None:
+        raise ValueError("--path is missing; give the real images, or their statistics as --stats")
+    if need_features:
+        raise ValueError("--metrics kid and pr need the real images themselves; give --path")
+    with blame("--stats"):
+        found = statistics.load(file)
+    made_by = found.record.get("protocol", extractor.protocol)
+    if made_by != extractor.protocol:
+        raise ValueError(
+            f"--stats {file} was made by: {made_by}; these flags mean: {extractor.protocol};"
+            " change --features, --parser_ckpt or --content_aware, or give --path"
+        )
+    return found
+
+
+def compare(
+    metrics: Sequence[str], generated: NDArray[np.float32], real: Statistics, name: str, seed: int
+) -> dict[str, float]:
+    """The figures of the metrics, by name.
+
+    Raises:
+        StatisticsError: too few generated images, or non-finite features.
+    """
+    figures = {}
+    if "fid" in metrics:
+        figures[name] = statistics.distance(statistics_of(generated, {}), real)
+    if real.features is None:
+        return figures
+    if "kid" in metrics:
+        value, error = kernel_distance(generated, real.features, seed=seed)
+        kernel = name.replace("FID", "KID").replace("Frechet", "kernel")
+        figures |= {kernel: value, f"{kernel}, standard error": error}
+    if "pr" in metrics:
+        sets = (torch.from_numpy(generated), torch.from_numpy(real.features))
+        figures |= zip(("precision", "recall"), precision_recall(*sets), strict=True)
+    return figures
+
+
+def extractor_of(args: argparse.Namespace, device: torch.device) -> Extractor:
+    """The features that the flags mean.
+
+    Raises:
+        ValueError: names the flag and what to do.
+    """
+    parser = None
+    if args.features == "parser" or args.content_aware:
+        args.parser_ckpt = args.parser_ckpt or bundled.default_parser(args.ckpt)
+        parser = parser_for(args.parser_ckpt, args.ckpt, device)
+    return make_extractor(
+        args.features, args.inception_ckpt, parser, args.parser_ckpt, args.content_aware, device
+    )
+
+
+def generated_features(
+    args: argparse.Namespace,
+    extractor: Extractor,
+    generator: Generator | None,
+    device: torch.device,
+) -> NDArray[np.float32]:
+    """Features of --ckpt's samples, or of the pictures of --images."""
+    if generator is None:
+        images = Images(args.images, args.generated_img_size)
+        return image_features(images, extractor, args.batch_size, args.workers, device)
+    return sampled_features(
+        generator, extractor, args.n_sample, args.batch_size, args.seed, args.truncation
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compare and print.
+
+    Raises:
+        ValueError: names the flag and what to do.
+    """
+    device = distributed.join(pick_device(args.device))
+    is_bundled = args.ckpt in (bundled.MODEL, bundled.COMPRESSED) and not args.images
+    args.features = args.features or ("parser" if is_bundled else "inception")
+    if args.images and not args.generated_img_size:
+        raise ValueError("--generated_img_size is missing; --images goes with it")
+    generator = None if args.images else load_evaluated(args.ckpt, args.generated_img_size, device)
+    size = generator.size if generator else args.generated_img_size
+    extractor = extractor_of(args, device)
+    real = reference(args, size, extractor, device)
+    features = generated_features(args, extractor, generator, device)
+    if distributed.rank() != 0:
+        return
+    figures = compare(args.metrics, features, real, extractor.name, args.seed)
+    for name, value in figures.items():
+        print(f"{name}: {value:.6g}")
+    if args.info_print:
+        made_from = dict(real.record) or f"unknown, from {args.stats}"
+        print(f"generated: {len(features)} images of {size} px from {args.images or args.ckpt}")
+        print(f"real: {made_from}\nprotocol: {extractor.protocol}")
+    else:
+        print(f"({len(features)} images; {extractor.protocol})")
+    print_json(args, figures, extractor.protocol)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry."""
+    try:
+        return run_script(build_parser(), run, argv)
+    finally:
+        distributed.leave()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

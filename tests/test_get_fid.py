@@ -1,0 +1,182 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import get_fid
+from Evaluation import sampling, statistics
+from Evaluation.features import Extractor
+from Evaluation.statistics import Statistics, StatisticsError, statistics_of
+from Model import bundled, checkpoint
+from Model.generator import Generator
+
+
+@pytest.fixture
+def generator():
+    return Generator(8, 8, 2, (6, 5, 4, 4)).requires_grad_(False)
+
+
+@pytest.fixture
+def files(tmp_path, generator):
+    """A generator's checkpoint and a folder of 140 real images."""
+    checkpoint.save(tmp_path / "g.pt", {"g_ema": generator})
+    (tmp_path / "real").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(140):
+        pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"real/{i:03d}.png")
+    return tmp_path
+
+
+def run(files, flags, capsys):
+    argv = f"--ckpt {files}/g.pt --parser_ckpt {bundled.PARSER} --features parser --device cpu"
+    assert get_fid.main([*argv.split(), "--workers", "0", *flags.split()]) == 0
+    return capsys.readouterr().out
+
+
+def figures(out):
+    return json.loads(out.splitlines()[-1])["figures"]
+
+
+def test_an_image_depends_on_seed_and_number_alone(generator):
+    whole = sampling.images(generator, range(5), seed=3)
+    parts = [sampling.images(generator, part, seed=3) for part in ([4], [0, 1], [2, 3])]
+    torch.testing.assert_close(whole, torch.cat([*parts[1:], parts[0]]))
+    assert (sampling.images(generator, range(5), seed=4) - whole).abs().amax(
+        dim=(1, 2, 3)
+    ).min() > 0
+
+
+def test_truncation_moves_to_the_centre(generator):
+    centre = sampling.mean_latent(generator, seed=0)
+    near = sampling.images(generator, range(2), 0, truncation=1e-6, centre=centre, fixed_noise=True)
+    expected = generator([centre], input_is_latent=True, randomize_noise=False)
+    torch.testing.assert_close(near, expected.expand(2, -1, -1, -1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "size", "world"), [(10, 3, 1), (10, 3, 2), (2, 4, 3)])
+def test_processes_share_all_images(n, size, world):
+    shares = [list(sampling.shares(n, size, rank, world)) for rank in range(world)]
+    assert sorted(i for own in shares for batch in own for i in batch) == list(range(n))
+    merged = [b for turn in range(4) for own in shares for b in own[turn : turn + 1]]
+    assert [i for batch in merged for i in batch] == list(range(n))  # gather_in_turn's order
+
+
+def test_the_figure_does_not_depend_on_the_batch_size(files, capsys):
+    flags = f"--path {files}/real --n_sample 120 --json --metrics fid,kid,pr --batch_size"
+    one, other = (figures(run(files, f"{flags} {size}", capsys)) for size in (7, 50))
+    assert set(one) == {
+        "Frechet parser distance",
+        "kernel parser distance",
+        "kernel parser distance, standard error",
+        "precision",
+        "recall",
+    }
+    for name, value in one.items():
+        assert value == pytest.approx(other[name], rel=1e-3), name
+
+
+def test_real_statistics_are_made_once_and_noticed_when_stale(files, capsys, monkeypatch):
+    flags = f"--path {files}/real --n_sample 120 --json"
+    first = figures(run(files, flags, capsys))
+    (cache,) = files.glob("real_8px_statistics_*.npz")
+    monkeypatch.setattr(get_fid, "image_features", None)  # would fail if called
+    assert figures(run(files, flags, capsys)) == first
+    monkeypatch.undo()
+    (files / "real/000.png").unlink()
+    assert figures(run(files, flags, capsys)) != first
+    assert len(list(files.glob("real_8px_statistics_*.npz"))) == 2
+    assert statistics.load(cache).record["count"] == 140
+
+
+def test_a_folder_can_be_scored_in_place_of_a_model(files, capsys):
+    flags = (
+        f"--path {files}/real --images {files}/real --generated_img_size 8 --json --metrics fid,pr"
+    )
+    same = figures(run(files, flags, capsys))
+    assert same["Frechet parser distance"] == pytest.approx(0, abs=1e-6)
+    assert (same["precision"], same["recall"]) == (1, 1)
+
+
+def test_content_aware_features_do_not_see_the_outside():
+    inside = torch.zeros(1, 1, 8, 8)
+    inside[..., :4] = 1
+    extractor = Extractor(
+        lambda x: x.flatten(1), "", "", lambda x: inside.expand(len(x), -1, -1, -1)
+    )
+    image = torch.randn(2, 3, 8, 8)
+    changed = image + (1 - inside) * 5
+    torch.testing.assert_close(extractor(image), extractor(changed))
+    assert extractor(image).abs().sum() > 0
+
+
+def test_bundled_statistics_fit_the_bundled_parser(capsys):
+    assert get_fid.main(["--n_sample", "120", "--device", "cpu", "--json"]) == 0
+    assert 0 < figures(capsys.readouterr().out)["Frechet parser distance"] < 100
+    content = statistics.load(bundled.CONTENT_STATISTICS)
+    assert content.record["count"] == statistics.load(bundled.STATISTICS).record["count"] == 24_000
+    assert "content mask" in content.record["protocol"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--n_sample 100 --path real", "100 images, but a covariance of 112 features needs"),
+        ("--n_sample 120", "--path is missing"),
+        ("--n_sample 120 --stats none.npz", "--stats none.npz: no such file"),
+        ("--n_sample 120 --stats evil.pkl", "evil.pkl: refused, it would run"),
+        ("--n_sample 120 --stats g.pt", "g.pt: no statistics"),
+        ("--n_sample 120 --stats other.npz", "--stats other.npz was made by: another network"),
+        ("--n_sample 120 --stats small.npz", "statistics of 112 and of 3 features"),
+        ("--n_sample 120 --stats small.npz --metrics kid", "need the real images themselves"),
+        ("--images real --path real", "--generated_img_size is missing"),
+        ("--n_sample 120 --path none", "none: no such folder"),
+        ("--metrics fid,is", "'fid,is' is not a list of fid, kid, pr"),
+    ],
+)
+def test_bad_input_is_one_line(files, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(files)
+    write_bad_statistics(files)
+    argv = f"--ckpt g.pt --parser_ckpt {bundled.PARSER} --features parser --workers 0 {flags}"
+    try:
+        code = get_fid.main(argv.split())
+    except SystemExit as error:
+        code = error.code
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+    assert code == 2
+    assert message in line
+
+
+def write_bad_statistics(folder):
+    class Evil:
+        def __reduce__(self):
+            return exec, (f"open({str(folder / 'ran')!r}, 'w')",)
+
+    (folder / "evil.pkl").write_bytes(pickle.dumps({"mean": Evil()}))
+    small = Statistics(np.zeros(3), np.eye(3))
+    statistics.save(folder / "small.npz", small)
+    other = Statistics(np.zeros(3), np.eye(3), None, {"protocol": "another network"})
+    statistics.save(folder / "other.npz", other)
+
+
+def test_pickled_statistics_are_read_without_running_anything(tmp_path):
+    rng = np.random.default_rng(0)
+    mean, cov = rng.standard_normal(3), np.eye(3)
+    for protocol in (2, 4, 5):
+        content = {"mean": mean, "cov": cov, "size": 256, "path": "ffhq.lmdb"}
+        (tmp_path / "s.pkl").write_bytes(pickle.dumps(content, protocol))
+        np.testing.assert_array_equal(statistics.load(tmp_path / "s.pkl").mean, mean)
+    write_bad_statistics(tmp_path)
+    with pytest.raises(StatisticsError, match=r"would run builtins\.exec"):
+        statistics.load(tmp_path / "evil.pkl")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_non_finite_features_are_counted():
+    features = np.zeros((5, 2), dtype=np.float32)
+    features[1:3, 0] = np.nan
+    with pytest.raises(StatisticsError, match="features of 2 of 5 images are NaN"):
+        statistics_of(features, {})
