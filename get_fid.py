@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -172,17 +172,21 @@ def real_statistics(
     images: Images,
     file: Path | None,
     extractor: Extractor,
-    need_features: bool,
-    compute: Callable[[], NDArray[np.float32]],
+    device: torch.device,
+    batch_size: int = 64,
+    workers: int = 0,
+    need_features: bool = False,
 ) -> Statistics:
-    """Statistics of real images, made once and kept.
+    """Statistics of real images, made once and kept; all processes take part.
 
     Args:
         images: the data set.
         file: where they are kept; None: beside the images.
         extractor: the features.
+        device: where the features are computed.
+        batch_size: images at a time.
+        workers: processes that load the images.
         need_features: the features themselves are needed, not only their mean and covariance.
-        compute: makes the features.
 
     Raises:
         StatisticsError: too few images for the features, or non-finite ones.
@@ -197,9 +201,18 @@ def real_statistics(
     if file is None:
         digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:8]
         file = images.path.with_name(f"{images.path.name}_{images.size}px_statistics_{digest}.npz")
-    return statistics.cached(
-        file, record, lambda: statistics_of(compute(), record, need_features), need_features
-    )
+    found = statistics.find(file, record, need_features)
+    if not distributed.any_process(found is None, device):
+        assert found is not None
+        return found
+    features = image_features(images, extractor, batch_size, workers, device)
+    made = statistics_of(features, record, need_features)
+    if distributed.rank() == 0:
+        try:
+            statistics.save(file, made)
+        except OSError as error:
+            print(f"warning: {file} could not be written ({error})", file=sys.stderr)
+    return made
 
 
 def reference(
@@ -212,13 +225,9 @@ def reference(
     """
     need_features = args.metrics != ("fid",)
     if args.path:
-        images = Images(args.path, size)
-
-        def compute() -> NDArray[np.float32]:
-            return image_features(images, extractor, args.batch_size, args.workers, device)
-
+        how = (device, args.batch_size, args.workers, need_features)
         with blame("--path"):
-            return real_statistics(images, args.stats, extractor, need_features, compute)
+            return real_statistics(Images(args.path, size), args.stats, extractor, *how)
     file = args.stats
     if file is None and args.ckpt in (bundled.MODEL, bundled.COMPRESSED):
         file = bundled.CONTENT_STATISTICS if args.content_aware else bundled.STATISTICS

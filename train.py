@@ -13,6 +13,9 @@ import torch
 from tqdm import tqdm
 
 from Dataset.images import EndlessBatches, Images, load_batches
+from Evaluation import statistics
+from Evaluation.statistics import statistics_of
+from get_fid import make_extractor, real_statistics, sampled_features
 from Model import checkpoint
 from Model.bundled import default_parser
 from Model.discriminator import Discriminator
@@ -37,6 +40,9 @@ EXAMPLES = """examples:
     python3 train.py --path Dataset/toon_faces_64px/images --size 64 --style_dim 128 --n_mlp 4 \\
         --channels 64,64,64,64,64,64,32,32,16,16 --batch_size 32 --r1 0.1 --iter 10000
 Every default and its reason: train_hyperparams.py"""
+
+Evaluate = Callable[[], dict[str, float]]
+"""Measures the moving average: name of a figure -> value."""
 
 
 def parse_config(argv: Sequence[str] | None) -> TrainConfig:
@@ -164,6 +170,45 @@ def make_trainer(config: TrainConfig, device: torch.device) -> Trainer:
     return trainer
 
 
+def make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> Evaluate | None:
+    """What measures the Frechet distance of g_ema, or None without --fid_n_sample.
+
+    Raises:
+        ValueError: names the flag and what to do.
+    """
+    if not config.fid_n_sample:
+        return None
+    parser, parser_file = None, None
+    if config.fid_features == "parser":
+        parser_file = Path(config.parser_ckpt or default_parser(config.teacher_ckpt))
+        with blame("--parser_ckpt"):
+            parser = load_content_parser(parser_file, trainer.device)
+    inception = Path(config.inception_ckpt) if config.inception_ckpt else None
+    extractor = make_extractor(
+        config.fid_features, inception, parser, parser_file, False, trainer.device
+    )
+    if config.dry_run:
+        return None
+    stats = Path(config.fid_stats) if config.fid_stats else None
+    real = real_statistics(
+        images, stats, extractor, trainer.device, config.fid_batch, config.workers
+    )
+    if config.fid_n_sample <= len(real.mean):
+        raise ValueError(
+            f"--fid_n_sample {config.fid_n_sample} is too few for {len(real.mean)} features; give"
+            f" at least {len(real.mean) + 1}"
+        )
+    name = extractor.name.lower().replace(" ", "_")
+
+    def evaluate() -> dict[str, float]:
+        features = sampled_features(
+            trainer.g_ema, extractor, config.fid_n_sample, config.fid_batch, config.seed
+        )
+        return {name: statistics.distance(statistics_of(features, {}), real)}
+
+    return evaluate
+
+
 def open_stream(config: TrainConfig, trainer: Trainer, images: Images) -> Iterator[torch.Tensor]:
     """This process's share of the endless stream of batches, from where the run is."""
     stream = EndlessBatches(
@@ -178,42 +223,66 @@ def open_stream(config: TrainConfig, trainer: Trainer, images: Images) -> Iterat
     return load_batches(images, stream, config.workers, trainer.device.type == "cuda")
 
 
-def event_handler(
-    config: TrainConfig, trainer: Trainer, log: RunLog | None, bar: tqdm
-) -> Callable[[str], None]:
-    """What happens at the events of `train`; all processes take part, one writes."""
-    z = torch.randn(
-        config.n_sample,
-        trainer.generator.style_dim,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
+class Events:
+    """What happens at the events of `train`, one method each; all processes take part, one writes.
 
-    def write_metrics() -> None:
+    Args:
+        config: the run's settings.
+        trainer: the run.
+        log: where it is written, in the first process.
+        bar: shows the progress.
+        evaluate: measures g_ema, if anything does.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        trainer: Trainer,
+        log: RunLog | None,
+        bar: tqdm,
+        evaluate: Evaluate | None,
+    ) -> None:
+        self.trainer, self.run_log, self.bar, self.measure = trainer, log, bar, evaluate
+        stream = torch.Generator().manual_seed(config.seed)
+        z = torch.randn(config.n_sample, trainer.generator.style_dim, generator=stream)
+        self.z = z.to(trainer.device)
+
+    def __call__(self, name: str) -> None:
+        """Do what is due at an event."""
+        getattr(self, name)()
+
+    def iteration(self) -> None:
+        """Move the bar."""
+        self.bar.update()
+
+    def log(self) -> None:
+        """Write the means of the metrics since the last time."""
+        trainer = self.trainer
         metrics = trainer.averages.flush() | {"peak_memory_gib": peak_memory_gib(trainer.device)}
-        if log:
-            log.metrics(trainer.iteration, metrics)
+        if self.run_log:
+            self.run_log.metrics(trainer.iteration, metrics)
             shown = ("d_loss", "g_loss", "kd_l1", "kd_lpips")
-            bar.set_postfix({k: f"{metrics[k]:.3f}" for k in shown if k in metrics})
+            self.bar.set_postfix({k: f"{metrics[k]:.3f}" for k in shown if k in metrics})
 
-    def write_samples() -> None:
-        if log:
-            samples = render(trainer.g_ema, z.to(trainer.device))
-            log.samples(trainer.iteration, pictures.grid(samples))
+    def sample(self) -> None:
+        """Write a grid of g_ema's images, always of the same latents."""
+        if self.run_log:
+            samples = render(self.trainer.g_ema, self.z)
+            self.run_log.samples(self.trainer.iteration, pictures.grid(samples))
 
-    def write_checkpoint() -> None:
-        state = trainer.state()
-        if log:
-            log.checkpoint(trainer.iteration, state)
+    def evaluate(self) -> None:
+        """Measure g_ema."""
+        if self.measure:
+            with self.trainer.averages.paused():
+                figures = self.measure()
+            if self.run_log:
+                self.run_log.metrics(self.trainer.iteration, figures)
 
-    handlers = {"log": write_metrics, "sample": write_samples, "checkpoint": write_checkpoint}
-
-    def on_event(name: str) -> None:
-        if name == "iteration":
-            bar.update()
-        else:
-            handlers[name]()
-
-    return on_event
+    def checkpoint(self) -> None:
+        """Write a checkpoint."""
+        state = self.trainer.state()
+        if self.run_log:
+            self.run_log.checkpoint(self.trainer.iteration, state)
 
 
 def open_log(config: TrainConfig, trainer: Trainer) -> RunLog | None:
@@ -230,17 +299,22 @@ def open_log(config: TrainConfig, trainer: Trainer) -> RunLog | None:
 
 
 def train_to_the_end(
-    config: TrainConfig, trainer: Trainer, batches: Iterator[torch.Tensor], log: RunLog | None
+    config: TrainConfig,
+    trainer: Trainer,
+    batches: Iterator[torch.Tensor],
+    log: RunLog | None,
+    evaluate: Evaluate | None,
 ) -> int:
     """Train under a progress bar until the end or a signal; returns the exit code."""
     bar = tqdm(
         total=config.iter, initial=trainer.iteration, unit="it", dynamic_ncols=True, disable=not log
     )
-    on_event = event_handler(config, trainer, log, bar)
+    on_event = Events(config, trainer, log, bar, evaluate)
     every = {
         "iteration": 1,
         "log": config.log_freq,
         "sample": config.val_sample_freq,
+        "evaluate": config.model_save_freq,
         "checkpoint": config.model_save_freq,
     }
     with bar, StopRequest() as stop:
@@ -268,9 +342,13 @@ def run(config: TrainConfig) -> int:
         channels=trainer.generator.channels,
         out=config.out or time.strftime("runs/%Y%m%d-%H%M%S"),
     )
-    images = Images(config.path, config.size, config.max_bad)  # refused before a folder is made
+    # What can be refused is, before a folder is made.
+    images = Images(config.path, config.size, config.max_bad)
+    with torch.random.fork_rng(devices=()):  # new networks draw weights before they are loaded
+        evaluate = make_evaluation(config, trainer, images)
     log = open_log(config, trainer)
-    code = train_to_the_end(config, trainer, open_stream(config, trainer, images), log)
+    stream = open_stream(config, trainer, images)
+    code = train_to_the_end(config, trainer, stream, log, evaluate)
     if log:
         log.close()
         if config.dry_run:

@@ -111,6 +111,20 @@ class TrainConfig:
     )
 
     # What is written, and when.
+    fid_n_sample: int = setting(
+        0,
+        "images of g_ema for the Frechet distance before every checkpoint, the best of which stays"
+        " as best.pt; 0: none. The paper's tables have 50,000",
+        low=0,
+    )
+    fid_features: str = setting(
+        "inception",
+        "its network: inception (downloaded on first use), or parser (--parser_ckpt; no download)",
+        ("inception", "parser"),
+    )
+    fid_stats: str = setting("", "statistics of the real images; empty: those of --path")
+    fid_batch: int = setting(64, "images evaluated at a time, in each process", low=1)
+    inception_ckpt: str = setting("", "FID Inception weights, no download")
     n_sample: int = setting(25, "images in a sample grid", low=1)
     val_sample_freq: int = setting(1000, "iterations between sample grids; 0: only the last", low=0)
     model_save_freq: int = setting(

@@ -3,8 +3,7 @@
 import io
 import json
 import pickle
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,27 +110,17 @@ def load(path: Path) -> Statistics:
     return Statistics(mean, cov, content.get("features"), record)
 
 
-def cached(
-    path: Path, record: Mapping[str, Any], make: Callable[[], Statistics], need_features: bool
-) -> Statistics:
-    """Statistics from a file that was made from the same record, else made and written to it.
+def find(path: Path, record: Mapping[str, Any], need_features: bool) -> Statistics | None:
+    """Statistics from a file, or None if there is none that was made from the same record.
 
-    Args:
-        path: .npz file; need not exist, and need not be writable.
-        record: what the statistics are made from, plain values.
-        make: makes them.
-        need_features: a file without the features themselves does not do.
+    Raises:
+        StatisticsError: the file holds no statistics.
     """
-    if path.is_file():
-        found = load(path)
-        if found.record == record and not (need_features and found.features is None):
-            return found
-    made = make()
-    try:
-        save(path, made)
-    except OSError as error:
-        warnings.warn(f"statistics are not kept: {error}", stacklevel=2)
-    return made
+    if not path.is_file():
+        return None
+    found = load(path)
+    fits = found.record == record and not (need_features and found.features is None)
+    return found if fits else None
 
 
 def _from_npz(data: bytes) -> dict[str, Any]:

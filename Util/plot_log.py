@@ -7,11 +7,12 @@ from pathlib import Path
 
 from Model.files import atomic_path
 from Util.cli import OneLineParser
-from Util.run_log import read_metrics
+from Util.run_log import DISTANCES, read_metrics
 
 PANELS = (
     ("GAN losses", ("d_loss", "g_loss")),
     ("distance to the teacher", ("kd_l1", "kd_lpips")),
+    ("distance to the real images", DISTANCES),
     ("path length", ("path_length",)),
 )
 

@@ -1,6 +1,7 @@
 """The folder of a training run: settings, metrics, samples, checkpoints."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,9 @@ from Model.files import atomic_path
 from Util.pictures import save_png
 
 METRICS = "metrics.jsonl"
+BEST = "best.pt"
+DISTANCES = ("fid", "frechet_parser_distance")
+"""Metrics by which a run's best checkpoint is chosen, where they are measured."""
 TIMING = ("images_per_second", "peak_memory_gib")
 """Metrics that differ between two runs of the same numbers."""
 
@@ -24,7 +28,8 @@ class RunLog:
     """Writes one run's files.
 
     ``config.json`` holds every setting, versions, git commit and command line; ``metrics.jsonl``
-    one object a line; ``samples/`` and ``checkpoints/`` are named by iteration. Where the package
+    one object a line; ``samples/`` and ``checkpoints/`` are named by iteration; ``best.pt`` is the
+    checkpoint of the lowest Frechet distance, where that is measured. Where the package
     tensorboard is installed, ``events/`` holds the metrics and samples for it too.
 
     Args:
@@ -91,10 +96,25 @@ class RunLog:
         except OSError as error:
             last = newest_checkpoint(self.folder)
             raise OSError(f"{error}; the last good checkpoint is {last or 'none'}") from None
+        if self._is_best(iteration):
+            with atomic_path(self.folder / BEST) as temporary:
+                shutil.copyfile(path, temporary)
         if self.keep:
             for old in checkpoints(self.folder)[: -self.keep]:
                 old.unlink()
         return path
+
+    def _is_best(self, iteration: int) -> bool:
+        """Whether this iteration's Frechet distance was measured and is the lowest so far."""
+        if not (self.folder / METRICS).exists():
+            return False
+        rows = [
+            (row[key], row["iteration"])
+            for row in read_metrics(self.folder)
+            for key in DISTANCES
+            if key in row
+        ]
+        return bool(rows) and min(rows)[1] == iteration
 
     def close(self) -> None:
         """Flush the event files."""

@@ -7,6 +7,7 @@ path length penalty. Each computes a loss, and `Trainer._step` does the rest.
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -328,6 +329,13 @@ class Averages:
         result["images_per_second"] = self._images / (time.perf_counter() - self._since)
         self._clear()
         return result
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time of the block does not count as training."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
 
     def state(self) -> dict[str, list[float]]:
         """The values so far, so that a resumed run writes the same line."""

@@ -12,15 +12,21 @@ import torch
 from PIL import Image
 
 import train
+from Dataset.images import Images
+from Evaluation.features import Extractor
+from Evaluation.statistics import distance, statistics_of
+from get_fid import sampled_features
 from Model import checkpoint
+from Model.bundled import PARSER
 from Model.discriminator import Discriminator
 from Model.face_parser import BiSeNet
 from Model.generator import Generator
 from train_hyperparams import TrainConfig
 from Util.plot_log import main as plot_main
-from Util.run_log import TIMING, checkpoints, read_metrics
+from Util.run_log import BEST, DISTANCES, TIMING, checkpoints, newest_checkpoint, read_metrics
 from Util.training import Trainer
 
+DISTANCE = DISTANCES[1]
 SMALL = (
     "--size 8 --style_dim 8 --n_mlp 2 --channels 6,5,4,4 --batch_size 4 --workers 0 --device cpu"
 )
@@ -55,6 +61,52 @@ def test_training_from_scratch_writes_a_run(folder):
     assert checkpoint.load_generator(folder / "run/checkpoints/000004.pt").channels == (6, 5, 4, 4)
     assert plot_main([str(folder / "run"), "--out", str(folder / "curve.png")]) == 0
     assert Image.open(folder / "curve.png").width > 400
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Flags for a Frechet distance of three features, one for each colour."""
+
+    def colours(*args):
+        return Extractor(lambda x: x.mean(dim=(2, 3)), "Frechet parser distance", "colours")
+
+    monkeypatch.setattr(train, "make_extractor", colours)
+    return f"--fid_n_sample 20 --fid_features parser --parser_ckpt {PARSER} --model_save_freq 2"
+
+
+def distances(folder):
+    return {r["iteration"]: r[DISTANCE] for r in read_metrics(folder) if DISTANCE in r}
+
+
+def test_the_best_checkpoint_is_kept(folder, measured):
+    flags = f"{SMALL} {measured} --keep_checkpoints 1 --lr 0.05"
+    assert run(folder, f"{flags} --iter 8") == 0
+    values = distances(folder / "run")
+    assert list(values) == [2, 4, 6, 8]
+    best = min(values, key=values.get)
+    content = checkpoint.read(folder / "run" / BEST)
+    assert content["train_state"]["iteration"] == best
+    features = sampled_features(
+        checkpoint.load_generator(content), train.make_extractor(), 20, batch_size=7, seed=0
+    )
+    images = Images(folder / "data", 8)
+    real = torch.stack([images[i, False] for i in range(5)]).mean(dim=(2, 3)).numpy()
+    expected = distance(statistics_of(features, {}), statistics_of(real, {}))
+    assert values[best] == pytest.approx(expected, rel=1e-3)
+
+
+def test_measuring_leaves_the_training_as_it_was(folder, measured):
+    assert run(folder, f"{SMALL} {measured} --iter 4", "measured") == 0
+    assert run(folder, f"{SMALL} --iter 4", "bare") == 0
+    ours, bare = (checkpoint.read(newest_checkpoint(folder / x)) for x in ("measured", "bare"))
+    torch.testing.assert_close(ours["g"], bare["g"], rtol=0, atol=0)
+
+
+def test_a_resumed_run_measures_the_same(folder, measured):
+    assert run(folder, f"{SMALL} {measured} --iter 6", "whole") == 0
+    assert run(folder, f"{SMALL} {measured} --iter 3", "parts") == 0
+    assert train.main(f"--resume {folder}/parts --iter 6".split()) == 0
+    assert distances(folder / "whole").items() <= distances(folder / "parts").items()
 
 
 def assert_same_run(a, b, iteration):
@@ -224,6 +276,8 @@ def test_distillation_with_mask_and_parser_features(folder, mode, n_classes):
         ("--ckpt nowhere.pt", "--ckpt nowhere.pt: no such file"),
         ("--size 8 --teacher_ckpt nowhere.pt", "--teacher_ckpt nowhere.pt: no such file"),
         ("--load_train_state", "--load_train_state goes with --ckpt"),
+        ("--fid_n_sample 9 --inception_ckpt none.pth", "none.pth: no such file"),
+        ("--fid_n_sample 9 --fid_features parser", "--parser_ckpt: the face parser"),
         ("--device tpu", "--device tpu"),
         ("--path none", "--path none: no such folder"),
     ],
