@@ -229,7 +229,7 @@ def reference(
         with blame("--path"):
             return real_statistics(Images(args.path, size), args.stats, extractor, *how)
     file = args.stats
-    if file is None and args.ckpt in (bundled.MODEL, bundled.COMPRESSED):
+    if file is None and bundled.is_bundled(args.ckpt):
         file = bundled.CONTENT_STATISTICS if args.content_aware else bundled.STATISTICS
     if file is None:
         raise ValueError("--path is missing; give the real images, or their statistics as --stats")
@@ -306,7 +306,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: names the flag and what to do.
     """
     device = distributed.join(pick_device(args.device))
-    is_bundled = args.ckpt in (bundled.MODEL, bundled.COMPRESSED) and not args.images
+    is_bundled = bundled.is_bundled(args.ckpt) and not args.images
     args.features = args.features or ("parser" if is_bundled else "inception")
     if args.images and not args.generated_img_size:
         raise ValueError("--generated_img_size is missing; --images goes with it")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from Model.generator import Generator
 
-LATENT, NOISE, MEAN = range(3)
-"""What a stream is for: z, layer noise, the mean latent."""
+LATENT, NOISE, MEAN, POSITION = range(4)
+"""What a stream is for: z, layer noise, the mean latent, a position between two latents."""
 
 
 def stream(seed: int, index: int, purpose: int, device: torch.device) -> torch.Generator:

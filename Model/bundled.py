@@ -13,13 +13,18 @@ CONTENT_STATISTICS = STATISTICS.with_stem(f"{STATISTICS.stem}_content")
 PRUNED_FOLDER = FOLDER / "pruned_model"
 
 
+def is_bundled(model: str | PathLike[str]) -> bool:
+    """Whether a checkpoint is one that this repository ships."""
+    return Path(model).resolve() in (MODEL, COMPRESSED)
+
+
 def default_parser(model: str | PathLike[str]) -> Path:
     """The face parser that fits a model: the bundled one for bundled models, else the published.
 
     Raises:
         ValueError: the published parser is not there; says where it is from.
     """
-    if Path(model).resolve() in (MODEL, COMPRESSED):
+    if is_bundled(model):
         return PARSER
     if not PUBLISHED_PARSER.is_file():
         raise ValueError(

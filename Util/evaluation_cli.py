@@ -14,6 +14,10 @@ from Model.checkpoint import load_generator
 from Model.generator import Generator
 from Util.cli import OneLineParser, at_least, blame
 from Util.content import ContentParser, load_content_parser
+from Util.losses import at_most
+from Util.perceptual import LPIPS_TRUNKS, ParserDistance, load_lpips
+
+Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def evaluation_parser(
@@ -76,6 +80,46 @@ def parser_for(parser_ckpt: Path | None, model: Path, device: torch.device) -> C
     file = parser_ckpt or bundled.default_parser(model)
     with blame("--parser_ckpt"):
         return load_content_parser(file, device)
+
+
+def add_perceptual_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `perceptual_for`."""
+    add = parser.add_argument
+    add(
+        "--perceptual",
+        choices=(*LPIPS_TRUNKS, "parser"),
+        help="perceptual network: LPIPS on vgg, alex or squeeze (weights are downloaded on first"
+        " use), or parser features, no download (default: parser for the bundled models, else vgg)",
+    )
+    add("--perceptual_ckpt", type=Path, metavar="FILE", help="weights of the LPIPS trunk")
+    add(
+        "--parser_ckpt",
+        type=Path,
+        metavar="FILE",
+        help="face parser (default: the one that fits the model)",
+    )
+
+
+def perceptual_for(args: argparse.Namespace, model: Path, device: torch.device) -> Distance:
+    """The perceptual distance of --perceptual, whose default it fills in.
+
+    Returns:
+        Two batches (N, 3, H, W), nominally in [-1, 1] -> (N,), compared at up to 256 px.
+
+    Raises:
+        ValueError: names the flag and what to do.
+    """
+    args.perceptual = args.perceptual or ("parser" if bundled.is_bundled(model) else "vgg")
+    if args.perceptual == "parser":
+        network: Distance = ParserDistance(parser_for(args.parser_ckpt, model, device))
+    else:
+        network = load_lpips(args.perceptual, args.perceptual_ckpt).to(device)
+    return lambda a, b: network(at_most(a, 256), at_most(b, 256)).flatten()
+
+
+def distance_name(perceptual: str) -> str:
+    """What a distance by --perceptual is called."""
+    return "parser distance" if perceptual == "parser" else f"LPIPS-{perceptual.upper()}"
 
 
 def print_json(args: argparse.Namespace, figures: Mapping[str, Any], protocol: Any) -> None:

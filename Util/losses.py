@@ -98,7 +98,7 @@ def distillation_loss(
     pair = [students[-1], teachers[-1].detach()]
     if mask is not None:
         pair = [image * mask for image in pair]
-    return l1, perceptual(*(_at_most(image, 256) for image in pair)).mean()
+    return l1, perceptual(*(at_most(image, 256) for image in pair)).mean()
 
 
 def _at_size(mask: Tensor, images: Tensor) -> Tensor:
@@ -108,8 +108,8 @@ def _at_size(mask: Tensor, images: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(mask, (images.shape[2], images.shape[3]))
 
 
-def _at_most(images: Tensor, side: int) -> Tensor:
-    """Reduce images bilinearly to ``side`` px where they are larger."""
+def at_most(images: Tensor, side: int) -> Tensor:
+    """Reduce images (N, 3, H, W) bilinearly to ``side`` px where they are larger."""
     if images.shape[-1] <= side:
         return images
     return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
