@@ -25,7 +25,7 @@ from Util import distributed, pictures
 from Util.cli import OneLineParser, blame
 from Util.comparison import render
 from Util.content import ContentParser, load_content_parser
-from Util.device import peak_memory_gib, pick_device
+from Util.device import peak_memory_gib, pick_device, set_tf32
 from Util.losses import Perceptual
 from Util.perceptual import ParserDistance, load_lpips
 from Util.run_log import TIMING, RunLog, newest_checkpoint, read_config, read_metrics
@@ -333,6 +333,7 @@ def train_to_the_end(
 
 def run(config: TrainConfig) -> int:
     """Train as configured; returns the exit code."""
+    set_tf32(config.tf32)
     trainer = make_trainer(config, distributed.join(training_device(config)))
     if config.dry_run:
         config = replace(config, iter=trainer.iteration + 2, log_freq=1)

@@ -110,6 +110,17 @@ class TrainConfig:
         "", "torchvision weights of the LPIPS trunk (vgg16, alexnet or squeezenet1_1), no download"
     )
 
+    # Precision. float32 is what the paper trained in.
+    amp: str = setting(
+        "none",
+        "precision of generator, teacher and discriminator: none (float32), bf16, or fp16 with"
+        " scaled losses; R1 and path length stay in float32",
+        ("none", "bf16", "fp16"),
+    )
+    tf32: bool = setting(
+        False, "round the factors of float32 products to TensorFloat-32 (Ampere and newer GPUs)"
+    )
+
     # What is written, and when.
     fid_n_sample: int = setting(
         0,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from Model.generator import pyramid_width, resolution_log2
 from Model.layers import Blur, EqualConv2d, EqualLinear, FusedLeakyReLU, fast_layout
+from Model.precision import in_float32
 
 
 class ConvLayer(nn.Sequential):
@@ -106,5 +107,8 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return one unbounded logit per image; higher means more real."""
-        x = self.final_conv(minibatch_stddev(self.convs(fast_layout(images))))
-        return self.final_linear(x.flatten(1))
+        return self._head(self.convs(fast_layout(images)))
+
+    @in_float32
+    def _head(self, x: Tensor) -> Tensor:
+        return self.final_linear(self.final_conv(minibatch_stddev(x)).flatten(1))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from Model.layers import ConstantInput, EqualLinear, PixelNorm, StyledConv, ToRGB
+from Model.precision import in_float32
 
 Noise = Sequence[Tensor | None] | Literal["fixed"] | None
 
@@ -106,6 +107,7 @@ class Generator(nn.Module):
         sides = [4] + [2 ** (3 + i // 2) for i in range(self.n_latent - 2)]
         return [torch.randn(n, 1, side, side, device=device) for side in sides]
 
+    @in_float32
     def mapping(self, z: Tensor) -> Tensor:
         """Map latents z (N, style_dim) to w (N, style_dim)."""
         return self.style(z)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from Model.ops import fused_leaky_relu, make_kernel, upfirdn2d
+from Model.precision import HALF_CLAMP, in_float32
 
 
 def fast_layout(x: Tensor) -> Tensor:
@@ -81,8 +82,9 @@ class FusedLeakyReLU(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Activate (N, C, ...)."""
-        return fused_leaky_relu(x, self.bias)
+        """Activate (N, C, ...); in float16 the result is clamped to +-`HALF_CLAMP`."""
+        y = fused_leaky_relu(x, self.bias.to(x.dtype))
+        return y.clamp(-HALF_CLAMP, HALF_CLAMP) if y.dtype == torch.float16 else y
 
 
 class Blur(nn.Module):
@@ -110,6 +112,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.register_buffer("kernel", make_kernel(gain=4.0))
 
+    @in_float32
     def forward(self, x: Tensor) -> Tensor:
         """Upsample (N, C, H, W) to (N, C, 2H, 2W)."""
         return upfirdn2d(x, self.kernel, up=2, pad=(2, 1))
@@ -154,10 +157,12 @@ class ModulatedConv2d(nn.Module):
         """Equalised learning rate: 1 / sqrt(I * k * k)."""
         return 1 / math.sqrt(self.weight[0, 0].numel())
 
+    @in_float32
     def style(self, w: Tensor) -> Tensor:
         """Per-channel scale of the input, (N, style_dim) -> (N, I); includes `scale`."""
         return self.modulation(w) * self.scale
 
+    @in_float32
     def demodulation(self, style: Tensor) -> Tensor:
         """Per-channel scale of the output for a scaled style, (N, I) -> (N, O) (eq. 3)."""
         power = self.weight[0].square().sum(dim=(2, 3))
@@ -171,7 +176,7 @@ class ModulatedConv2d(nn.Module):
             per_sample = (weight[:, :, 0, 0] * style[:, None]).transpose(1, 2)
             pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
             return torch.bmm(pixels, per_sample).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-        x = x * style[:, :, None, None]
+        x = x * style[:, :, None, None].to(x.dtype)
         if self.upsample:
             return self.blur(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2))
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
@@ -180,7 +185,9 @@ class ModulatedConv2d(nn.Module):
         """Convolve (N, I, H, W) under latents (N, style_dim)."""
         style = self.style(w)
         y = self.convolve(x, style)
-        return y * self.demodulation(style)[:, :, None, None] if self.demodulate else y
+        if not self.demodulate:
+            return y
+        return y * self.demodulation(style)[:, :, None, None].to(y.dtype)
 
 
 class NoiseInjection(nn.Module):
@@ -218,8 +225,8 @@ class StyledConv(nn.Module):
         if noise is None:
             noise = torch.randn(y.shape[0], 1, *y.shape[2:], dtype=y.dtype, device=y.device)
         # Demodulation and noise in one pass: d * y + strength * noise.
-        gain = self.conv.demodulation(style)[:, :, None, None]
-        return self.activate(torch.addcmul(self.noise.weight * noise, gain, y))
+        gain = self.conv.demodulation(style)[:, :, None, None].to(y.dtype)
+        return self.activate(torch.addcmul((self.noise.weight * noise).to(y.dtype), gain, y))
 
 
 class ToRGB(nn.Module):

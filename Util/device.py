@@ -31,6 +31,15 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def set_tf32(on: bool) -> None:
+    """Allow or forbid TensorFloat-32 in matrix products and in convolutions.
+
+    PyTorch's own default allows it in convolutions alone.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = on
+    torch.backends.cudnn.allow_tf32 = on
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory held so far, in GiB: by PyTorch on a GPU, by the whole process on a CPU."""
     if device.type == "cuda":

@@ -38,6 +38,7 @@ class Settings(Protocol):
     kd_mode: str
     kd_shared_noise: bool
     grad_clip: float
+    amp: str
 
 
 @dataclass
@@ -137,6 +138,8 @@ class Trainer:
         r1_every = settings.d_reg_every if settings.r1 else 0
         self.d_optim = lazy_adam(discriminator.parameters(), settings.lr, r1_every)
         self.draws = Draws(generator.style_dim, settings.mixing, device)
+        self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.amp)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
         self.averages = Averages()
         self.iteration = self.images_seen = 0
         self.mean_path_length = torch.zeros((), device=device)
@@ -162,8 +165,18 @@ class Trainer:
         self.averages.add(metrics, s.batch_size)
         return metrics
 
+    def _autocast(self) -> torch.autocast:
+        """Where the networks run in half precision, if --amp says so.
+
+        The layers themselves keep styles, demodulation, RGB sums and logits in float32.
+        """
+        return torch.autocast(self.device.type, self.half, enabled=self.half is not None)
+
     def _step(self, optimizer: Optimizer, phase: str, loss: Tensor) -> None:
         """Back-propagate, average the gradients over the processes, and update.
+
+        In float16 the loss is scaled up, so that small gradients do not vanish, and a step whose
+        gradients overflowed is left out and lowers the scale.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite; nothing has been updated.
@@ -174,12 +187,16 @@ class Trainer:
                 " set --grad_clip, or look at the data"
             )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self.scaler.scale(loss).backward()
         for group in optimizer.param_groups:
+            # Before they are unscaled, so that all processes leave out the same steps.
             distributed.average_gradients(group["params"])
-            if self.settings.grad_clip:
+        if self.settings.grad_clip:
+            self.scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
                 nn.utils.clip_grad_norm_(group["params"], self.settings.grad_clip)
-        optimizer.step()
+        self.scaler.step(optimizer)
+        self.scaler.update()
 
     def _latents(self, n: int) -> Tensor:
         """Draw w+ (n, n_latent, style_dim) of the generator, mixed as configured."""
@@ -188,9 +205,10 @@ class Trainer:
         return g.broadcast_latents(w, self.draws.layer(g.n_latent))
 
     def _d_phase(self, real: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), self._autocast():
             fake = self.generator.synthesis(self._latents(real.shape[0]))
-        fake_logits, real_logits = self.discriminator(fake), self.discriminator(real)
+        with self._autocast():
+            fake_logits, real_logits = self.discriminator(fake), self.discriminator(real)
         loss = losses.d_logistic_loss(real_logits, fake_logits)
         self._step(self.d_optim, "discriminator", loss)
         return {
@@ -210,11 +228,13 @@ class Trainer:
         g, s = self.generator, self.settings
         z, layer = self.draws.styles(n), self.draws.layer(g.n_latent)
         noise = g.make_noise(n) if s.kd_shared_noise and self.teacher else None
-        rgbs = g(z, inject_index=layer, noise=noise, return_rgbs=True)
-        loss = losses.g_nonsaturating_loss(self.discriminator(rgbs[-1]))
+        with self._autocast():
+            rgbs = g(z, inject_index=layer, noise=noise, return_rgbs=True)
+            logits = self.discriminator(rgbs[-1])
+        loss = losses.g_nonsaturating_loss(logits)
         metrics = {"g_loss": loss.detach()}
         if self.teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self._autocast():
                 target = self.teacher.generator(
                     z, inject_index=layer, noise=noise, return_rgbs=True
                 )
@@ -270,6 +290,7 @@ class Trainer:
                 "images_seen": self.images_seen,
                 "mean_path_length": self.mean_path_length.item(),
                 "averages": self.averages.state(),
+                "scaler": self.scaler.state_dict(),
                 "rng": distributed.gather(own) if together else [own],
             },
         }
@@ -298,6 +319,8 @@ class Trainer:
         self.iteration, self.images_seen = saved["iteration"], saved["images_seen"]
         self.mean_path_length = torch.tensor(saved["mean_path_length"], device=self.device)
         self.averages.load(saved["averages"], self.device)
+        if saved.get("scaler"):  # empty without float16, absent in older checkpoints
+            self.scaler.load_state_dict(saved["scaler"])
         if len(saved["rng"]) == distributed.world_size():
             streams = saved["rng"][distributed.rank()]
             torch.set_rng_state(streams["cpu"])

@@ -1,0 +1,28 @@
+"""What stays in float32 where ``torch.autocast`` runs the rest of a network in half precision."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALF_CLAMP = 256.0
+"""Largest magnitude of float16 activations (Karras et al., 2020, ADA, appendix C)."""
+
+
+def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make a function of tensors compute in float32 under autocast too.
+
+    The arguments are converted, the result is float32. Without autocast nothing changes.
+    """
+
+    @wraps(function)
+    def full_precision(*args: Any) -> Tensor:
+        kind = next(a for a in args if isinstance(a, Tensor)).device.type
+        if not torch.is_autocast_enabled(kind):
+            return function(*args)
+        with torch.autocast(kind, enabled=False):
+            return function(*(a.float() if isinstance(a, Tensor) else a for a in args))
+
+    return full_precision
