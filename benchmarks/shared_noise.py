@@ -1,8 +1,8 @@
 """What --kd_shared_noise changes: two retrainings of the bundled model that differ in it alone.
 
-``python -m benchmarks.shared_noise --path IMAGES``. The bundled teacher hardly uses its layer noise,
-so that both settings would agree; here its noise strengths are set to --strength (activations have
-unit variance before the noise).
+``python -m benchmarks.shared_noise --path IMAGES``. The bundled teacher hardly uses its layer
+noise, so that both settings would agree; here its noise strengths are set to --strength
+(activations have unit variance before the noise).
 """
 
 import sys
