@@ -4,11 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from Model.generator import Generator
-from Util.pictures import grid
+from Util.pictures import captioned, grid
 
 
 @torch.no_grad()
@@ -44,17 +43,9 @@ def side_by_side(rows: Mapping[str, Tensor], scale: int = 2, margin: int = 120) 
     Returns:
         (H', W', 3) bytes.
     """
-    strips = []
-    for images in rows.values():
+    strips = {}
+    for caption, images in rows.items():
         if images.shape[1] == 1:
             images = images.mul(2).sub(1).expand(-1, 3, -1, -1)
-        strips.append(grid(images, columns=len(images)).repeat(scale, 0).repeat(scale, 1))
-    height, width, _ = strips[0].shape
-    gap = 2 * scale
-    picture = Image.new("RGB", (margin + width, len(strips) * (height + gap) - gap), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(16)
-    for i, (caption, strip) in enumerate(zip(rows, strips, strict=True)):
-        top = i * (height + gap)
-        picture.paste(Image.fromarray(strip), (margin, top))
-        draw.text((8, top + height // 2), caption, fill="black", font=font, anchor="lm")
-    return np.asarray(picture)
+        strips[caption] = grid(images, columns=len(images)).repeat(scale, 0).repeat(scale, 1)
+    return captioned(strips, gap=2 * scale, margin=margin)

@@ -1,10 +1,12 @@
 """Images as pictures a person looks at."""
 
+from collections.abc import Mapping
 from os import PathLike
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from Model.files import atomic_path
@@ -38,6 +40,65 @@ def grid(images: Tensor, columns: int = 0, gap: int = 1) -> np.ndarray:
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
         canvas[top : top + height, left : left + width] = picture
     return canvas
+
+
+def rescale(images: Tensor, scale: float) -> Tensor:
+    """Enlarge images by repeating pixels, or reduce them by averaging.
+
+    Args:
+        images: (N, C, H, W).
+        scale: a whole number, or one over a whole number.
+    """
+    if scale < 1:
+        return F.avg_pool2d(images, round(1 / scale))
+    return images.repeat_interleave(int(scale), 2).repeat_interleave(int(scale), 3)
+
+
+def framed(left: np.ndarray, top: np.ndarray, inside: np.ndarray, gap: int = 12) -> np.ndarray:
+    """Put one grid to the left of another and one above it, a little apart, on white.
+
+    Args:
+        left: (H, W', 3) bytes.
+        top: (H', W, 3).
+        inside: (H, W, 3).
+        gap: pixels between them.
+
+    Returns:
+        (H' + gap + H, W' + gap + W, 3) bytes.
+    """
+    height, width = len(top) + gap, left.shape[1] + gap
+    canvas = np.full((height + len(left), width + top.shape[1], 3), 255, dtype=np.uint8)
+    canvas[height:, : left.shape[1]] = left
+    canvas[: len(top), width:] = top
+    canvas[height:, width:] = inside
+    return canvas
+
+
+def captioned(blocks: Mapping[str, np.ndarray], gap: int = 4, margin: int = 0) -> np.ndarray:
+    """Stack pictures, each with its caption to the left of it, on white.
+
+    Args:
+        blocks: caption, of one or more lines -> (H, W, 3) bytes; W is that of the first.
+        gap: pixels between pictures.
+        margin: width of the captions in pixels; 0: what the longest needs.
+
+    Returns:
+        (H', W', 3) bytes.
+    """
+    font, pad = ImageFont.load_default(16), 8
+    if not margin:
+        ruler = ImageDraw.Draw(Image.new("L", (1, 1)))
+        widths = [ruler.multiline_textbbox((0, 0), caption, font=font)[2] for caption in blocks]
+        margin = int(np.ceil(max(widths))) + 2 * pad
+    heights = [len(block) + gap for block in blocks.values()]
+    width = next(iter(blocks.values())).shape[1]
+    picture = Image.new("RGB", (margin + width, sum(heights) - gap), "white")
+    draw, top = ImageDraw.Draw(picture), 0
+    for (caption, block), height in zip(blocks.items(), heights, strict=True):
+        picture.paste(Image.fromarray(block), (margin, top))
+        draw.text((pad, top + len(block) // 2), caption, fill="black", font=font, anchor="lm")
+        top += height
+    return np.asarray(picture)
 
 
 def save_png(path: str | PathLike[str], pixels: np.ndarray) -> None:

@@ -1,0 +1,232 @@
+"""Editing in latent space (walks, style mixing, morphing) and how much of a face survives it."""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from Evaluation.sampling import shares
+from Model.generator import Generator
+
+STYLE_LAYERS = {"coarse": range(0, 4), "middle": range(4, 8), "fine": range(8, 18)}
+"""Layers of w+ by what they govern: pose and shape, features, colours (StyleGAN, section 3.1)."""
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What a generator makes N pictures of.
+
+    Attributes:
+        w_plus: (N, n_latent, style_dim).
+        noise: one map per styled convolution, (1 or N, 1, h, w); 1 is shared by all pictures.
+    """
+
+    w_plus: Tensor
+    noise: Sequence[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.w_plus)
+
+    def __getitem__(self, indices: Sequence[int]) -> "Latents":
+        """Pictures of these numbers, in this order, with repetitions."""
+        i = list(indices)
+        return Latents(self.w_plus[i], [n if len(n) == 1 else n[i] for n in self.noise])
+
+
+@torch.no_grad()
+def from_z(
+    generator: Generator,
+    z: Tensor,
+    truncation: float = 1.0,
+    centre: Tensor | None = None,
+    noise: Sequence[Tensor] | None = None,
+) -> Latents:
+    """Map z.
+
+    Args:
+        generator: any.
+        z: (N, style_dim).
+        truncation: psi in (0, 1]; below 1 moves w towards ``centre``, then required.
+        centre: (1, style_dim), the generator's own: see `Evaluation.sampling.mean_latent`.
+        noise: (1 or N, 1, h, w) per styled convolution; None takes the stored maps.
+    """
+    w = generator.mapping(z)
+    if truncation < 1:
+        if centre is None:
+            raise ValueError("truncation below 1 needs centre, e.g. mean_latent(generator, seed)")
+        w = torch.lerp(centre, w, truncation)
+    return Latents(generator.broadcast_latents([w]), noise or generator.fixed_noise)
+
+
+def load_latents(path: str | PathLike[str], generator: Generator) -> Latents:
+    """Read projected pictures: an .npz with ``w_plus`` and ``noise_0``, ``noise_1``, ...
+
+    Raises:
+        ValueError: the file is none, or was made for another generator.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            n_maps = file["w_plus"].shape[1] - 1
+            names = ["w_plus", *(f"noise_{i}" for i in range(n_maps))]
+            arrays = [torch.from_numpy(file[name]).float() for name in names]
+    except (OSError, ValueError, KeyError, IndexError, TypeError, BadZipFile) as error:
+        raise ValueError(f"{path}: no projection of get_projected_image.py ({error})") from None
+    w_plus, *noise = (array.to(generator.input.input.device) for array in arrays)
+    expected: list[tuple[int, ...]] = [(generator.n_latent, generator.style_dim)]
+    expected += [tuple(stored.shape[1:]) for stored in generator.fixed_noise]
+    found = [tuple(array.shape[1:]) for array in arrays]
+    if found != expected or any(len(maps) not in (1, len(w_plus)) for maps in noise):
+        raise ValueError(
+            f"{path}: a projection for another model: its w+ is {tuple(w_plus.shape)}, this"
+            f" {generator.size} px model takes (N, {generator.n_latent}, {generator.style_dim})"
+        )
+    return Latents(w_plus, noise)
+
+
+@torch.no_grad()
+def synthesise(generator: Generator, latents: Latents, batch: int = 16) -> Tensor:
+    """Pictures (N, 3, size, size) of latents, ``batch`` at a time."""
+    parts = [latents[part] for part in shares(len(latents), batch)]
+    images = [generator.synthesis(part.w_plus, part.noise) for part in parts]
+    return torch.cat([i for i in images if isinstance(i, Tensor)])
+
+
+def circle(a: Tensor, b: Tensor, turn: float) -> Tensor:
+    """Walk from z ``a`` in a loop through ``b``, ``-a`` and ``-b``.
+
+    The same distance at every step, without a kink, and where a and b are standard normal so is
+    every point between: the walk never leaves what the generator was trained on.
+
+    Args:
+        a: (N, style_dim).
+        b: (N, style_dim), independent of a.
+        turn: how far, in turns; 1 is back at a.
+    """
+    angle = 2 * math.pi * turn
+    return math.cos(angle) * a + math.sin(angle) * b
+
+
+def spherical(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """Interpolate along the arc between vectors (slerp; Shoemake, 1985).
+
+    Args:
+        a: (N or 1, ...), every further dimension part of the vector.
+        b: likewise.
+        t: in [0, 1]; 0 is a, 1 is b.
+    """
+    x, y = a.flatten(1), b.flatten(1)
+    angle = F.cosine_similarity(x, y).clamp(-1, 1).acos()[:, None]
+    sine = angle.sin()
+    arc = ((1 - t) * angle).sin() / sine * x + (t * angle).sin() / sine * y
+    # Between parallel vectors there is no arc, between opposite ones no single one.
+    return torch.where(sine > 1e-4, arc, torch.lerp(x, y, t)).view(
+        torch.broadcast_shapes(a.shape, b.shape)
+    )
+
+
+def morph(a: Latents, b: Latents, t: float) -> Latents:
+    """Go from ``a`` to ``b``, linearly in w+.
+
+    The layer noise goes along the arc, which keeps its strength; equal maps stay as they are.
+
+    Args:
+        a: N pictures.
+        b: N pictures.
+        t: in [0, 1]; 0 is a, 1 is b.
+    """
+    noise = [spherical(x, y, t) for x, y in zip(a.noise, b.noise, strict=True)]
+    return Latents(torch.lerp(a.w_plus, b.w_plus, t), noise)
+
+
+def style_layers(text: str, n_latent: int) -> range:
+    """Layers of w+ that a text names: coarse, middle, fine, ``3``, or ``0-3`` with both ends.
+
+    Raises:
+        ValueError: it names none of the ``n_latent`` layers, or one that does not exist.
+    """
+    layers = range(0)
+    if text in STYLE_LAYERS:
+        named = STYLE_LAYERS[text]
+        layers = range(named.start, min(named.stop, n_latent))
+    elif match := re.fullmatch(r"(\d+)(?:-(\d+))?", text):
+        first, last = match.groups()
+        layers = range(int(first), int(last or first) + 1)
+    if not layers or layers.stop > n_latent:
+        raise ValueError(
+            f"{text}: expected coarse, middle, fine or a range such as 0-3 within this model's"
+            f" layers 0-{n_latent - 1}"
+        )
+    return layers
+
+
+def mix(a: Latents, b: Latents, layers: Sequence[int]) -> Latents:
+    """Mix every a with every b: a's styles and noise, with b's styles in some layers.
+
+    Args:
+        a: A pictures.
+        b: B pictures; their noise is not used.
+        layers: those of w+ that come from b.
+
+    Returns:
+        A * B pictures, all of the first a first.
+    """
+    mixed = a[[i for i in range(len(a)) for _ in range(len(b))]]
+    mixed.w_plus[:, list(layers)] = b.w_plus.repeat(len(a), 1, 1)[:, list(layers)]
+    return mixed
+
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Two image batches (N, 3, H, W) in [-1, 1] -> distance of each pair, (N,)."""
+
+
+def mixing_distances(a: Tensor, b: Tensor, mixed: Tensor, distance: Distance) -> dict[str, float]:
+    """How much of both faces a style mix keeps.
+
+    Args:
+        a: (A, 3, H, W) unedited pictures, already multiplied by their content masks.
+        b: (B, 3, H, W), likewise.
+        mixed: (A * B, 3, H, W), likewise, in the order of `mix`.
+        distance: perceptual.
+
+    Returns:
+        Means over the grid: a_to_mixed (small: identity survives), b_to_mixed, and a_to_b, what
+        different faces are apart.
+    """
+    pairs_a, pairs_b = a.repeat_interleave(len(b), dim=0), b.repeat(len(a), 1, 1, 1)
+    return {
+        "a_to_mixed": distance(pairs_a, mixed).mean().item(),
+        "b_to_mixed": distance(pairs_b, mixed).mean().item(),
+        "a_to_b": distance(pairs_a, pairs_b).mean().item(),
+    }
+
+
+def morphing_distances(frames: Sequence[Tensor], distance: Distance) -> dict[str, float]:
+    """How much of its ends a morph keeps, and how even its steps are.
+
+    Args:
+        frames: at least 3 times (N, 3, H, W), from the first end to the second, already multiplied
+            by their content masks.
+        distance: perceptual.
+
+    Returns:
+        nearer_end: distance of a frame between the ends to the end that it is closer to, mean
+        (small: faces in between are still one of the two); step: of consecutive frames, mean;
+        largest_step: mean over the N of their largest; a_to_b: of the ends.
+    """
+    first, *between, last = frames
+    nearer = [torch.minimum(distance(first, x), distance(x, last)) for x in between]
+    steps = torch.stack([distance(x, y) for x, y in itertools.pairwise(frames)])
+    return {
+        "nearer_end": torch.stack(nearer).mean().item(),
+        "step": steps.mean().item(),
+        "largest_step": steps.amax(dim=0).mean().item(),
+        "a_to_b": distance(first, last).mean().item(),
+    }

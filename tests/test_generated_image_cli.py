@@ -1,0 +1,242 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import get_edited_image
+import get_generated_image
+from Model import bundled, checkpoint
+from Model.face_parser import BiSeNet
+from Model.generator import Generator
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with tiny generators, projections that belong to them, and a parser."""
+    folder = tmp_path_factory.mktemp("pictures")
+    torch.manual_seed(0)
+    for name, size, channels in (("full", 16, 8), ("small", 16, 4), ("other", 8, 8)):
+        generator = Generator(size, 6, 2, (channels,) * (6 if size == 16 else 4))
+        for layer in generator.styled_convs:
+            layer.noise.weight.data.fill_(0.5)  # so that pictures depend on the noise
+        checkpoint.save(folder / f"{name}.pt", {"g_ema": generator})
+        noise = {f"noise_{i}": maps for i, maps in enumerate(generator.make_noise(2))}
+        np.savez(folder / f"{name}.npz", w_plus=torch.randn(2, generator.n_latent, 6), **noise)
+    network = BiSeNet(19, width=4, stem_stride=1, input_size=32)
+    network.train()(torch.randn(4, 3, 32, 32))
+    checkpoint.save(folder / "parser.pt", {"parser": network, "config": network.config})
+    return folder
+
+
+def generate(files, *flags, models=("full", "small")):
+    ckpt = [str(files / f"{name}.pt") for name in models]
+    return get_generated_image.main(["--ckpt", *ckpt, "--frames", "4", *map(str, flags)])
+
+
+def edit(files, *flags, models=("full", "small")):
+    arguments = ["--ckpt", *(str(files / f"{name}.pt") for name in models)]
+    arguments += ["--parser_ckpt", str(files / "parser.pt"), "--perceptual", "parser"]
+    return get_edited_image.main([*arguments, "--frames", "4", *map(str, flags)])
+
+
+def last_json(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def error_of(capsys, call):
+    """The one line of an error with exit code 2, whether argparse or the script found it."""
+    try:
+        code = call()
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    return line
+
+
+def test_pictures_and_walk(files, tmp_path, capsys):
+    out = tmp_path / "new" / "faces.v2"
+    assert generate(files, "--n_sample", 3, "--out", out, "--json", "--fps", 10) == 0
+    written = [str(out) + ending for ending in (".png", ".gif")]
+    line = last_json(capsys)
+    assert line["figures"]["files"] == written
+    costs = line["figures"]["models"]
+    assert costs["full"]["macs"] > costs["small"]["macs"]
+    assert line["settings"]["seed"] == 0
+
+    picture, gif = pixels(written[0]), Image.open(written[1])
+    assert picture.shape[0] == 2 * 128 + 8
+    assert (gif.n_frames, gif.info["duration"]) == (4, 100)
+    # The walk starts at the pictures; its palette of 128 colours is near.
+    assert np.abs(pixels(written[1]) - picture).mean() < 8
+    gif.seek(2)
+    assert np.abs(np.asarray(gif.convert("RGB")) - picture).mean() > 8
+
+
+def test_the_same_seed_and_any_number_of_latents_give_the_same_faces(files, tmp_path):
+    pictures = {}
+    for name, flags in {
+        "four": ["--n_sample", 4],
+        "two": ["--n_sample", 2],
+        "seed": ["--n_sample", 2, "--seed", 1],
+        "noise": ["--n_sample", 2, "--noise", "random"],
+        "rows": ["--n_sample", 4, "--columns", 2],
+    }.items():
+        flags += ["--frames", 0, "--truncation", 1, "--scale", 1, "--out", tmp_path / name]
+        assert generate(files, *flags) == 0
+        pictures[name] = pixels(tmp_path / f"{name}.png")
+    assert {path.suffix for path in tmp_path.iterdir()} == {".png"}
+    four, two, rows = (pictures[name] for name in ("four", "two", "rows"))
+    margin = two.shape[1] - 36
+    assert np.array_equal(four[:, : margin + 36], two)
+    assert np.array_equal(rows[:16, margin:], two[:16, margin:])
+    assert np.array_equal(rows[20:36, margin:], four[:16, margin + 40 :])
+    assert not np.array_equal(pictures["seed"], two)
+    assert not np.array_equal(pictures["noise"], two)
+
+
+def test_truncation_goes_to_each_models_own_mean(files, tmp_path):
+    flags = ["--n_sample", 3, "--frames", 0, "--scale", 1, "--truncation", 1e-6, "--out", tmp_path]
+    assert generate(files, *flags) == 0
+    picture = pixels(tmp_path / "generated.png")[:, -56:]
+    for row in (picture[:16], picture[24:]):
+        assert np.abs(row[:, :16] - row[:, 20:36]).max() <= 1
+        assert np.abs(row[:, :16] - row[:, 40:]).max() <= 1
+    assert np.abs(picture[:16] - picture[24:]).max() > 10
+
+
+def test_a_mixture(files, tmp_path, capsys):
+    flags = ["--a", "0,1", "--b", "2,3,4", "--layers", "0-3", "--scale", 1, "--json"]
+    assert edit(files, *flags, "--out", tmp_path) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["style_mixing.png"]
+    captured = capsys.readouterr().out
+    assert "content-aware parser distance" in captured
+    line = json.loads(captured.splitlines()[-1])
+    for distances in line["figures"]["models"].values():
+        assert set(distances) == {"a_to_mixed", "b_to_mixed", "a_to_b"}
+        assert all(value > 0 for value in distances.values())
+    # Two models of 1 + 2 rows and 1 + 3 columns of 16 px.
+    picture = pixels(tmp_path / "style_mixing.png")
+    block = 16 + 12 + 2 * 16 + 4
+    assert picture.shape[0] == 2 * block + 24
+    corner = picture[:16, -(16 + 12 + 3 * 16 + 2 * 4) :][:, :16]
+    assert (corner == 255).all()
+
+
+def test_mixing_every_layer_gives_b_and_none_of_a(files, tmp_path, capsys):
+    assert edit(files, "--layers", "0-5", "--out", tmp_path, "--json") == 0
+    for distances in last_json(capsys)["figures"]["models"].values():
+        assert distances["b_to_mixed"] == pytest.approx(0, abs=1e-5)
+        assert distances["a_to_mixed"] == pytest.approx(distances["a_to_b"], rel=1e-4)
+
+
+@pytest.mark.parametrize("space", ["w", "z"])
+def test_a_morph(files, tmp_path, capsys, space):
+    ends = ["--a", "0,1", "--b", "2,3", "--scale", 1]
+    flags = ["--mode", "morphing", *ends, "--space", space, "--steps", 5, "--json"]
+    assert edit(files, *flags, "--out", tmp_path / "m.png") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"m.png", "m.gif"}
+    for distances in last_json(capsys)["figures"]["models"].values():
+        assert distances["nearer_end"] > 0
+        assert 0 < distances["step"] <= distances["largest_step"]
+    # The first column is A and the last is B: the sources of a mixture of the same faces.
+    strip = pixels(tmp_path / "m.png")[:36, -(5 * 16 + 4 * 4) :]
+    assert edit(files, *ends, "--out", tmp_path / "mixed") == 0
+    block = pixels(tmp_path / "mixed.png")[:64, -(16 + 12 + 2 * 16 + 4) :]
+    assert np.abs(strip[:, :16] - block[28:, :16]).max() <= 1
+    assert np.abs(strip[:16, -16:] - block[:16, 28:44]).max() <= 1
+    assert np.abs(strip[20:, -16:] - block[:16, 48:]).max() <= 1
+    assert Image.open(tmp_path / "m.gif").n_frames == 4
+
+
+def test_projected_pictures_are_edited(files, tmp_path, capsys):
+    projections = ["--projection_a", files / "full.npz", files / "small.npz"]
+    assert edit(files, *projections, "--b", "0,1,2", "--scale", 1, "--out", tmp_path) == 0
+    block = pixels(tmp_path / "style_mixing.png")[:64]
+    generator = checkpoint.load_generator(files / "full.pt")
+    stored = np.load(files / "full.npz")
+    noise = [torch.from_numpy(stored[f"noise_{i}"]) for i in range(5)]
+    with torch.no_grad():
+        images = generator.synthesis(torch.from_numpy(stored["w_plus"]), noise)
+    expected = images[1].add(1).mul(127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
+    shown = block[48:, -(16 + 12 + 3 * 16 + 2 * 4) :][:, :16]
+    assert np.abs(shown - expected).max() <= 1
+    flags = ["--mode", "morphing", "--a", "1", "--b", "0"]
+    assert edit(files, *projections, *flags, "--out", tmp_path) == 0
+
+    def error(*more):
+        return error_of(capsys, lambda: edit(files, *more, "--out", tmp_path / "no"))
+
+    capsys.readouterr()
+    assert "--a 2: the file has 0 to 1" in error(*projections, "--a", "2")
+    assert "1 files for 2 checkpoints" in error("--projection_b", files / "full.npz")
+    wrong = ["--projection_b", files / "full.npz", files / "other.npz"]
+    assert "--projection_b" in (line := error(*wrong))
+    assert "another model" in line
+    flags = ["--mode", "morphing", "--space", "z"]
+    assert "--space z: projected pictures have no z" in error(*projections, *flags)
+
+
+@pytest.mark.parametrize("call", [generate, edit])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--names", "a"], "--names: 2 checkpoints need as many different names, got a"),
+        (["--names", "a", "a"], "--names: 2 checkpoints need as many different names"),
+        (["--truncation", "0"], "--truncation: 0 is not in (0, 1]"),
+        (["--scale", "1.5"], "--scale: 1.5 is neither a whole number"),
+        (["--scale", "-2"], "--scale: -2 is neither a whole number"),
+        (["--scale", "0.25"], "--scale 0.25 leaves less than 8 px"),
+        (["--fps", "0"], "--fps: 0 is not at least 1"),
+        (["--colours", "1"], "--colours: invalid choice: 1"),
+        (["--device", "tpu"], "--device tpu: unknown"),
+        (["--generated_img_size", "64"], "--ckpt"),
+    ],
+)
+def test_bad_flags(files, tmp_path, capsys, call, flags, message):
+    line = error_of(capsys, lambda: call(files, *flags, "--out", tmp_path / "no"))
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--layers", "fine"], "--layers fine: expected coarse, middle, fine or a range"),
+        (["--a", "-1"], "--a -1: numbers from 0 on"),
+        (["--mode", "morphing", "--a", "0", "--b", "1,2"], "--a has 1 faces and --b 2"),
+        (["--steps", "2"], "--steps: 2 is not at least 3"),
+    ],
+)
+def test_bad_edits(files, tmp_path, capsys, flags, message):
+    assert message in error_of(capsys, lambda: edit(files, *flags, "--out", tmp_path / "no"))
+
+
+def test_models_that_cannot_share_latents_and_bad_targets(files, tmp_path, capsys):
+    line = error_of(capsys, lambda: generate(files, models=("full", "other")))
+    assert "other.pt: 8 px and style_dim 6" in line
+    assert "no such file" in error_of(capsys, lambda: generate(files, models=("nothing",)))
+    line = error_of(capsys, lambda: generate(files, "--out", files / "full.pt" / "a"))
+    assert "full.pt is no folder" in line
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "written"),
+    [
+        (get_generated_image, ["--frames", "2"], {"generated.png", "generated.gif"}),
+        (get_edited_image, [], {"style_mixing.png"}),
+    ],
+)
+def test_bundled_files_are_the_defaults(script, flags, written, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert script.main([*flags, "--info_print"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == written
+    assert f"{bundled.MODEL.stem}: 64 px, 44,162,048 MACs" in capsys.readouterr().out
