@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from Model.ops import fused_leaky_relu, make_kernel, upfirdn2d
+from Model.ops import filtered_leaky_relu, fused_leaky_relu, make_kernel, upfirdn2d
 
 
 def fast_layout(x: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class ModulatedConv2d(nn.Module):
         return torch.rsqrt(F.linear(style.square(), power) + 1e-8)
 
     def convolve(self, x: Tensor, style: Tensor) -> Tensor:
-        """Modulate and convolve, without demodulation: (N, I, H, W) -> (N, O, H', W')."""
+        """Modulate and convolve; no demodulation, no blur: (N, I, H, W) -> (N, O, H', W')."""
         weight = self.weight[0]
         if weight.shape[-1] == 1:
             # Few output channels: scaling the (N, O, I) weights spares a pass over the activations.
@@ -173,13 +173,15 @@ class ModulatedConv2d(nn.Module):
             return torch.bmm(pixels, per_sample).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
         x = x * style[:, :, None, None]
         if self.upsample:
-            return self.blur(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2))
+            return F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """Convolve (N, I, H, W) under latents (N, style_dim)."""
         style = self.style(w)
         y = self.convolve(x, style)
+        if self.upsample:
+            y = self.blur(y)
         return y * self.demodulation(style)[:, :, None, None] if self.demodulate else y
 
 
@@ -216,10 +218,17 @@ class StyledConv(nn.Module):
         style = self.conv.style(w)
         y = self.conv.convolve(x, style)
         if noise is None:
-            noise = torch.randn(y.shape[0], 1, *y.shape[2:], dtype=y.dtype, device=y.device)
-        # Demodulation and noise in one pass: d * y + strength * noise.
-        gain = self.conv.demodulation(style)[:, :, None, None]
-        return self.activate(torch.addcmul(self.noise.weight * noise, gain, y))
+            up = 2 if self.conv.upsample else 1
+            height, width = x.shape[2] * up, x.shape[3] * up
+            noise = torch.randn(y.shape[0], 1, height, width, dtype=y.dtype, device=y.device)
+        gain, strength = self.conv.demodulation(style), self.noise.weight
+        bias = self.activate.bias
+        if not self.conv.upsample:
+            return fused_leaky_relu(y, bias, noise=noise, noise_strength=strength, gain=gain)
+        blur = self.conv.blur
+        return filtered_leaky_relu(
+            y, blur.kernel, blur.pad, bias, noise=noise, noise_strength=strength, gain=gain
+        )
 
 
 class ToRGB(nn.Module):
