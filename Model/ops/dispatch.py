@@ -3,12 +3,13 @@
 import functools
 import os
 import warnings
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from Model.ops.build import BuildError, Part
+if TYPE_CHECKING:  # `python -m Model.ops.build` is not to find itself imported already
+    from Model.ops.build import Part
 
 Impl = Literal["auto", "reference", "native"]
 
@@ -23,7 +24,7 @@ class NativeUnavailable(RuntimeError):
 
 
 @functools.cache
-def why_not(part: Part) -> str | None:
+def why_not(part: "Part") -> str | None:
     """Load the compiled operators of a device, building them if needed; None if that worked.
 
     Cached: a process tries once, and warns once.
@@ -32,6 +33,7 @@ def why_not(part: Part) -> str | None:
         The reason and the remedy where they can not be had.
     """
     from Model.ops import native
+    from Model.ops.build import BuildError
 
     try:
         native.load(part)
@@ -41,7 +43,7 @@ def why_not(part: Part) -> str | None:
 
 
 @functools.cache
-def _warn(part: Part, reason: str) -> None:
+def _warn(part: "Part", reason: str) -> None:
     warnings.warn(
         f"no compiled operators for {part.upper()} tensors, plain PyTorch runs instead: {reason} "
         f"({VARIABLE}=reference chooses that without this warning)",
@@ -52,7 +54,7 @@ def _warn(part: Part, reason: str) -> None:
 
 # Constant to torch.compile: what is built does not change while a program runs.
 @torch.compiler.assume_constant_result
-def _available(part: Part) -> bool:
+def _available(part: "Part") -> bool:
     reason = why_not(part)
     if reason is not None:
         _warn(part, reason)
