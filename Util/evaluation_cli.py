@@ -4,16 +4,19 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from Model import bundled
 from Model.checkpoint import load_generator
 from Model.generator import Generator
 from Util.cli import OneLineParser, at_least, blame
 from Util.content import ContentParser, load_content_parser
+from Util.perceptual import ParserDistance, load_lpips
 
 
 def evaluation_parser(
@@ -56,6 +59,30 @@ def evaluation_parser(
     return parser
 
 
+def add_perceptual_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `perceptual_for` and `parser_for`."""
+    add = parser.add_argument
+    add(
+        "--perceptual",
+        choices=("vgg", "alex", "squeeze", "parser"),
+        help="perceptual distance: LPIPS with that network (weights are downloaded on first use),"
+        " or the content parser's features (default: parser for the bundled models, else vgg)",
+    )
+    add(
+        "--perceptual_ckpt",
+        type=Path,
+        metavar="FILE",
+        help="torchvision weights of the LPIPS network (vgg16, alexnet or squeezenet1_1)",
+    )
+    add(
+        "--parser_ckpt",
+        type=Path,
+        metavar="FILE",
+        help="face parser that finds the content (default: the bundled one for the bundled models,"
+        " else Model/parser_model/79999_iter.pth)",
+    )
+
+
 def load_evaluated(path: Path, size: int, device: torch.device) -> Generator:
     """The frozen generator of --ckpt.
 
@@ -76,6 +103,24 @@ def parser_for(parser_ckpt: Path | None, model: Path, device: torch.device) -> C
     file = parser_ckpt or bundled.default_parser(model)
     with blame("--parser_ckpt"):
         return load_content_parser(file, device)
+
+
+def perceptual_for(
+    args: argparse.Namespace, parser: ContentParser, device: torch.device
+) -> tuple[str, nn.Module]:
+    """The perceptual distance of --perceptual, and what to call it.
+
+    Raises:
+        ValueError: names the flag and what is wrong.
+    """
+    if args.perceptual is None:
+        is_bundled = args.ckpt.resolve() in (bundled.MODEL, bundled.COMPRESSED)
+        args.perceptual = "parser" if is_bundled else "vgg"
+    if args.perceptual == "parser":
+        return "parser distance", ParserDistance(parser)
+    with blame("--perceptual_ckpt") if args.perceptual_ckpt else nullcontext():
+        network = load_lpips(args.perceptual, args.perceptual_ckpt)
+    return f"LPIPS-{args.perceptual}", network.to(device)
 
 
 def print_json(args: argparse.Namespace, figures: Mapping[str, Any], protocol: Any) -> None:
