@@ -123,8 +123,8 @@ def _add_optimiser_flags(parser: OneLineParser) -> None:
         type=at_least(1),
         default=8,
         metavar="N",
-        help="pictures projected at once; each has its own search, so this changes speed and"
-        " memory only (default: %(default)s)",
+        help="pictures projected at once, each by a search of its own: a matter of speed and memory"
+        " (and of rounding: equal digits need equal batches; default: %(default)s)",
     )
     add(
         "--mse_weight",
@@ -259,7 +259,7 @@ def project_all(
             yield [targets.names[i] for i in part], real, projection
 
 
-def work(
+def project_and_save(
     args: argparse.Namespace,
     generator: Generator,
     targets: Targets,
@@ -354,7 +354,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is no folder; name another")
     print(targets.origin)
-    rows = work(args, generator, targets, parser, perceptual)
+    rows = project_and_save(args, generator, targets, parser, perceptual)
     print(table(rows, distance))
     protocol = protocol_of(args, distance)
     print(f"({protocol})")

@@ -60,8 +60,9 @@ def project(
     """Find w+ and layer noise by minimising the mean squared error plus a perceptual distance.
 
     All pictures start from the mean w and the stored noise maps. A picture's neighbours in the
-    batch change nothing but the rounding of its convolutions: L-BFGS keeps a step length and a
-    curvature for each, Adam works value by value.
+    batch have no part in its search: L-BFGS keeps a step length and a curvature for each, Adam
+    works value by value. Only the rounding of the convolutions depends on the batch's size, which
+    a search amplifies: equal digits need equal sizes.
 
     Args:
         generator: frozen, on the images' device.

@@ -16,6 +16,7 @@ from Evaluation.projection import load_projection, project, save_projection
 from Model import bundled, checkpoint
 from Model.face_parser import BiSeNet
 from Model.generator import Generator
+from Util import evaluation_cli
 from Util.content import load_content_parser
 from Util.perceptual import ParserDistance
 
@@ -291,6 +292,19 @@ def test_the_picture_is_bounded(files, tmp_path):
     assert 128 <= widths[1] - widths[0] <= 150  # one more column
 
 
+def test_the_perceptual_distance_fits_the_model(files, monkeypatch):
+    monkeypatch.setattr(evaluation_cli, "load_lpips", lambda *args: torch.nn.Identity())
+    parser = load_content_parser(files / "parser.pt", torch.device("cpu"))
+
+    def name(*flags):
+        args = get_projected_image.build_parser().parse_args([str(flag) for flag in flags])
+        return evaluation_cli.perceptual_for(args, parser, torch.device("cpu"))[0]
+
+    assert name() == "parser distance"
+    assert name("--ckpt", files / "model.pt") == "LPIPS-vgg"
+    assert name("--perceptual", "alex") == "LPIPS-alex"
+
+
 def test_bad_input(files, tmp_path, capsys):
     def error(*flags):
         try:
@@ -319,5 +333,8 @@ def test_bad_input(files, tmp_path, capsys):
     assert "--mse_weight: nan is not at least 0" in error("--mse_weight", "nan")
     assert "--num_iters: 0 is not at least 1" in error("--num_iters", 0)
     assert "--optimizer: invalid choice: 'sgd'" in error("--optimizer", "sgd")
+    trunk = ["--perceptual", "squeeze", "--perceptual_ckpt", tmp_path / "nothing.pth"]
+    assert "--perceptual_ckpt" in (line := error(*trunk))
+    assert "nothing.pth: no such file" in line
     assert "16 px were asked for" in error("--generated_img_size", 16)
     assert not (tmp_path / "projection").exists()
