@@ -25,7 +25,7 @@ def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(function)
     def full_precision(*args: Any) -> Tensor:
         kind = next(a for a in args if isinstance(a, Tensor)).device.type
-        if not torch.is_autocast_enabled(kind):
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             return function(*args)
         with torch.autocast(kind, enabled=False):
             return function(*(a.float() if isinstance(a, Tensor) else a for a in args))
