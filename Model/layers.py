@@ -101,6 +101,25 @@ class Blur(nn.Module):
         return upfirdn2d(x, self.kernel, down=self.down, pad=self.pad)
 
 
+class ActivatedBlur(Blur):
+    """A blur and what follows an upsampling convolution, in one pass over memory."""
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        noise: Tensor | None = None,
+        noise_strength: Tensor | None = None,
+        gain: Tensor | None = None,
+    ) -> Tensor:
+        """Filter (N, C, H, W); then, if there is a bias, see `filtered_leaky_relu`."""
+        if bias is None:
+            return super().forward(x)
+        return filtered_leaky_relu(
+            x, self.kernel, self.pad, bias, noise=noise, noise_strength=noise_strength, gain=gain
+        )
+
+
 class Upsample(nn.Module):
     """Upsample twofold with the filter [1, 3, 3, 1] x [1, 3, 3, 1]."""
 
@@ -147,7 +166,7 @@ class ModulatedConv2d(nn.Module):
         self.demodulate = demodulate
         self.upsample = upsample
         if upsample:
-            self.blur = Blur(pad=(1, 1), gain=4.0)
+            self.blur = ActivatedBlur(pad=(1, 1), gain=4.0)
 
     @property
     def scale(self) -> float:
@@ -223,12 +242,9 @@ class StyledConv(nn.Module):
             noise = torch.randn(y.shape[0], 1, height, width, dtype=y.dtype, device=y.device)
         gain, strength = self.conv.demodulation(style), self.noise.weight
         bias = self.activate.bias
-        if not self.conv.upsample:
-            return fused_leaky_relu(y, bias, noise=noise, noise_strength=strength, gain=gain)
-        blur = self.conv.blur
-        return filtered_leaky_relu(
-            y, blur.kernel, blur.pad, bias, noise=noise, noise_strength=strength, gain=gain
-        )
+        if self.conv.upsample:
+            return self.conv.blur(y, bias, noise, strength, gain)
+        return fused_leaky_relu(y, bias, noise=noise, noise_strength=strength, gain=gain)
 
 
 class ToRGB(nn.Module):
