@@ -102,6 +102,25 @@ class Blur(nn.Module):
         return upfirdn2d(x, self.kernel, down=self.down, pad=self.pad)
 
 
+class ActivatedBlur(Blur):
+    """A blur and what follows an upsampling convolution, in one pass over memory."""
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        noise: Tensor | None = None,
+        noise_strength: Tensor | None = None,
+        gain: Tensor | None = None,
+    ) -> Tensor:
+        """Filter (N, C, H, W); then, if there is a bias, see `filtered_leaky_relu`."""
+        if bias is None:
+            return super().forward(x)
+        return filtered_leaky_relu(
+            x, self.kernel, self.pad, bias, noise=noise, noise_strength=noise_strength, gain=gain
+        )
+
+
 class Upsample(nn.Module):
     """Upsample twofold with the filter [1, 3, 3, 1] x [1, 3, 3, 1]."""
 
@@ -149,7 +168,7 @@ class ModulatedConv2d(nn.Module):
         self.demodulate = demodulate
         self.upsample = upsample
         if upsample:
-            self.blur = Blur(pad=(1, 1), gain=4.0)
+            self.blur = ActivatedBlur(pad=(1, 1), gain=4.0)
 
     @property
     def scale(self) -> float:
@@ -231,13 +250,8 @@ class StyledConv(nn.Module):
             for t in (self.activate.bias, noise, self.noise.weight, self.conv.demodulation(style))
         )
         if self.conv.upsample:
-            blur = self.conv.blur
-            y = filtered_leaky_relu(
-                y, blur.kernel, blur.pad, bias, noise=noise, noise_strength=strength, gain=gain
-            )
-        else:
-            y = fused_leaky_relu(y, bias, noise=noise, noise_strength=strength, gain=gain)
-        return bounded(y)
+            return bounded(self.conv.blur(y, bias, noise, strength, gain))
+        return bounded(fused_leaky_relu(y, bias, noise=noise, noise_strength=strength, gain=gain))
 
 
 class ToRGB(nn.Module):

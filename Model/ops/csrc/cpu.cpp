@@ -361,14 +361,15 @@ class FilterPlan {
     const Index values = std::min(band, f_.out_height) * f_.out_width * f_.inner;
     const Index grain = std::max<Index>(1, 16384 / std::max<Index>(values, 1));
     at::parallel_for(0, f_.outer * bands, grain, [&](Index begin, Index end) {
-      Buffer<A> strip, line;
+      Buffer<A> strip, line, spare;
       line.resize(std::min(strip_, f_.out_width) * f_.inner);
+      spare.resize(std::min(strip_, f_.out_width) * f_.inner);
       for (Index work = begin; work < end; ++work) {
         const Index image = work / bands, row = work % bands * band;
         const Index stop = std::min(row + band, f_.out_height);
         for (Index left = 0; left < f_.out_width; left += strip_) {
           const Index right = std::min(left + strip_, f_.out_width);
-          filter_strip(y, x, image, row, stop, left, right, strip, line);
+          filter_strip(y, x, image, row, stop, left, right, strip, line, spare);
         }
       }
     });
@@ -384,7 +385,7 @@ class FilterPlan {
 
   void filter_strip(
       T* y, const T* x, Index image, Index top, Index bottom, Index left, Index right,
-      Buffer<A>& strip, Buffer<A>& line) const {
+      Buffer<A>& strip, Buffer<A>& line, Buffer<A>& spare) const {
     const Index base = first_of(left).first, end = first_of(right - 1).first + length_;
     const Index from = std::clamp<Index>(base, 0, f_.width);
     const Index to = std::clamp<Index>(end, from, f_.width), inner = f_.inner;
@@ -402,7 +403,7 @@ class FilterPlan {
         const T* values = source + (s.first * f_.width + from) * inner;
         A* middle = strip.data() + (from - base) * inner;
         filter_line(middle, values, (to - from) * inner, f_.width * inner, weights, s.count);
-        filter_row(result, strip.data(), base, left, right);
+        filter_row(result, strip.data(), base, left, right, spare.data());
       } else {
         filter_elements(result, source, row, left, right);
       }
@@ -420,7 +421,8 @@ class FilterPlan {
   }
 
   /// Filters a strip along its row. Outputs `up` apart see the same taps, `down` inputs further.
-  void filter_row(A* out, const A* strip, Index base, Index left, Index right) const {
+  void filter_row(
+      A* out, const A* strip, Index base, Index left, Index right, A* spare) const {
     const Index inner = f_.inner, up = f_.up, down = f_.down;
     for (Index r = 0; r < std::min(up, right - left); ++r) {
       const auto [first, tap] = first_of(left + r);
@@ -431,6 +433,12 @@ class FilterPlan {
       A* to = out + r * inner;
       if (up == 1 && down == 1) {
         filter_line(to, from, pixels * inner, inner, weights, count);
+      } else if (down == 1 && inner < 16) {
+        // Few values per pixel make short loops: filter them all in one, then put them in place.
+        filter_line(spare, from, pixels * inner, inner, weights, count);
+        for (Index m = 0; m < pixels; ++m) {
+          for (Index c = 0; c < inner; ++c) to[m * up * inner + c] = spare[m * inner + c];
+        }
       } else {
         for (Index m = 0; m < pixels; ++m, to += up * inner, from += down * inner) {
           filter_line(to, from, inner, inner, weights, count);
