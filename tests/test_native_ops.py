@@ -394,6 +394,15 @@ def test_a_failing_compiler_is_reported_in_short_and_remembered(unbuilt, monkeyp
     assert count.read_text().count("x") > 1
 
 
+def test_a_compiler_ended_from_outside_is_tried_again(unbuilt, monkeypatch):
+    monkeypatch.setenv("CXX", compiler_script(unbuilt, "kill -TERM $$"))
+    with pytest.raises(build.BuildError, match="signal 15"):
+        build.library("cpu")
+    body = 'while [ "$1" != -o ]; do shift; done; echo lib > "$2"'
+    monkeypatch.setenv("CXX", compiler_script(unbuilt, body))
+    assert build.library("cpu").read_text() == "lib\n"
+
+
 def test_processes_that_build_at_once_build_once(unbuilt, monkeypatch):
     count = unbuilt / "count"
     body = f'echo x >> {count}; sleep 0.2; while [ "$1" != -o ]; do shift; done; echo lib > "$2"'

@@ -36,6 +36,10 @@ class BuildError(RuntimeError):
     """The operators can not be compiled here; the message says why and what to do."""
 
 
+class InterruptedBuildError(BuildError):
+    """The compiler was ended from outside, which says nothing about the next try."""
+
+
 def _writable(folder: Path) -> bool:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -158,6 +162,8 @@ def _run(command: Sequence[str], folder: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if result.returncode == 0:
         return
+    if result.returncode < 0:
+        raise InterruptedBuildError(f"{Path(command[0]).name}: signal {-result.returncode}")
     printed = result.stdout + result.stderr
     log = folder / "failed_build.log"
     log.write_text(" ".join(command) + "\n" + printed)
@@ -269,6 +275,8 @@ def library(part: Part, retry: bool = False) -> Path:
             raise BuildError(failure.read_text())
         try:
             _build(part, target)
+        except InterruptedBuildError:
+            raise
         except BuildError as error:
             message = f"{error}; after mending it run python -m Model.ops.build"
             failure.write_text(message)
