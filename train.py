@@ -190,9 +190,10 @@ def make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> Ev
     if config.dry_run:
         return None
     stats = Path(config.fid_stats) if config.fid_stats else None
-    real = real_statistics(
-        images, stats, extractor, trainer.device, config.fid_batch, config.workers
-    )
+    with blame("--fid_stats" if stats and stats.is_file() else "--path"):
+        real = real_statistics(
+            images, stats, extractor, trainer.device, config.fid_batch, config.workers
+        )
     if config.fid_n_sample <= len(real.mean):
         raise ValueError(
             f"--fid_n_sample {config.fid_n_sample} is too few for {len(real.mean)} features; give"
