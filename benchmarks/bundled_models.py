@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import prune
+from Dataset.images import Images, in_order, load_batches
 from Evaluation import sampling, statistics
 from Evaluation.features import Extractor
 from Evaluation.ppl import PathPairs, pair_distances, perceptual_path_length
@@ -107,6 +108,24 @@ def rows(networks: Mapping[str, Generator], n_sample: int, n_pairs: int) -> dict
     return table
 
 
+@torch.no_grad()
+def content_shares(
+    networks: Mapping[str, Generator], parser: ContentParser, path: Path | None, n: int = 500
+) -> str:
+    """Share of pixels inside the content mask, of generated and of real pictures."""
+    parts = list(sampling.shares(n, 50))
+    shares = {
+        name: [parser(sampling.images(network, part, seed=1)).mean() for part in parts]
+        for name, network in networks.items()
+    }
+    if path is not None:
+        size = next(iter(networks.values())).size
+        real = load_batches(Images(path, size), in_order(n, 50))
+        shares["real"] = [parser(images).mean() for images in real]
+    values = {name: torch.stack(found).mean().item() for name, found in shares.items()}
+    return "content pixels: " + ", ".join(f"{name} {value:.1%}" for name, value in values.items())
+
+
 def markdown(table: Mapping[str, Row]) -> str:
     """The table with one row for each network."""
     columns = list(next(iter(table.values())))
@@ -120,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m benchmarks.bundled_models", description=__doc__)
     add = parser.add_argument
     add("--n_sample", type=at_least(113), default=5000, help="images for the Frechet distances")
+    add("--path", type=Path, metavar="DIR", help="real images, whose share of content is told too")
     add("--n_pairs", type=at_least(1), default=1000, help="pairs for the path length")
     args = parser.parse_args(argv)
     with TemporaryDirectory() as folder:
@@ -133,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if file.is_file()
         }
     print(markdown(rows(networks, args.n_sample, args.n_pairs)))
+    parser_network = load_content_parser(bundled.PARSER, torch.device("cpu"))
+    print(content_shares(networks, parser_network, args.path))
     return 0
 
 
