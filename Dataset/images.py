@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import lmdb
 import numpy as np
 import torch
 from PIL import Image
@@ -36,6 +35,7 @@ from Dataset.prepare_data import (
     fit_square,
     image_files,
     image_key,
+    open_lmdb,
     read_image,
     sizes_held,
 )
@@ -142,14 +142,8 @@ class Images(Dataset[Tensor]):
     def _environment(self) -> Any:
         # Opened on first use in every process: an LMDB handle does not survive a fork.
         if self._lmdb is None:
-            try:
-                self._lmdb = lmdb.open(
-                    str(self.path), readonly=True, lock=False, readahead=False, meminit=False
-                )
-            except lmdb.Error as error:
-                raise DatasetError(
-                    f"--path {self.path}: cannot be opened as an LMDB ({error}); make it again"
-                ) from None
+            options = {"readonly": True, "lock": False, "readahead": False, "meminit": False}
+            self._lmdb = open_lmdb(f"--path {self.path}", self.path, **options)
         return self._lmdb
 
     def _read(self, index: int) -> io.BytesIO:
@@ -161,20 +155,26 @@ class Images(Dataset[Tensor]):
 
     def _lmdb_length(self) -> int:
         with self._environment() as environment, environment.begin() as transaction:
-            length = transaction.get(LENGTH_KEY)
-            problem = self._unfinished(State.read(transaction))
-            if length is not None:
-                sizes = sizes_held(transaction)
-                problem = f"no images of {self.size} px, but of {sizes}; choose one of these"
-                if self.size in sizes:
-                    last = int(length) - 1
-                    problem = f"{int(length)} images by its key 'length', but image {last} missing"
-                    if last < 0 or transaction.get(image_key(self.size, last)) is not None:
-                        problem = ""
+            stored = transaction.get(LENGTH_KEY)
+            problem = self._unfinished(State.read(transaction, f"--path {self.path}"))
+            if stored is not None:
+                problem = self._unfit(transaction, bytes(stored))
         self._lmdb = None
         if problem:
             raise DatasetError(f"--path {self.path}: an LMDB with {problem}")
-        return int(length)
+        return int(stored)
+
+    def _unfit(self, transaction: Any, stored: bytes) -> str:
+        """What is wrong with a finished LMDB, if anything."""
+        sizes = sizes_held(transaction)
+        if self.size not in sizes:
+            return f"no images of {self.size} px, but of {sizes}; choose one of these"
+        if not stored.isdigit() or not 0 < int(stored[:20]) <= transaction.stat()["entries"]:
+            return f"{transaction.stat()['entries']} entries, but a key 'length' of {stored[:20]!r}"
+        last = int(stored) - 1
+        if transaction.get(image_key(self.size, last)) is None:
+            return f"{last + 1} images by its key 'length', but image {last} missing"
+        return ""
 
     def _unfinished(self, state: State | None) -> str:
         if state is None:

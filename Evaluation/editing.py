@@ -6,14 +6,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from Evaluation.sampling import shares
+from Model.files import read_npz
 from Model.generator import Generator
 
 STYLE_LAYERS = {"coarse": range(0, 4), "middle": range(4, 8), "fine": range(8, 18)}
@@ -73,12 +72,14 @@ def load_latents(path: str | PathLike[str], generator: Generator) -> Latents:
         ValueError: the file is none, or was made for another generator.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            n_maps = file["w_plus"].shape[1] - 1
-            names = ["w_plus", *(f"noise_{i}" for i in range(n_maps))]
-            arrays = [torch.from_numpy(file[name]).float() for name in names]
-    except (OSError, ValueError, KeyError, IndexError, TypeError, BadZipFile) as error:
+        content = read_npz(path)
+        n_maps = content["w_plus"].shape[1] - 1
+        names = ["w_plus", *(f"noise_{i}" for i in range(n_maps))]
+        arrays = [torch.from_numpy(content[name]).float() for name in names]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{path}: no projection of get_projected_image.py ({error})") from None
+    if not all(array.isfinite().all() for array in arrays):
+        raise ValueError(f"{path}: holds NaN or infinite values; project the pictures again")
     w_plus, *noise = (array.to(generator.input.input.device) for array in arrays)
     expected: list[tuple[int, ...]] = [(generator.n_latent, generator.style_dim)]
     expected += [tuple(stored.shape[1:]) for stored in generator.fixed_noise]
