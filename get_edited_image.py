@@ -15,7 +15,7 @@ from Evaluation import editing, sampling
 from Evaluation.editing import Distance, Latents, synthesise
 from Model.generator import Generator
 from Util.animation import save_gif
-from Util.cli import OneLineParser, at_least, blame, integers
+from Util.cli import OneLineParser, at_least, blame, integers, run_script
 from Util.device import pick_device
 from Util.evaluation_cli import (
     add_perceptual_flags,
@@ -23,7 +23,6 @@ from Util.evaluation_cli import (
     parser_for,
     perceptual_for,
     print_json,
-    run_script,
 )
 from Util.picture_cli import (
     caption,

@@ -28,7 +28,7 @@ from Evaluation.statistics import Statistics, statistics_of
 from Model import bundled
 from Model.generator import Generator
 from Util import distributed
-from Util.cli import OneLineParser, at_least, blame, fraction
+from Util.cli import OneLineParser, at_least, blame, fraction, run_script
 from Util.content import ContentParser
 from Util.device import pick_device
 from Util.evaluation_cli import (
@@ -36,7 +36,6 @@ from Util.evaluation_cli import (
     load_evaluated,
     parser_for,
     print_json,
-    run_script,
 )
 
 METRICS = ("fid", "kid", "pr")

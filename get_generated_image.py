@@ -13,10 +13,10 @@ from Evaluation import sampling
 from Evaluation.editing import circle, from_z, synthesise
 from Model.generator import Generator
 from Util.animation import save_gif
-from Util.cli import OneLineParser, at_least
+from Util.cli import OneLineParser, at_least, run_script
 from Util.complexity import macs
 from Util.device import pick_device
-from Util.evaluation_cli import print_json, run_script
+from Util.evaluation_cli import print_json
 from Util.picture_cli import (
     caption,
     load_models,

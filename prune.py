@@ -1,6 +1,7 @@
 """Prunes a generator: scores its channels, removes the lowest of every layer, saves the rest."""
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from Model import bundled, checkpoint
+from Model.files import folder_lock
 from Model.generator import Generator
-from Util.cli import OneLineParser, at_least, blame, fraction
+from Util.cli import OneLineParser, at_least, blame, fraction, run_script
 from Util.content import ContentParser, load_content_parser
 from Util.device import pick_device
 from Util.pruning import prune_generator, select_channels
@@ -205,6 +207,21 @@ def score(args: argparse.Namespace, generator: Generator, parser: ContentParser 
             raise ValueError(f"--parser_ckpt {args.parser_ckpt}: {error}") from None
 
 
+def save(target: Path, content: Mapping[str, Any], overwrite: bool) -> Path:
+    """Write the checkpoint; a name of our making that is taken gets a number.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with folder_lock(target.parent):  # another run may have chosen the same second
+        numbered = (target.with_name(f"{target.stem}-{i}.pt") for i in itertools.count(2))
+        while target.exists() and not overwrite:
+            target = next(numbered)
+        checkpoint.save(target, content)
+    return target
+
+
 def config_of(args: argparse.Namespace, before: Generator, after: Generator) -> dict[str, Any]:
     """What the checkpoint remembers of its making, in plain values."""
     return {
@@ -238,19 +255,13 @@ def run(args: argparse.Namespace) -> None:
         print(f"{details(generator, pruned)}\n\n{score_table(scores, keep)}\n")
     print(summary(generator, pruned))
     config = config_of(args, generator, pruned)
-    checkpoint.save(target, {"g": pruned, "g_ema": pruned, **others, "config": config})
-    print(f"saved {target}")
+    content = {"g": pruned, "g_ema": pruned, **others, "config": config}
+    print(f"saved {save(target, content, overwrite=target == args.out)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"prune.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_script(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 ``python -m Dataset.images --path DIR`` measures how fast they are loaded.
 """
 
+import argparse
 import atexit
 import hashlib
 import io
@@ -39,7 +40,7 @@ from Dataset.prepare_data import (
     read_image,
     sizes_held,
 )
-from Util.cli import OneLineParser, at_least
+from Util.cli import OneLineParser, at_least, run_script
 
 
 class Images(Dataset[Tensor]):
@@ -301,7 +302,18 @@ def _deaf_to_termination() -> Iterator[None]:
 
 
 def _reported(messages: Iterator[Any], images: Images) -> Generator[Tensor, None, None]:
-    for message in messages:
+    while True:
+        try:
+            message = next(messages)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise DatasetError(
+                f"--path {images.path}: a loading process was killed, perhaps for want of memory;"
+                " fewer --workers take less"
+            ) from None
         if isinstance(message, DatasetError):
             raise message
         batch, bad = message
@@ -369,6 +381,17 @@ def images_per_second(images: Images, batch_size: int, workers: int, n_batches: 
     return n_batches * batch_size / (time.perf_counter() - start)
 
 
+def _measure(args: argparse.Namespace) -> None:
+    sets = [Images(path, args.size) for path in args.path]
+    # In turn, so that what else the machine does touches all alike.
+    speeds = [
+        [images_per_second(s, args.batch_size, args.workers, args.n_batches) for s in sets]
+        for _ in range(args.runs)
+    ]
+    for path, runs in zip(args.path, zip(*speeds, strict=True), strict=True):
+        print(f"{path}: {median(runs):.0f} images/s ({min(runs):.0f} to {max(runs):.0f})")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry: measure the loader."""
     parser = OneLineParser(prog="python -m Dataset.images", description="Measure the loader.")
@@ -379,20 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--workers", type=at_least(0), default=2, help="processes (default: %(default)s)")
     add("--n_batches", type=at_least(1), default=200, help="per run (default: %(default)s)")
     add("--runs", type=at_least(1), default=5, help="of each, in turn (default: %(default)s)")
-    args = parser.parse_args(argv)
-    try:
-        sets = [Images(path, args.size) for path in args.path]
-        # In turn, so that what else the machine does touches all alike.
-        speeds = [
-            [images_per_second(s, args.batch_size, args.workers, args.n_batches) for s in sets]
-            for _ in range(args.runs)
-        ]
-    except (DatasetError, OSError) as error:
-        print(f"images: error: {error}", file=sys.stderr)
-        return 2
-    for path, runs in zip(args.path, zip(*speeds, strict=True), strict=True):
-        print(f"{path}: {median(runs):.0f} images/s ({min(runs):.0f} to {max(runs):.0f})")
-    return 0
+    return run_script(parser, _measure, argv)
 
 
 if __name__ == "__main__":

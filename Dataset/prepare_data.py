@@ -3,6 +3,7 @@
 Every encoding process imports this module, so it must not import PyTorch.
 """
 
+import argparse
 import hashlib
 import io
 import json
@@ -26,7 +27,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from Util.cli import OneLineParser, at_least, integers
+from Util.cli import OneLineParser, at_least, integers, run_script
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LENGTH_KEY = b"length"
@@ -468,21 +469,15 @@ def _parser() -> OneLineParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+def _run(args: argparse.Namespace) -> int:
     if not args.size or min(args.size) < 1:
-        parser.error("--size must be one or more positive integers separated by commas")
+        raise DatasetError("--size must be one or more positive integers separated by commas")
     if args.quality and (args.format != "jpeg" or args.quality > 100):
-        parser.error(f"--quality {args.quality}: is 1 to 100 and goes with --format jpeg")
+        raise DatasetError(f"--quality {args.quality}: is 1 to 100 and goes with --format jpeg")
     quality = args.quality or 100 if args.format == "jpeg" else None
     encoding = Encoding(tuple(sorted(set(args.size))), args.format, quality)
     try:
         state = prepare(args.path, args.out, encoding, args.workers, args.max_bad)
-    except (DatasetError, OSError) as error:
-        print(f"prepare_data: error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("prepare_data: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -491,6 +486,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = ", ".join(map(str, encoding.sizes))
     print(f"{state.length} images of {sizes} px ({args.format}) in {args.out}")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry."""
+    return run_script(_parser(), _run, argv)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Nothing here needs PyTorch, which processes that only encode images do not load.
 """
 
+import contextlib
 import fcntl
 import os
 import stat
@@ -105,6 +106,18 @@ def lock_folder(folder: Path) -> int | None:
         return handle
     os.close(handle)
     return None
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for the folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def unpacked_size(file: Path) -> int:

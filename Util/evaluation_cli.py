@@ -2,8 +2,7 @@
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,19 +124,6 @@ def distance_name(perceptual: str) -> str:
 def print_json(args: argparse.Namespace, figures: Mapping[str, Any], protocol: Any) -> None:
     """Print the line that --json asks for."""
     if args.json:
-        settings = {k: v for k, v in vars(args).items() if k not in ("json", "info_print")}
+        settings = {k: v for k, v in vars(args).items() if k not in ("json", "info_print", "debug")}
         line = {"figures": dict(figures), "protocol": protocol, "settings": settings}
         print(json.dumps(line, default=lambda v: str(v) if isinstance(v, Path) else repr(v)))
-
-
-def run_script(
-    parser: OneLineParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
-) -> int:
-    """Parse, run, and turn what a user can cause into one line and exit code 2."""
-    args = parser.parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
