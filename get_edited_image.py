@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from Evaluation import editing, sampling
 from Evaluation.editing import Distance, Latents, synthesise
+from Evaluation.projection import load_projection
 from Model.generator import Generator
 from Util.animation import save_gif
 from Util.cli import OneLineParser, at_least, blame, integers, run_script
@@ -142,10 +143,11 @@ class Faces:
                 " belongs to one model, so give one each"
             )
         with blame(flag):
-            return {
-                name: editing.load_latents(file, model)
+            found = {
+                name: load_projection(file, model)
                 for file, (name, model) in zip(files, self.models.items(), strict=False)
             }
+        return {name: Latents(p.w_plus, p.noise) for name, p in found.items()}
 
     def _numbers(self, side: str, default: Sequence[int]) -> Sequence[int]:
         n = min((len(latents) for latents in self.projected[side].values()), default=None)

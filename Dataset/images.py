@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_all_start_methods, get_context, parent_process
@@ -322,6 +323,11 @@ def _reported(messages: Iterator[Any], images: Images) -> Generator[Tensor, None
         yield batch
 
 
+def _close(stream: "weakref.ref[Generator[Tensor, None, None]]") -> None:
+    if (alive := stream()) is not None:
+        alive.close()
+
+
 def in_order(n: int, size: int, rank: int = 0, world: int = 1) -> list[list[tuple[int, bool]]]:
     """Batches of the first ``n`` images in order, none flipped; one process's share of them.
 
@@ -365,8 +371,8 @@ def load_batches(
     with _deaf_to_termination():
         messages = iter(loader)
     stream = _reported(messages, dataset)
-    # Python ends what is left of the workers with the signal they ignore, and waits for them.
-    atexit.register(stream.close)
+    # At its exit Python ends remaining workers by the signal that they ignore, and waits for them.
+    atexit.register(_close, weakref.ref(stream))
     return stream
 
 

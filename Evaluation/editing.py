@@ -5,14 +5,12 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from os import PathLike
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from Evaluation.sampling import shares
-from Model.files import read_npz
 from Model.generator import Generator
 
 STYLE_LAYERS = {"coarse": range(0, 4), "middle": range(4, 8), "fine": range(8, 18)}
@@ -63,33 +61,6 @@ def from_z(
             raise ValueError("truncation below 1 needs centre, e.g. mean_latent(generator, seed)")
         w = torch.lerp(centre, w, truncation)
     return Latents(generator.broadcast_latents([w]), noise or generator.fixed_noise)
-
-
-def load_latents(path: str | PathLike[str], generator: Generator) -> Latents:
-    """Read projected pictures: an .npz with ``w_plus`` and ``noise_0``, ``noise_1``, ...
-
-    Raises:
-        ValueError: the file is none, or was made for another generator.
-    """
-    try:
-        content = read_npz(path)
-        n_maps = content["w_plus"].shape[1] - 1
-        names = ["w_plus", *(f"noise_{i}" for i in range(n_maps))]
-        arrays = [torch.from_numpy(content[name]).float() for name in names]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{path}: no projection of get_projected_image.py ({error})") from None
-    if not all(array.isfinite().all() for array in arrays):
-        raise ValueError(f"{path}: holds NaN or infinite values; project the pictures again")
-    w_plus, *noise = (array.to(generator.input.input.device) for array in arrays)
-    expected: list[tuple[int, ...]] = [(generator.n_latent, generator.style_dim)]
-    expected += [tuple(stored.shape[1:]) for stored in generator.fixed_noise]
-    found = [tuple(array.shape[1:]) for array in arrays]
-    if found != expected or any(len(maps) not in (1, len(w_plus)) for maps in noise):
-        raise ValueError(
-            f"{path}: a projection for another model: its w+ is {tuple(w_plus.shape)}, this"
-            f" {generator.size} px model takes (N, {generator.n_latent}, {generator.style_dim})"
-        )
-    return Latents(w_plus, noise)
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from Model.ops import fused_leaky_relu, make_kernel, upfirdn2d
-from Model.precision import HALF_CLAMP, in_float32
+from Model.ops import filtered_leaky_relu, fused_leaky_relu, make_kernel, upfirdn2d
+from Model.precision import bounded, in_float32
 
 
 def fast_layout(x: Tensor) -> Tensor:
@@ -82,9 +82,8 @@ class FusedLeakyReLU(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Activate (N, C, ...); in float16 the result is clamped to +-`HALF_CLAMP`."""
-        y = fused_leaky_relu(x, self.bias.to(x.dtype))
-        return y.clamp(-HALF_CLAMP, HALF_CLAMP) if y.dtype == torch.float16 else y
+        """Activate (N, C, ...)."""
+        return bounded(fused_leaky_relu(x, self.bias.to(x.dtype)))
 
 
 class Blur(nn.Module):
@@ -101,6 +100,25 @@ class Blur(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Filter (N, C, H, W)."""
         return upfirdn2d(x, self.kernel, down=self.down, pad=self.pad)
+
+
+class ActivatedBlur(Blur):
+    """A blur and what follows an upsampling convolution, in one pass over memory."""
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        noise: Tensor | None = None,
+        noise_strength: Tensor | None = None,
+        gain: Tensor | None = None,
+    ) -> Tensor:
+        """Filter (N, C, H, W); then, if there is a bias, see `filtered_leaky_relu`."""
+        if bias is None:
+            return super().forward(x)
+        return filtered_leaky_relu(
+            x, self.kernel, self.pad, bias, noise=noise, noise_strength=noise_strength, gain=gain
+        )
 
 
 class Upsample(nn.Module):
@@ -150,7 +168,7 @@ class ModulatedConv2d(nn.Module):
         self.demodulate = demodulate
         self.upsample = upsample
         if upsample:
-            self.blur = Blur(pad=(1, 1), gain=4.0)
+            self.blur = ActivatedBlur(pad=(1, 1), gain=4.0)
 
     @property
     def scale(self) -> float:
@@ -169,7 +187,7 @@ class ModulatedConv2d(nn.Module):
         return torch.rsqrt(F.linear(style.square(), power) + 1e-8)
 
     def convolve(self, x: Tensor, style: Tensor) -> Tensor:
-        """Modulate and convolve, without demodulation: (N, I, H, W) -> (N, O, H', W')."""
+        """Modulate and convolve; no demodulation, no blur: (N, I, H, W) -> (N, O, H', W')."""
         weight = self.weight[0]
         if weight.shape[-1] == 1:
             # Few output channels: scaling the (N, O, I) weights spares a pass over the activations.
@@ -178,13 +196,15 @@ class ModulatedConv2d(nn.Module):
             return torch.bmm(pixels, per_sample).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
         x = x * style[:, :, None, None].to(x.dtype)
         if self.upsample:
-            return self.blur(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2))
+            return F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """Convolve (N, I, H, W) under latents (N, style_dim)."""
         style = self.style(w)
         y = self.convolve(x, style)
+        if self.upsample:
+            y = self.blur(y)
         if not self.demodulate:
             return y
         return y * self.demodulation(style)[:, :, None, None].to(y.dtype)
@@ -223,10 +243,15 @@ class StyledConv(nn.Module):
         style = self.conv.style(w)
         y = self.conv.convolve(x, style)
         if noise is None:
-            noise = torch.randn(y.shape[0], 1, *y.shape[2:], dtype=y.dtype, device=y.device)
-        # Demodulation and noise in one pass: d * y + strength * noise.
-        gain = self.conv.demodulation(style)[:, :, None, None].to(y.dtype)
-        return self.activate(torch.addcmul((self.noise.weight * noise).to(y.dtype), gain, y))
+            up = 2 if self.conv.upsample else 1
+            noise = torch.randn(len(x), 1, x.shape[2] * up, x.shape[3] * up, device=x.device)
+        bias, noise, strength, gain = (
+            t.to(y.dtype)
+            for t in (self.activate.bias, noise, self.noise.weight, self.conv.demodulation(style))
+        )
+        if self.conv.upsample:
+            return bounded(self.conv.blur(y, bias, noise, strength, gain))
+        return bounded(fused_leaky_relu(y, bias, noise=noise, noise_strength=strength, gain=gain))
 
 
 class ToRGB(nn.Module):

@@ -11,6 +11,11 @@ HALF_CLAMP = 256.0
 """Largest magnitude of float16 activations (Karras et al., 2020, ADA, appendix C)."""
 
 
+def bounded(x: Tensor) -> Tensor:
+    """Clamp float16 activations to +-`HALF_CLAMP`; other types stay as they are."""
+    return x.clamp(-HALF_CLAMP, HALF_CLAMP) if x.dtype == torch.float16 else x
+
+
 def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Make a function of tensors compute in float32 under autocast too.
 
@@ -20,7 +25,7 @@ def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(function)
     def full_precision(*args: Any) -> Tensor:
         kind = next(a for a in args if isinstance(a, Tensor)).device.type
-        if not torch.is_autocast_enabled(kind):
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             return function(*args)
         with torch.autocast(kind, enabled=False):
             return function(*(a.float() if isinstance(a, Tensor) else a for a in args))

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from Util.losses import at_most
 from Util.perceptual import LPIPS_TRUNKS, ParserDistance, load_lpips
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Two image batches (N, 3, H, W) in [-1, 1] -> distance of each pair, (N,)."""
 
 
 def evaluation_parser(
@@ -59,6 +61,30 @@ def evaluation_parser(
     return parser
 
 
+def add_perceptual_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `perceptual_for` and `parser_for`."""
+    add = parser.add_argument
+    add(
+        "--perceptual",
+        choices=(*LPIPS_TRUNKS, "parser"),
+        help="perceptual distance: LPIPS with that network (weights are downloaded on first use),"
+        " or the content parser's features (default: parser for the bundled models, else vgg)",
+    )
+    add(
+        "--perceptual_ckpt",
+        type=Path,
+        metavar="FILE",
+        help="torchvision weights of the LPIPS network (vgg16, alexnet or squeezenet1_1)",
+    )
+    add(
+        "--parser_ckpt",
+        type=Path,
+        metavar="FILE",
+        help="face parser that finds the content (default: the bundled one for the bundled models,"
+        " else Model/parser_model/79999_iter.pth)",
+    )
+
+
 def load_evaluated(path: Path, size: int, device: torch.device) -> Generator:
     """The frozen generator of --ckpt.
 
@@ -81,29 +107,11 @@ def parser_for(parser_ckpt: Path | None, model: Path, device: torch.device) -> C
         return load_content_parser(file, device)
 
 
-def add_perceptual_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `perceptual_for`."""
-    add = parser.add_argument
-    add(
-        "--perceptual",
-        choices=(*LPIPS_TRUNKS, "parser"),
-        help="perceptual network: LPIPS on vgg, alex or squeeze (weights are downloaded on first"
-        " use), or parser features, no download (default: parser for the bundled models, else vgg)",
-    )
-    add("--perceptual_ckpt", type=Path, metavar="FILE", help="weights of the LPIPS trunk")
-    add(
-        "--parser_ckpt",
-        type=Path,
-        metavar="FILE",
-        help="face parser (default: the one that fits the model)",
-    )
-
-
 def perceptual_for(args: argparse.Namespace, model: Path, device: torch.device) -> Distance:
     """The perceptual distance of --perceptual, whose default it fills in.
 
     Returns:
-        Two batches (N, 3, H, W), nominally in [-1, 1] -> (N,), compared at up to 256 px.
+        See `Distance`; images larger than 256 px are reduced to it, as LPIPS is meant to be used.
 
     Raises:
         ValueError: names the flag and what to do.
@@ -112,7 +120,8 @@ def perceptual_for(args: argparse.Namespace, model: Path, device: torch.device) 
     if args.perceptual == "parser":
         network: Distance = ParserDistance(parser_for(args.parser_ckpt, model, device))
     else:
-        network = load_lpips(args.perceptual, args.perceptual_ckpt).to(device)
+        with blame("--perceptual_ckpt") if args.perceptual_ckpt else nullcontext():
+            network = load_lpips(args.perceptual, args.perceptual_ckpt).to(device)
     return lambda a, b: network(at_most(a, 256), at_most(b, 256)).flatten()
 
 

@@ -147,29 +147,6 @@ def test_morphing_distances_by_hand():
     )
 
 
-def test_projected_latents_are_read(generator, tmp_path):
-    latents = drawn(generator, 2, 0)
-    noise = {f"noise_{i}": maps for i, maps in enumerate(latents.noise)}
-    np.savez(tmp_path / "ok.npz", w_plus=latents.w_plus, **noise)
-    read = editing.load_latents(tmp_path / "ok.npz", generator)
-    assert_close(
-        editing.synthesise(generator, read), editing.synthesise(generator, latents), rtol=0, atol=0
-    )
-    np.savez(tmp_path / "other.npz", w_plus=latents.w_plus[..., :5], **noise)
-    np.savez(tmp_path / "partial.npz", w_plus=latents.w_plus)
-    np.savez(tmp_path / "pickle.npz", w_plus=np.array([{}], dtype=object), **noise)
-    (tmp_path / "text.npz").write_text("text")
-    for name, message in {
-        "other": r"another model: its w\+ is \(2, 4, 5\), this 8 px model takes \(N, 4, 6\)",
-        "partial": "no projection",
-        "pickle": "no projection",
-        "text": "no projection",
-        "missing": "no projection",
-    }.items():
-        with pytest.raises(ValueError, match=rf"{name}\.npz: .*{message}"):
-            editing.load_latents(tmp_path / f"{name}.npz", generator)
-
-
 def test_an_animation_has_all_frames_one_palette_and_pure_white(tmp_path):
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 256, (12, 10, 3), dtype=np.uint8) for _ in range(5)]

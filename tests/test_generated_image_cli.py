@@ -7,6 +7,7 @@ from PIL import Image
 
 import get_edited_image
 import get_generated_image
+from Evaluation.projection import Projection, load_projection, save_projection
 from Model import bundled, checkpoint
 from Model.face_parser import BiSeNet
 from Model.generator import Generator
@@ -22,8 +23,9 @@ def files(tmp_path_factory):
         for layer in generator.styled_convs:
             layer.noise.weight.data.fill_(0.5)  # so that pictures depend on the noise
         checkpoint.save(folder / f"{name}.pt", {"g_ema": generator})
-        noise = {f"noise_{i}": maps for i, maps in enumerate(generator.make_noise(2))}
-        np.savez(folder / f"{name}.npz", w_plus=torch.randn(2, generator.n_latent, 6), **noise)
+        w_plus, unknown = torch.randn(2, generator.n_latent, 6), torch.zeros(2)
+        projection = Projection(w_plus, generator.make_noise(2), unknown, unknown)
+        save_projection(folder / f"{name}.npz", projection, generator, f"{name}.pt", ["x", "y"])
     network = BiSeNet(19, width=4, stem_stride=1, input_size=32)
     network.train()(torch.randn(4, 3, 32, 32))
     checkpoint.save(folder / "parser.pt", {"parser": network, "config": network.config})
@@ -162,10 +164,9 @@ def test_projected_pictures_are_edited(files, tmp_path, capsys):
     assert edit(files, *projections, "--b", "0,1,2", "--scale", 1, "--out", tmp_path) == 0
     block = pixels(tmp_path / "style_mixing.png")[:64]
     generator = checkpoint.load_generator(files / "full.pt")
-    stored = np.load(files / "full.npz")
-    noise = [torch.from_numpy(stored[f"noise_{i}"]) for i in range(5)]
+    stored = load_projection(files / "full.npz")
     with torch.no_grad():
-        images = generator.synthesis(torch.from_numpy(stored["w_plus"]), noise)
+        images = generator.synthesis(stored.w_plus, stored.noise)
     expected = images[1].add(1).mul(127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
     shown = block[48:, -(16 + 12 + 3 * 16 + 2 * 4) :][:, :16]
     assert np.abs(shown - expected).max() <= 1
@@ -180,7 +181,7 @@ def test_projected_pictures_are_edited(files, tmp_path, capsys):
     assert "1 files for 2 checkpoints" in error("--projection_b", files / "full.npz")
     wrong = ["--projection_b", files / "full.npz", files / "other.npz"]
     assert "--projection_b" in (line := error(*wrong))
-    assert "another model" in line
+    assert "other.npz: made with other weights (those of other.pt)" in line
     flags = ["--mode", "morphing", "--space", "z"]
     assert "--space z: projected pictures have no z" in error(*projections, *flags)
 

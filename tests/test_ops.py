@@ -73,5 +73,5 @@ def test_impl_is_checked():
     x = torch.zeros(1, 1, 4, 4)
     with pytest.raises(ValueError, match="impl must be"):
         fused_leaky_relu(x, impl="fast")  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError, match="no compiled kernel"):
-        upfirdn2d(x, make_kernel(), impl="native")
+    with pytest.raises(RuntimeError, match="no compiled operators for meta"):
+        upfirdn2d(x.to("meta"), make_kernel(), impl="native")

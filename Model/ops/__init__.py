@@ -1,10 +1,12 @@
-"""The two operators a StyleGAN2 needs beyond PyTorch's own.
+"""The operators a StyleGAN2 needs beyond PyTorch's own.
 
 Every operator takes ``impl``: ``"reference"`` is plain PyTorch and runs on any device, ``"native"``
-is a compiled kernel, ``"auto"`` takes the native one where it is built and the reference elsewhere.
+is a compiled kernel, ``"auto"`` takes the native one where it can be built and is faster, and the
+reference elsewhere. The environment variable STYLEGAN_OPS says what "auto" means. Compiled kernels
+are built when first used (`Model.ops.build`); see doc/operators.md.
 """
 
-from Model.ops.fused_leaky_relu import fused_leaky_relu
+from Model.ops.fused_leaky_relu import filtered_leaky_relu, fused_leaky_relu
 from Model.ops.upfirdn2d import make_kernel, upfirdn2d
 
-__all__ = ["fused_leaky_relu", "make_kernel", "upfirdn2d"]
+__all__ = ["filtered_leaky_relu", "fused_leaky_relu", "make_kernel", "upfirdn2d"]

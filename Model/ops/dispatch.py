@@ -1,20 +1,111 @@
 """Which implementation of an operator runs."""
 
-from typing import Literal
+import functools
+import os
+import warnings
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:  # `python -m Model.ops.build` is not to find itself imported already
+    from Model.ops.build import Part
 
 Impl = Literal["auto", "reference", "native"]
 
+VARIABLE = "STYLEGAN_OPS"
+# Below this many values a call's overhead outweighs the passes over memory that it saves.
+WORTH_IT = 16384
+TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-def check_impl(operator: str, impl: Impl) -> None:
-    """Refuse an unknown ``impl``, and ``"native"`` where no compiled kernel is built.
+
+class NativeUnavailable(RuntimeError):
+    """A compiled operator was demanded where there is none; the message says why."""
+
+
+@functools.cache
+def why_not(part: "Part") -> str | None:
+    """Load the compiled operators of a device, building them if needed; None if that worked.
+
+    Cached: a process tries once, and warns once.
+
+    Returns:
+        The reason and the remedy where they can not be had.
+    """
+    from Model.ops import native
+    from Model.ops.build import BuildError
+
+    try:
+        native.load(part)
+    except (BuildError, OSError) as error:
+        return str(error).strip() or type(error).__name__
+    return None
+
+
+@functools.cache
+def _warn(part: "Part", reason: str) -> None:
+    warnings.warn(
+        f"no compiled operators for {part.upper()} tensors, plain PyTorch runs instead: {reason} "
+        f"({VARIABLE}=reference chooses that without this warning)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+# Constant to torch.compile: what is built does not change while a program runs.
+@torch.compiler.assume_constant_result
+def _available(part: "Part") -> bool:
+    reason = why_not(part)
+    if reason is not None:
+        _warn(part, reason)
+    return reason is None
+
+
+@torch.compiler.assume_constant_result
+def _demanded(operator: str, device: str) -> bool:
+    if device not in ("cpu", "cuda"):
+        raise NativeUnavailable(f"{operator}: no compiled operators for {device} tensors")
+    reason = why_not(device)
+    if reason is not None:
+        raise NativeUnavailable(
+            f"{operator}: no compiled operators for {device.upper()} tensors: {reason}"
+        )
+    return True
+
+
+@torch.compiler.assume_constant_result
+def _mode() -> str:
+    mode = os.environ.get(VARIABLE) or "auto"
+    if mode not in ("auto", "reference", "native"):
+        raise ValueError(f"{VARIABLE} must be auto, reference or native, not {mode!r}")
+    return mode
+
+
+def use_native(operator: str, impl: Impl, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the compiled operator runs.
+
+    ``impl="auto"`` means what the environment variable STYLEGAN_OPS says. If that is "auto" too,
+    the compiled operator runs where it can be built, for floating-point tensors of one type that
+    are large enough to gain from it.
+
+    Args:
+        operator: name for messages.
+        impl: the caller's choice.
+        x: the values.
+        others: further tensors that the operator takes, or None.
 
     Raises:
-        ValueError: ``impl`` is none of the three names.
-        NotImplementedError: a compiled kernel was demanded; only ``"auto"`` falls back silently.
+        ValueError: ``impl`` or STYLEGAN_OPS is none of the three names.
+        NativeUnavailable: "native" is demanded and can not be had.
     """
     if impl not in ("auto", "reference", "native"):
         raise ValueError(f"{operator}: impl must be auto, reference or native, not {impl!r}")
-    if impl == "native":
-        raise NotImplementedError(
-            f"{operator}: this build has no compiled kernel; use impl='auto' or 'reference'"
-        )
+    mode = _mode() if impl == "auto" else impl
+    if mode != "auto":
+        return mode == "native" and _demanded(operator, x.device.type)
+    part = x.device.type
+    if part not in ("cpu", "cuda") or x.dtype not in TYPES or x.numel() < WORTH_IT:
+        return False
+    if any(t is not None and (t.dtype != x.dtype or t.device != x.device) for t in others):
+        return False
+    return _available(part)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from Model.ops.dispatch import Impl, check_impl
+from Model.ops.dispatch import Impl, use_native
 
 
 def make_kernel(taps: Sequence[float] = (1, 3, 3, 1), gain: float = 1.0) -> Tensor:
@@ -14,6 +14,24 @@ def make_kernel(taps: Sequence[float] = (1, 3, 3, 1), gain: float = 1.0) -> Tens
     row = torch.tensor(taps, dtype=torch.float32)
     kernel = torch.outer(row, row)
     return kernel * (gain / kernel.sum())
+
+
+def filtered_size(
+    x: Tensor, kernel: Tensor, up: int, down: int, pad: tuple[int, int]
+) -> tuple[int, int]:
+    """Height and width of a filter operation's result (see `upfirdn2d`).
+
+    Raises:
+        ValueError: the filter is larger than the padded input.
+    """
+    more = sum(pad) - kernel.shape[0]
+    height, width = x.shape[2] * up + more, x.shape[3] * up + more
+    if height < 0 or width < 0:
+        raise ValueError(
+            f"upfirdn2d: a {tuple(kernel.shape)} filter does not fit {tuple(x.shape[2:])} values "
+            f"upsampled by {up} and padded by {pad}"
+        )
+    return height // down + 1, width // down + 1
 
 
 def upfirdn2d(
@@ -26,12 +44,14 @@ def upfirdn2d(
 ) -> Tensor:
     """Upsample with zeros, pad, convolve with ``kernel`` and keep every ``down``th sample.
 
-    Neither the zeros nor the dropped samples are ever computed: upsampling is a depth-wise
-    transposed convolution and downsampling a strided depth-wise one. Differentiable twice in x.
+    Neither the zeros nor the dropped samples are ever computed. The compiled operator filters by
+    columns, then by rows, if the filter is an outer product; the reference runs depth-wise
+    convolutions, transposed for upsampling and strided for downsampling. Differentiable twice in x.
 
     Args:
         x: (N, C, H, W) values.
-        kernel: (K, K) filter; a true convolution, so it is applied flipped.
+        kernel: (K, K) filter; a true convolution, so it is applied flipped. Only the reference
+            computes a gradient for it, so a filter that needs one is not filtered natively.
         up: upsampling factor, >= 1.
         down: downsampling factor, >= 1.
         pad: zeros (before, after) on both axes after upsampling; negative values crop.
@@ -40,7 +60,13 @@ def upfirdn2d(
     Returns:
         (N, C, (H * up + sum(pad) - K) // down + 1, same for W).
     """
-    check_impl("upfirdn2d", impl)
+    height, width = filtered_size(x, kernel, up, down, pad)
+    if not kernel.requires_grad and use_native("upfirdn2d", impl, x):
+        return torch.ops.stylegan.upfirdn2d(x, kernel, up, down, pad[0], height, width, False)
+    return _reference(x, kernel, up, down, pad)
+
+
+def _reference(x: Tensor, kernel: Tensor, up: int, down: int, pad: tuple[int, int]) -> Tensor:
     channels, taps = x.shape[1], kernel.shape[0]
     kernel = kernel.to(x.dtype)
     if up == 1:

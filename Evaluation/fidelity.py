@@ -1,0 +1,53 @@
+"""How close a picture is to the one it stands for, whole and inside the content of interest."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Perceptual = Callable[[Tensor, Tensor], Tensor]
+"""Two image batches (N, 3, H, W) in [-1, 1] -> distance of each pair, (N,)."""
+
+
+def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Peak signal-to-noise ratio of image pairs, with the peak-to-peak range of 2 as the peak.
+
+    Args:
+        a: (N, 3, H, W), nominally in [-1, 1]; clamped to it, without an 8-bit step.
+        b: the same.
+        mask: (N, 1, H, W) in {0, 1}: the pixels that count; None counts all.
+
+    Returns:
+        10 log10(4 / mean squared error), (N,), in dB; infinite for equal images, not a number for
+        an empty mask.
+    """
+    squares = (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean(dim=1, keepdim=True)
+    mask = torch.ones_like(squares) if mask is None else mask
+    error = (squares * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
+    return 10 * torch.log10(4 / error)
+
+
+@torch.no_grad()
+def fidelity(real: Tensor, made: Tensor, mask: Tensor, perceptual: Perceptual) -> dict[str, Tensor]:
+    """Distances of pictures to the real ones.
+
+    Args:
+        real: (N, 3, H, W) in [-1, 1].
+        made: the same of a generator; values beyond are clamped.
+        mask: (N, 1, H, W) in {0, 1}: the content of the real pictures.
+        perceptual: see `Perceptual`.
+
+    Returns:
+        (N,) each: psnr (dB) and perceptual of the whole pictures; content_psnr (dB) over the
+        masked pixels only, and content_perceptual with both pictures multiplied by the mask. Both
+        are not a number where the mask is empty.
+    """
+    made = made.clamp(-1, 1)
+    empty = ~mask.bool().flatten(1).any(dim=1)
+    masked = perceptual(real * mask, made * mask)
+    return {
+        "psnr": psnr(real, made),
+        "perceptual": perceptual(real, made),
+        "content_psnr": psnr(real, made, mask),
+        "content_perceptual": masked.masked_fill(empty, torch.nan),
+    }

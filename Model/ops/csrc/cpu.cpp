@@ -1,0 +1,528 @@
+// The operators' schemas and their CPU kernels.
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+#include "tensors.h"
+
+namespace stylegan {
+namespace {
+
+using Index = int64_t;
+
+// --- Activation -----------------------------------------------------------------------------------
+
+/// An epilogue whose parameters are converted to the accumulation type, with neutral values for
+/// what is missing, so that the inner loops need no distinction.
+template <class T>
+struct ReadyEpilogue {
+  using A = Accumulate<T>;
+  std::vector<A> gain, bias;  // (N, C) and (C,)
+  const T* noise;
+  A strength, above, below;
+  Index channels, pixels, noise_step;
+
+  ReadyEpilogue(const Epilogue<T>& e, Index batch)
+      : gain(batch * e.channels, A(1)),
+        bias(e.channels, A(0)),
+        noise(e.noise),
+        strength(e.strength ? static_cast<A>(*e.strength) : A(1)),
+        above(static_cast<A>(e.above)),
+        below(static_cast<A>(e.below)),
+        channels(e.channels),
+        pixels(e.pixels),
+        noise_step(e.noise_per_sample ? e.pixels : 0) {
+    if (e.gain) std::copy_n(e.gain, gain.size(), gain.begin());
+    if (e.bias) std::copy_n(e.bias, bias.size(), bias.begin());
+  }
+
+  /// Activates `count` pixels of sample n from pixel p on, all channels of a pixel side by side.
+  template <class S>
+  void channels_last(T* y, const S* x, Index n, Index p, Index count) const {
+    const A* g = gain.data() + n * channels;
+    const A* b = bias.data();
+    const Index width = channels;
+    const A up = above, low = below;
+    for (Index i = 0; i < count; ++i, x += width, y += width) {
+      const A shift = noise ? strength * static_cast<A>(noise[n * noise_step + p + i]) : A(0);
+#pragma omp simd
+      for (Index c = 0; c < width; ++c) {
+        y[c] = static_cast<T>(activate<A>(static_cast<A>(x[c]), g[c], shift + b[c], up, low));
+      }
+    }
+  }
+
+  /// Activates `count` pixels of one map of sample n from pixel p on.
+  template <class S>
+  void one_map(T* y, const S* x, Index n, Index c, Index p, Index count) const {
+    const A g = gain[n * channels + c], b = bias[c], up = above, low = below, s = strength;
+    if (!noise) {
+#pragma omp simd
+      for (Index i = 0; i < count; ++i) {
+        y[i] = static_cast<T>(activate<A>(static_cast<A>(x[i]), g, b, up, low));
+      }
+      return;
+    }
+    const T* map = noise + n * noise_step + p;
+#pragma omp simd
+    for (Index i = 0; i < count; ++i) {
+      const A shift = s * static_cast<A>(map[i]) + b;
+      y[i] = static_cast<T>(activate<A>(static_cast<A>(x[i]), g, shift, up, low));
+    }
+  }
+};
+
+/// Pixels per piece of work: about 16 Ki values, whatever the number of threads, so that sums over
+/// pieces do not depend on it.
+Index piece_of(Index values_per_pixel) { return std::max<Index>(1, 16384 / values_per_pixel); }
+
+template <class T>
+void activate_tensor(
+    T* y, const T* x, const Layout& layout, const ReadyEpilogue<T>& epilogue) {
+  const Index channels = layout.channels, pixels = layout.pixels;
+  const bool last = layout.channels_last;
+  const Index outer = last ? layout.batch : layout.batch * channels;
+  const Index inner = last ? channels : 1;
+  const Index piece = std::min(piece_of(inner), pixels);
+  const Index pieces = (pixels + piece - 1) / piece;
+  const Index grain = std::max<Index>(1, 16384 / (piece * inner));
+  at::parallel_for(0, outer * pieces, grain, [&](Index begin, Index end) {
+    for (Index work = begin; work < end; ++work) {
+      const Index image = work / pieces, p = work % pieces * piece;
+      const Index count = std::min(piece, pixels - p), at = (image * pixels + p) * inner;
+      if (last) {
+        epilogue.channels_last(y + at, x + at, image, p, count);
+      } else {
+        epilogue.one_map(y + at, x + at, image / channels, image % channels, p, count);
+      }
+    }
+  });
+}
+
+Tensor fused_leaky_relu(
+    const Tensor& x, const OptionalTensor& bias, const OptionalTensor& noise,
+    const OptionalTensor& strength, const OptionalTensor& gain, double slope, double scale) {
+  const Layout layout = layout_of(x);
+  const auto tensors = epilogue_tensors(
+      x, layout.batch, layout.channels, layout.pixels, bias, noise, strength, gain, slope, scale);
+  const Tensor values = x.contiguous(layout.format);
+  Tensor y = empty_like(x, layout.format);
+  if (y.numel() == 0) return y;
+  with_type(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const ReadyEpilogue<T> epilogue(tensors.pointers<T>(layout), layout.batch);
+    activate_tensor(y.mutable_data_ptr<T>(), values.const_data_ptr<T>(), layout, epilogue);
+  });
+  return y;
+}
+
+// --- Its gradient ---------------------------------------------------------------------------------
+
+/// One piece of the gradient, channels last: with d = grad * slope, writes d * gain and adds d and
+/// d * x up by channel, d by pixel.
+template <class T, class A>
+void backward_channels_last(
+    const T* grad, const T* y, const T* x, const A* gain, A above, A below, Index channels,
+    Index count, T* result, A* sums, A* products, A* by_pixel) {
+  for (Index i = 0; i < count; ++i, grad += channels, y += channels, result += channels) {
+    A row = 0;
+    if (x) {
+#pragma omp simd reduction(+ : row)
+      for (Index c = 0; c < channels; ++c) {
+        const A d = static_cast<A>(grad[c]) * slope_at<A>(static_cast<A>(y[c]), above, below);
+        result[c] = static_cast<T>(d * gain[c]);
+        sums[c] += d;
+        products[c] += d * static_cast<A>(x[c]);
+        row += d;
+      }
+      x += channels;
+    } else {
+#pragma omp simd reduction(+ : row)
+      for (Index c = 0; c < channels; ++c) {
+        const A d = static_cast<A>(grad[c]) * slope_at<A>(static_cast<A>(y[c]), above, below);
+        result[c] = static_cast<T>(d * gain[c]);
+        sums[c] += d;
+        row += d;
+      }
+    }
+    by_pixel[i] = row;
+  }
+}
+
+/// The same for contiguous maps, `step` elements apart.
+template <class T, class A>
+void backward_maps(
+    const T* grad, const T* y, const T* x, const A* gain, A above, A below, Index channels,
+    Index step, Index count, T* result, A* sums, A* products, A* by_pixel) {
+  std::fill_n(by_pixel, count, A(0));
+  for (Index c = 0; c < channels; ++c, grad += step, y += step, result += step) {
+    A sum = 0, product = 0;
+    const A g = gain[c];
+#pragma omp simd reduction(+ : sum, product)
+    for (Index i = 0; i < count; ++i) {
+      const A d = static_cast<A>(grad[i]) * slope_at<A>(static_cast<A>(y[i]), above, below);
+      result[i] = static_cast<T>(d * g);
+      by_pixel[i] += d;
+      sum += d;
+      if (x) product += d * static_cast<A>(x[i]);
+    }
+    sums[c] = sum;
+    if (x) products[c] = product, x += step;
+  }
+}
+
+struct Gradient {
+  Tensor input, by_channel, products, by_pixel;
+};
+
+template <class T>
+void fill_gradient(
+    const Tensor& grad, const Tensor& y, const OptionalTensor& x, const OptionalTensor& gain,
+    const Layout& layout, double slope, double scale, Gradient& out) {
+  using A = Accumulate<T>;
+  const Index channels = layout.channels, pixels = layout.pixels;
+  const Index piece = std::min(piece_of(channels), pixels);
+  const Index pieces = (pixels + piece - 1) / piece, total = layout.batch * pieces * channels;
+  std::vector<A> gains(layout.batch * channels, A(1));
+  if (gain) std::copy_n(gain->const_data_ptr<T>(), gains.size(), gains.begin());
+  std::vector<A> sums(total, A(0)), products(x ? total : 0, A(0));
+  const A above = static_cast<A>(scale), below = static_cast<A>(scale * slope);
+  const T* g = grad.const_data_ptr<T>();
+  const T* values = y.const_data_ptr<T>();
+  const T* inputs = x ? x->const_data_ptr<T>() : nullptr;
+  T* result = out.input.mutable_data_ptr<T>();
+  A* by_pixel = out.by_pixel.mutable_data_ptr<A>();
+  at::parallel_for(0, layout.batch * pieces, 1, [&](Index begin, Index end) {
+    for (Index work = begin; work < end; ++work) {
+      const Index n = work / pieces, p = work % pieces * piece;
+      const Index count = std::min(piece, pixels - p);
+      const Index at = n * channels * pixels + p * (layout.channels_last ? channels : 1);
+      const T* input = inputs ? inputs + at : nullptr;
+      A* sum = sums.data() + work * channels;
+      A* product = inputs ? products.data() + work * channels : nullptr;
+      const A* scales = gains.data() + n * channels;
+      A* row = by_pixel + n * pixels + p;
+      if (layout.channels_last) {
+        backward_channels_last(
+            g + at, values + at, input, scales, above, below, channels, count, result + at, sum,
+            product, row);
+      } else {
+        backward_maps(
+            g + at, values + at, input, scales, above, below, channels, pixels, count, result + at,
+            sum, product, row);
+      }
+    }
+  });
+  auto add_up = [&](const std::vector<A>& parts, Tensor& whole) {
+    A* to = whole.mutable_data_ptr<A>();
+    for (Index n = 0; n < layout.batch; ++n, to += channels) {
+      const A* part = parts.data() + n * pieces * channels;
+      for (Index k = 0; k < pieces; ++k, part += channels) {
+        for (Index c = 0; c < channels; ++c) to[c] += part[c];
+      }
+    }
+  };
+  add_up(sums, out.by_channel);
+  if (x) add_up(products, out.products);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> fused_leaky_relu_backward(
+    const Tensor& grad, const Tensor& y, const OptionalTensor& x, const OptionalTensor& gain,
+    double slope, double scale) {
+  const Layout layout = layout_of(y);
+  TORCH_CHECK(grad.sizes() == y.sizes(), "fused_leaky_relu_backward: sizes differ");
+  const Index n = layout.batch, c = layout.channels;
+  const auto sums = y.options().dtype(accumulate_type(y)).memory_format(std::nullopt);
+  auto map = y.sizes().vec();
+  map[1] = 1;
+  Gradient out{
+      empty_like(y, layout.format), at::zeros({n, c}, sums), at::zeros({x ? n : 0, c}, sums),
+      at::zeros(map, sums)};
+  if (y.numel() > 0) {
+    const Tensor g = grad.contiguous(layout.format), values = y.contiguous(layout.format);
+    const OptionalTensor inputs = x ? OptionalTensor(x->contiguous(layout.format)) : x;
+    const OptionalTensor gains = checked("gain", gain, y, n, c);
+    with_type(y.scalar_type(), [&](auto zero) {
+      fill_gradient<decltype(zero)>(g, values, inputs, gains, layout, slope, scale, out);
+    });
+  }
+  return {out.input, out.by_channel, out.products, out.by_pixel};
+}
+
+// --- Upsample, filter, downsample -----------------------------------------------------------------
+
+/// A filter turned so that tap t meets position t, and its factors if it is an outer product.
+template <class A>
+struct Taps {
+  std::vector<A> square, column, row;  // (taps, taps), (taps,), (taps,)
+  bool separable = true;
+
+  Taps(const Tensor& kernel, bool flip) {
+    const Tensor values = kernel.to(at::kDouble).contiguous();
+    const double* k = values.const_data_ptr<double>();
+    const Index n = kernel.size(0);
+    for (Index i = 0; i < n * n; ++i) square.push_back(k[flip ? i : n * n - 1 - i]);
+    // The column and the row through the largest element; separable if every other element is
+    // their product up to the rounding of the filter's own type.
+    const A* s = square.data();
+    auto smaller = [](A a, A b) { return std::abs(a) < std::abs(b); };
+    const Index at = std::max_element(s, s + n * n, smaller) - s;
+    const A pivot = s[at];
+    for (Index i = 0; i < n; ++i) {
+      column.push_back(pivot == A(0) ? A(0) : s[i * n + at % n] / pivot);
+      row.push_back(s[at / n * n + i]);
+    }
+    const A rounding = std::abs(pivot) * A(kernel.scalar_type() == at::kDouble ? 1e-15 : 2.4e-7);
+    for (Index i = 0; i < n * n; ++i) {
+      separable &= std::abs(column[i / n] * row[i % n] - s[i]) <= rounding;
+    }
+  }
+};
+
+/// Every `up`th tap from each start on, side by side: what one output sees of the filter.
+template <class A>
+std::vector<A> by_phase(const std::vector<A>& taps, Index up) {
+  const Index n = taps.size(), length = (n + up - 1) / up;
+  std::vector<A> phases(up * length, A(0));
+  for (Index t = 0; t < n; ++t) phases[t % up * length + t / up] = taps[t];
+  return phases;
+}
+
+/// to[i] = sum over j < COUNT of weights[j] * from[i + j * step], for i < n.
+template <int COUNT, class A, class T>
+void filter_line(A* __restrict to, const T* __restrict from, Index n, Index step, const A* weights) {
+#pragma omp simd
+  for (Index i = 0; i < n; ++i) to[i] = weighted_sum<COUNT, A>(from + i, step, weights);
+}
+
+template <class A, class T>
+void filter_line(A* to, const T* from, Index n, Index step, const A* weights, Index count) {
+  switch (std::min<Index>(count, 4)) {
+    case 0: std::fill_n(to, n, A(0)); break;
+    case 1: filter_line<1>(to, from, n, step, weights); break;
+    case 2: filter_line<2>(to, from, n, step, weights); break;
+    case 3: filter_line<3>(to, from, n, step, weights); break;
+    default: filter_line<4>(to, from, n, step, weights);
+  }
+  for (Index j = 4; j < count; ++j) {
+    const T* line = from + j * step;
+#pragma omp simd
+    for (Index i = 0; i < n; ++i) to[i] += weights[j] * static_cast<A>(line[i]);
+  }
+}
+
+/// Memory that begins at a cache line, so that full-width vectors do not straddle two.
+template <class A>
+class Buffer {
+ public:
+  void resize(Index size) {
+    if (size > size_) values_.reset(new (std::align_val_t(64)) A[size]), size_ = size;
+  }
+  A* data() const { return values_.get(); }
+
+ private:
+  struct Free {
+    void operator()(A* values) const { ::operator delete[](values, std::align_val_t(64)); }
+  };
+  std::unique_ptr<A[], Free> values_;
+  Index size_ = 0;
+};
+
+/// A filter operation on the CPU: by columns into a strip that stays in the cache, then by rows.
+template <class T>
+class FilterPlan {
+  using A = Accumulate<T>;
+
+ public:
+  FilterPlan(
+      const Filter& f, const Taps<A>& taps, Index channels, const ReadyEpilogue<T>* epilogue)
+      : f_(f),
+        taps_(taps),
+        columns_(by_phase(taps.column, f.up)),
+        rows_(by_phase(taps.row, f.up)),
+        length_((f.taps + f.up - 1) / f.up),
+        channels_(channels),
+        epilogue_(epilogue) {
+    // Strips of about 16 Ki input values; at least 64 pixels, so that few are read twice.
+    const Index pixels = std::max<Index>(64, 16384 / std::max<Index>(f.inner, 1));
+    strip_ = std::max<Index>(1, pixels * f.up / f.down);
+  }
+
+  void run(T* y, const T* x) const {
+    const Index band = 32, bands = (f_.out_height + band - 1) / band;
+    const Index values = std::min(band, f_.out_height) * f_.out_width * f_.inner;
+    const Index grain = std::max<Index>(1, 16384 / std::max<Index>(values, 1));
+    at::parallel_for(0, f_.outer * bands, grain, [&](Index begin, Index end) {
+      Buffer<A> strip, line, spare;
+      line.resize(std::min(strip_, f_.out_width) * f_.inner);
+      spare.resize(std::min(strip_, f_.out_width) * f_.inner);
+      for (Index work = begin; work < end; ++work) {
+        const Index image = work / bands, row = work % bands * band;
+        const Index stop = std::min(row + band, f_.out_height);
+        for (Index left = 0; left < f_.out_width; left += strip_) {
+          const Index right = std::min(left + strip_, f_.out_width);
+          filter_strip(y, x, image, row, stop, left, right, strip, line, spare);
+        }
+      }
+    });
+  }
+
+ private:
+  /// First input column that output column `column` may see (negative in the padding), and its tap.
+  std::pair<Index, Index> first_of(Index column) const {
+    const Index start = column * f_.down - f_.pad;
+    const Index first = start > 0 ? (start + f_.up - 1) / f_.up : -(-start / f_.up);
+    return {first, first * f_.up - start};
+  }
+
+  void filter_strip(
+      T* y, const T* x, Index image, Index top, Index bottom, Index left, Index right,
+      Buffer<A>& strip, Buffer<A>& line, Buffer<A>& spare) const {
+    const Index base = first_of(left).first, end = first_of(right - 1).first + length_;
+    const Index from = std::clamp<Index>(base, 0, f_.width);
+    const Index to = std::clamp<Index>(end, from, f_.width), inner = f_.inner;
+    const T* source = x + image * f_.height * f_.width * inner;
+    strip.resize((end - base) * inner);
+    std::fill_n(strip.data(), (end - base) * inner, A(0));
+    for (Index row = top; row < bottom; ++row) {
+      T* out = y + ((image * f_.out_height + row) * f_.out_width + left) * inner;
+      // Without an epilogue the result needs no intermediate line in the same type.
+      A* result = line.data();
+      if constexpr (std::is_same_v<A, T>) result = epilogue_ ? result : out;
+      if (taps_.separable) {
+        const Span<Index> s = reach(row, f_.height, f_.taps, f_.up, f_.down, f_.pad);
+        const A* weights = columns_.data() + s.tap % f_.up * length_ + s.tap / f_.up;
+        const T* values = source + (s.first * f_.width + from) * inner;
+        A* middle = strip.data() + (from - base) * inner;
+        filter_line(middle, values, (to - from) * inner, f_.width * inner, weights, s.count);
+        filter_row(result, strip.data(), base, left, right, spare.data());
+      } else {
+        filter_elements(result, source, row, left, right);
+      }
+      if (epilogue_) {
+        const Index p = row * f_.out_width + left, count = right - left;
+        if (inner == channels_) {
+          epilogue_->channels_last(out, result, image, p, count);
+        } else {
+          epilogue_->one_map(out, result, image / channels_, image % channels_, p, count);
+        }
+      } else if constexpr (!std::is_same_v<A, T>) {
+        std::copy_n(result, (right - left) * inner, out);
+      }
+    }
+  }
+
+  /// Filters a strip along its row. Outputs `up` apart see the same taps, `down` inputs further.
+  void filter_row(
+      A* out, const A* strip, Index base, Index left, Index right, A* spare) const {
+    const Index inner = f_.inner, up = f_.up, down = f_.down;
+    for (Index r = 0; r < std::min(up, right - left); ++r) {
+      const auto [first, tap] = first_of(left + r);
+      const A* weights = rows_.data() + tap * length_;
+      const Index count = tap < f_.taps ? (f_.taps - tap + up - 1) / up : 0;
+      const Index pixels = (right - left - r + up - 1) / up;
+      const A* from = strip + (first - base) * inner;
+      A* to = out + r * inner;
+      if (up == 1 && down == 1) {
+        filter_line(to, from, pixels * inner, inner, weights, count);
+      } else if (down == 1 && inner < 16) {
+        // Few values per pixel make short loops: filter them all in one, then put them in place.
+        filter_line(spare, from, pixels * inner, inner, weights, count);
+        for (Index m = 0; m < pixels; ++m) {
+          for (Index c = 0; c < inner; ++c) to[m * up * inner + c] = spare[m * inner + c];
+        }
+      } else {
+        for (Index m = 0; m < pixels; ++m, to += up * inner, from += down * inner) {
+          filter_line(to, from, inner, inner, weights, count);
+        }
+      }
+    }
+  }
+
+  /// Any filter, value by value.
+  void filter_elements(A* out, const T* source, Index row, Index left, Index right) const {
+    for (Index column = left; column < right; ++column) {
+      for (Index c = 0; c < f_.inner; ++c) {
+        *out++ = filter_at<0, 0, 0, A>(source + c, taps_.square.data(), f_, row, column);
+      }
+    }
+  }
+
+  const Filter& f_;
+  const Taps<A>& taps_;
+  std::vector<A> columns_, rows_;
+  Index length_, channels_, strip_;
+  const ReadyEpilogue<T>* epilogue_;
+};
+
+Tensor upfirdn2d(
+    const Tensor& x, const Tensor& kernel, int64_t up, int64_t down, int64_t pad, int64_t height,
+    int64_t width, bool flip) {
+  const Layout layout = layout_of(x);
+  const Filter filter = filter_of(x, layout, kernel, up, down, pad, height, width);
+  const Tensor values = x.contiguous(layout.format);
+  Tensor y = empty_filtered(x, height, width, layout.format);
+  if (y.numel() == 0) return y;
+  with_type(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Taps<Accumulate<T>> taps(kernel, flip);
+    const FilterPlan<T> plan(filter, taps, layout.channels, nullptr);
+    plan.run(y.mutable_data_ptr<T>(), values.const_data_ptr<T>());
+  });
+  return y;
+}
+
+Tensor filtered_leaky_relu(
+    const Tensor& x, const Tensor& kernel, int64_t pad, int64_t height, int64_t width,
+    const OptionalTensor& bias, const OptionalTensor& noise, const OptionalTensor& strength,
+    const OptionalTensor& gain, double slope, double scale) {
+  const Layout layout = layout_of(x);
+  const Filter filter = filter_of(x, layout, kernel, 1, 1, pad, height, width);
+  const auto tensors = epilogue_tensors(
+      x, layout.batch, layout.channels, height * width, bias, noise, strength, gain, slope, scale);
+  const Tensor values = x.contiguous(layout.format);
+  Tensor y = empty_filtered(x, height, width, layout.format);
+  if (y.numel() == 0) return y;
+  with_type(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Taps<Accumulate<T>> taps(kernel, false);
+    const ReadyEpilogue<T> epilogue(tensors.pointers<T>(layout_of(y)), layout.batch);
+    const FilterPlan<T> plan(filter, taps, layout.channels, &epilogue);
+    plan.run(y.mutable_data_ptr<T>(), values.const_data_ptr<T>());
+  });
+  return y;
+}
+
+}  // namespace
+}  // namespace stylegan
+
+TORCH_LIBRARY(stylegan, m) {
+  m.def(
+      "fused_leaky_relu(Tensor x, Tensor? bias, Tensor? noise, Tensor? strength, Tensor? gain, "
+      "float slope, float scale) -> Tensor");
+  m.def(
+      "fused_leaky_relu_backward(Tensor grad, Tensor y, Tensor? x, Tensor? gain, float slope, "
+      "float scale) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "upfirdn2d(Tensor x, Tensor kernel, int up, int down, int pad, SymInt height, SymInt width, "
+      "bool flip) -> Tensor");
+  m.def(
+      "filtered_leaky_relu(Tensor x, Tensor kernel, int pad, SymInt height, SymInt width, "
+      "Tensor? bias, Tensor? noise, Tensor? strength, Tensor? gain, float slope, float scale) "
+      "-> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(stylegan, CPU, m) {
+  m.impl("fused_leaky_relu", &stylegan::fused_leaky_relu);
+  m.impl("fused_leaky_relu_backward", &stylegan::fused_leaky_relu_backward);
+  m.impl("upfirdn2d", &stylegan::upfirdn2d);
+  m.impl("filtered_leaky_relu", &stylegan::filtered_leaky_relu);
+}

@@ -1,0 +1,140 @@
+"""The bundled models in one table: cost, speed here, and what compression did to the pictures.
+
+``python -m benchmarks.bundled_models`` prints it as Markdown.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import prune
+from Evaluation import sampling, statistics
+from Evaluation.features import Extractor
+from Evaluation.ppl import PathPairs, pair_distances, perceptual_path_length
+from Evaluation.statistics import statistics_of
+from get_fid import make_extractor, sampled_features
+from Model import bundled
+from Model.checkpoint import load_generator
+from Model.generator import Generator
+from Util.cli import OneLineParser, at_least
+from Util.comparison import content_l1
+from Util.complexity import macs, parameters
+from Util.content import ContentParser, load_content_parser
+from Util.perceptual import ParserDistance
+
+Row = dict[str, str]
+
+
+def speeds(networks: Mapping[str, Generator], batch: int, rounds: int = 7) -> dict[str, float]:
+    """Images per second of each network, medians of rounds in which they take turns."""
+    times: dict[str, list[float]] = {name: [] for name in networks}
+    for _ in range(rounds + 1):
+        for name, network in networks.items():
+            w = torch.randn(batch, network.n_latent, network.style_dim)
+            start = time.perf_counter()
+            with torch.no_grad():
+                for _ in range(4):
+                    network.synthesis(w, "fixed")
+            times[name].append((time.perf_counter() - start) / (4 * batch))
+    return {name: 1 / median(taken[1:]) for name, taken in times.items()}
+
+
+@torch.no_grad()
+def to_teacher(
+    student: Generator, teacher: Generator, parser: ContentParser, n: int
+) -> tuple[float, float]:
+    """Distance of a student's pictures to its teacher's inside the content: L1 and perceptual."""
+    perceptual = ParserDistance(parser)
+    l1, distances = [], []
+    for part in sampling.shares(n, 50):
+        ours, target = (
+            sampling.images(g, part, seed=1, fixed_noise=True) for g in (student, teacher)
+        )
+        mask = parser(target)
+        l1.append(content_l1(ours, target, mask) * len(part))
+        distances.append(perceptual(ours * mask, target * mask))
+    return sum(l1) / n, torch.cat(distances).mean().item()
+
+
+def path_length(
+    generator: Generator, distance: Callable[[Tensor, Tensor], Tensor], n: int
+) -> float:
+    """Perceptual path length by the standard protocol, by parser features."""
+    pairs = PathPairs(generator, eps=1e-4, seed=0, shared_noise=True)
+    found = torch.cat(pair_distances(pairs, distance, list(sampling.shares(n, 50))))
+    return perceptual_path_length(found.numpy(), 1e-4, "standard")
+
+
+def frechet(generator: Generator, extractor: Extractor, file: Path, n: int) -> float:
+    """Frechet distance to bundled statistics of the real images."""
+    features = sampled_features(generator, extractor, n, batch_size=50, seed=0)
+    return statistics.distance(statistics_of(features, {}), statistics.load(file))
+
+
+def rows(networks: Mapping[str, Generator], n_sample: int, n_pairs: int) -> dict[str, Row]:
+    """The figures of every network by column."""
+    device = torch.device("cpu")
+    parser = load_content_parser(bundled.PARSER, device)
+    extractors = [
+        make_extractor("parser", None, parser, bundled.PARSER, masked, device)
+        for masked in (False, True)
+    ]
+    per_second = speeds(networks, batch=16)
+    teacher = next(iter(networks.values()))
+    table = {}
+    for name, network in tqdm(networks.items(), unit="model"):
+        whole = frechet(network, extractors[0], bundled.STATISTICS, n_sample)
+        content = frechet(network, extractors[1], bundled.CONTENT_STATISTICS, n_sample)
+        l1, perceptual = to_teacher(network, teacher, parser, n=500)
+        path = path_length(network, ParserDistance(parser), n_pairs)
+        table[name] = {
+            "parameters": f"{parameters(network):,}",
+            "MACs": f"{macs(network):,}",
+            "images/s": f"{per_second[name]:.0f}",
+            "Frechet parser distance": f"{whole:.3f}",
+            "inside the content": f"{content:.3f}",
+            "L1 to the teacher inside": f"{l1:.4f}",
+            "parser distance to it inside": f"{perceptual:.4f}",
+            "PPL (standard, parser)": f"{path:.1f}",
+        }
+    return table
+
+
+def markdown(table: Mapping[str, Row]) -> str:
+    """The table with one row for each network."""
+    columns = list(next(iter(table.values())))
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(row.values()) + " |" for name, row in table.items()]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry."""
+    parser = OneLineParser(prog="python -m benchmarks.bundled_models", description=__doc__)
+    add = parser.add_argument
+    add("--n_sample", type=at_least(113), default=5000, help="images for the Frechet distances")
+    add("--n_pairs", type=at_least(1), default=1000, help="pairs for the path length")
+    args = parser.parse_args(argv)
+    with TemporaryDirectory() as folder:
+        pruned = Path(folder) / "pruned.pt"
+        if code := prune.main(["--out", str(pruned)]):
+            return code
+        files = {"teacher": bundled.MODEL, "pruned": pruned, "retrained": bundled.COMPRESSED}
+        networks = {
+            name: load_generator(file).eval().requires_grad_(False)
+            for name, file in files.items()
+            if file.is_file()
+        }
+    print(markdown(rows(networks, args.n_sample, args.n_pairs)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""The compiled operators against plain PyTorch and against the textbook forms.
+
+``python -m benchmarks.operators [--threads N] [--json FILE]``
+
+Three ways of each operator, at the sizes of the 256 px generator (its last layers, and one of 64
+px), full and pruned by 0.7:
+
+- textbook: what the definition says, one pass after another. A filter inserts zeros, pads, and
+  convolves every channel as an image of its own; an epilogue is one PyTorch operation for each of
+  demodulation, noise, bias, leaky ReLU and gain.
+- reference: ``impl="reference"``, the best this project knows to do with PyTorch's operations.
+- native: ``impl="native"``.
+
+Each is set beside a copy of the result's size: the roof for anything that reads and writes every
+value once. GB/s counts one read of the input and one write of the output.
+"""
+
+import functools
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.timing import Timing, interleaved, machine, milliseconds, parser, table, write_json
+from Model.ops import filtered_leaky_relu, fused_leaky_relu, make_kernel, upfirdn2d
+from Model.ops.dispatch import Impl
+
+# Batch, channels and side: last layers of the 256 px generator, full size and pruned by 0.7.
+SHAPES = ((1, 128, 256), (1, 512, 64), (1, 39, 256), (1, 77, 128), (1, 154, 64), (16, 39, 64))
+GAIN = 2**0.5
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation in its three forms, each a function of (x, impl); impl None is the textbook."""
+
+    name: str
+    x: Tensor
+    run: Callable[[Tensor, Impl | None], Tensor]
+
+
+def textbook_upfirdn2d(
+    x: Tensor, kernel: Tensor, up: int, down: int, pad: tuple[int, int]
+) -> Tensor:
+    """Insert zeros, pad, convolve each channel as one image, keep every ``down``th sample."""
+    n, c, h, w = x.shape
+    zeros = x.new_zeros(n, c, h, up, w, up)
+    zeros[:, :, :, 0, :, 0] = x
+    y = F.pad(zeros.view(n, c, h * up, w * up), (pad[0], pad[1], pad[0], pad[1]))
+    y = F.conv2d(y.reshape(n * c, 1, *y.shape[2:]), kernel.flip((0, 1))[None, None])
+    return y.view(n, c, *y.shape[2:])[:, :, ::down, ::down]
+
+
+def textbook_epilogue(
+    x: Tensor, bias: Tensor, noise: Tensor, strength: Tensor, gain: Tensor
+) -> Tensor:
+    """Demodulation, noise, bias, leaky ReLU and gain, each over all of memory."""
+    y = x * gain[:, :, None, None]
+    y = y + strength * noise
+    y = y + bias.view(1, -1, 1, 1)
+    return F.leaky_relu(y, 0.2) * GAIN
+
+
+def operations(n: int, c: int, side: int, device: str) -> list[Operation]:
+    """The operations of a layer with (n, c, side, side) activations."""
+
+    def randn(*shape: int) -> Tensor:
+        x = torch.randn(shape, device=device)
+        last = device == "cpu" and x.ndim == 4
+        return x.contiguous(memory_format=torch.channels_last) if last else x
+
+    bias, noise, strength, gain = randn(c), randn(n, 1, side, side), randn(1), randn(n, c)
+    kernel = make_kernel(gain=4.0).to(device)
+    activated = functools.partial(
+        fused_leaky_relu, bias=bias, noise=noise, noise_strength=strength, gain=gain
+    )
+    filtered = functools.partial(
+        filtered_leaky_relu, kernel=kernel, pad=(1, 1), bias=bias, noise=noise,
+        noise_strength=strength, gain=gain,
+    )  # fmt: skip
+
+    def epilogue(x: Tensor, impl: Impl | None) -> Tensor:
+        if impl is None:
+            return textbook_epilogue(x, bias, noise, strength, gain)
+        return activated(x, impl=impl)
+
+    def resample(x: Tensor, impl: Impl | None, up: int, down: int, pad: tuple[int, int]) -> Tensor:
+        if impl is None:
+            return textbook_upfirdn2d(x, kernel, up, down, pad)
+        return upfirdn2d(x, kernel, up, down, pad, impl)
+
+    def both(x: Tensor, impl: Impl | None) -> Tensor:
+        if impl is None:
+            return epilogue(resample(x, None, 1, 1, (1, 1)), None)
+        return filtered(x, impl=impl)
+
+    def sampled(up: int, down: int, pad: tuple[int, int]) -> Callable[..., Tensor]:
+        return functools.partial(resample, up=up, down=down, pad=pad)
+
+    odd = randn(n, c, side + 1, side + 1)
+    return [
+        Operation("epilogue", randn(n, c, side, side), epilogue),
+        Operation("blur", odd, sampled(1, 1, (1, 1))),
+        Operation("blur + epilogue", odd, both),
+        Operation("down 2", randn(n, c, side, side), sampled(1, 2, (1, 1))),
+        Operation("up 2 (RGB)", randn(n, 3, side // 2, side // 2), sampled(2, 1, (2, 1))),
+    ]
+
+
+def measure(
+    operation: Operation, rounds: int, device: str, clock: Callable[[], float]
+) -> dict[str, dict[str, Timing]]:
+    """Forward and forward-with-backward times of the three forms and of a copy."""
+    x = operation.x
+    forms: dict[str, Impl | None]
+    forms = {"textbook": None, "reference": "reference", "native": "native"}
+
+    def forward(impl: Impl | None) -> None:
+        with torch.no_grad():
+            operation.run(x, impl)
+
+    wanted = x.detach().requires_grad_()
+    y = operation.run(x, "reference")
+    source, target, direction = torch.randn_like(y), torch.empty_like(y), torch.randn_like(y)
+
+    def backward(impl: Impl | None) -> None:
+        torch.autograd.grad(operation.run(wanted, impl), wanted, direction)
+
+    once: dict[str, Callable[[], object]]
+    once = {name: functools.partial(forward, impl) for name, impl in forms.items()}
+    once["copy"] = lambda: target.copy_(source)
+    twice = {name: functools.partial(backward, impl) for name, impl in forms.items()}
+    return {
+        "forward": interleaved(once, rounds, device, clock=clock),
+        "forward + backward": interleaved(twice, rounds, device, clock=clock),
+    }
+
+
+def row(
+    operation: Operation, shape: tuple[int, ...], way: str, times: dict[str, Timing]
+) -> dict[str, object]:
+    """One line of the result: times, ratios, and bytes per second where a copy is there."""
+    native = times["native"].median
+    result: dict[str, object] = {
+        "operation": operation.name,
+        "shape": shape,
+        "pass": way,
+        "seconds": {name: asdict(timing) for name, timing in times.items()},
+        "textbook / native": times["textbook"].median / native,
+        "reference / native": times["reference"].median / native,
+    }
+    if "copy" in times:
+        y = operation.run(operation.x, "reference")
+        moved = (operation.x.numel() + y.numel()) * y.element_size()
+        result["GB/s"] = moved / native / 1e9
+        result["copy GB/s"] = 2 * y.numel() * y.element_size() / times["copy"].median / 1e9
+        result["native / copy"] = native / times["copy"].median
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print a table, and write JSON if asked."""
+    flags = parser("Speed of the compiled operators.")
+    flags.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count this thread's processor time only (one thread, on a machine that is shared)",
+    )
+    options = flags.parse_args(argv)
+    if options.cpu_time and (options.threads != 1 or options.device != "cpu"):
+        flags.error("--cpu-time sees one thread only: it needs --threads 1 --device cpu")
+    torch.set_num_threads(options.threads)
+    clock = time.thread_time if options.cpu_time else time.perf_counter
+    print(machine(options.device))
+    lines, results = [], []
+    for n, c, side in SHAPES:
+        for operation in operations(n, c, side, options.device):
+            shape = tuple(operation.x.shape)
+            for way, times in measure(operation, options.rounds, options.device, clock).items():
+                result = row(operation, shape, way, times)
+                results.append(result)
+                speed = (
+                    f"{result['GB/s']:.1f} of {result['copy GB/s']:.1f}" if "GB/s" in result else ""
+                )
+                lines.append([
+                    operation.name, "x".join(map(str, shape)), way,
+                    *(milliseconds(times[k]) for k in ("textbook", "reference", "native")),
+                    *(f"{result[f'{k} / native']:.1f}" for k in ("textbook", "reference")), speed,
+                ])  # fmt: skip
+                print(".", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    head = ("operation", "input", "pass", "textbook ms", "reference ms", "native ms",
+            "textbook / native", "reference / native", "GB/s, of a copy's")  # fmt: skip
+    print(table(head, lines))
+    write_json(options.json, options.device, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
