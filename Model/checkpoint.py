@@ -6,8 +6,10 @@ pickle that would run code is refused, whoever made it. What a file claims is co
 holds before memory is taken for it.
 """
 
+import contextlib
 import os
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -58,7 +60,7 @@ def read(path: PathOrDict) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused, it holds something other than tensors and plain containers"
-            f" ({_unsafe_name(error)}); save it again as state dicts only"
+            f" ({_unsafe_name(path, error)}); save it again as state dicts only"
         ) from None
     except Exception as error:  # a damaged file can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -70,11 +72,24 @@ def read(path: PathOrDict) -> dict[str, Any]:
     return content
 
 
-def _unsafe_name(error: Exception) -> str:
-    """The offending global in PyTorch's long message, or the message's first line."""
+def _unsafe_name(path: PathOrDict, error: Exception) -> str:
+    """The offending global in PyTorch's long message, else the pickle's first one."""
     text = str(error)
     match = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"class '?([\w.]+)", text)
-    return match.group(1) if match else text.splitlines()[0][:120]
+    return match.group(1) if match else _first_global(Path(str(path))) or text.splitlines()[0][:120]
+
+
+def _first_global(path: Path) -> str:
+    """What a bare pickle would import first; only looked at, not run."""
+    words: list[str] = []
+    with open(path, "rb") as file, contextlib.suppress(ValueError):
+        for code, argument, _ in pickletools.genops(file):
+            if code.name == "GLOBAL":
+                return str(argument).replace(" ", ".")
+            if code.name == "STACK_GLOBAL":
+                return ".".join(words[-2:])
+            words += [argument] if isinstance(argument, str) else []
+    return ""
 
 
 def _state_dict(source: PathOrDict, key: str, name: str = "") -> tuple[StateDict, str]:
