@@ -20,7 +20,7 @@ from Model import bundled
 from Model.checkpoint import load_generator
 from Model.files import atomic_path
 from Model.generator import Generator
-from Util.cli import OneLineParser, at_least, run_script
+from Util.cli import OneLineParser, at_least, check_writable, file_path, run_script
 from Util.comparison import content_l1, render, side_by_side
 from Util.complexity import macs, parameters
 from Util.content import load_content_parser
@@ -72,6 +72,7 @@ def compare(networks: dict[str, Generator], out: Path) -> str:
 def run(args: argparse.Namespace) -> None:
     """Run all steps and print the result."""
     out, start = args.out, time.perf_counter()
+    check_writable("--out", out / "table.txt")
     data, pruned, run = out / "toon_faces_64px", out / "pruned.pt", out / "run"
 
     step(
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry."""
     parser = OneLineParser(prog="demo.py", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="default: %(default)s")
+    parser.add_argument("--out", type=file_path, default=Path("demo"), help="default: %(default)s")
     parser.add_argument("--n", type=at_least(1), default=5000, help="pictures to render")
     parser.add_argument("--iter", type=at_least(1), default=1800, help="retraining iterations")
     return run_script(parser, run, argv)

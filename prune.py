@@ -13,7 +13,7 @@ from tqdm import tqdm
 from Model import bundled, checkpoint
 from Model.files import folder_lock
 from Model.generator import Generator
-from Util.cli import OneLineParser, at_least, blame, fraction, run_script
+from Util.cli import OneLineParser, at_least, blame, check_writable, file_path, fraction, run_script
 from Util.content import ContentParser, load_content_parser
 from Util.device import pick_device
 from Util.pruning import prune_generator, select_channels
@@ -59,7 +59,7 @@ def _add_published_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--ckpt",
-        type=Path,
+        type=file_path,
         default=bundled.MODEL,
         metavar="FILE",
         help="full-size checkpoint (default: Model/full_size_model/toon_faces_64px.pt)",
@@ -107,7 +107,7 @@ def _add_further_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--parser_ckpt",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="face parser that finds the content, for content_aware alone (default: for the"
         " bundled model Model/parser_model/toon_faces_128px.pt, for any other"
@@ -128,7 +128,7 @@ def _add_further_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--out",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="checkpoint to write, or a folder for it"
         " (default: Model/pruned_model/METRIC_RATIO_SIZEpx_DATE-TIME.pt)",
@@ -178,9 +178,7 @@ def target_path(args: argparse.Namespace, size: int) -> Path:
         target = target / name
     if target.resolve() == args.ckpt.resolve():
         raise ValueError(f"--out {target} is the checkpoint to prune; name another file")
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise ValueError(f"--out {target}: {parent} is no folder; name another file")
+    check_writable("--out", target)
     return target
 
 

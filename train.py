@@ -24,7 +24,7 @@ from Model.discriminator import Discriminator
 from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig, add_flags, check_ranges, known_settings
 from Util import distributed, pictures
-from Util.cli import OneLineParser, blame, run_script
+from Util.cli import OneLineParser, blame, check_writable, run_script
 from Util.comparison import render
 from Util.content import ContentParser, load_content_parser
 from Util.device import peak_memory_gib, pick_device, set_tf32
@@ -96,6 +96,9 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError("--path is missing; give a folder of training images or an LMDB")
     if config.size:
         resolution_log2(config.size)
+    if config.fid_stats and Path(config.fid_stats).is_dir():
+        raise ValueError(f"--fid_stats {config.fid_stats} is a folder; name a file")
+    check_writable("--out", Path(config.out or "runs") / "config.json")
     if config.load_train_state and not config.ckpt:
         raise ValueError("--load_train_state goes with --ckpt; name the checkpoint to go on from")
     processes = distributed.launched_processes()
@@ -194,9 +197,10 @@ def make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> Ev
     if config.dry_run:
         return None
     stats = Path(config.fid_stats) if config.fid_stats else None
-    real = real_statistics(
-        images, stats, extractor, trainer.device, config.fid_batch, config.workers
-    )
+    with blame("--fid_stats" if stats and stats.is_file() else "--path"):
+        real = real_statistics(
+            images, stats, extractor, trainer.device, config.fid_batch, config.workers
+        )
     if config.fid_n_sample <= len(real.mean):
         raise ValueError(
             f"--fid_n_sample {config.fid_n_sample} is too few for {len(real.mean)} features; give"

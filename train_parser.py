@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -12,7 +13,16 @@ from Dataset.label_maps import LabelMapDataset
 from Model import checkpoint
 from Model.face_parser import BiSeNet
 from Util import segmentation
-from Util.cli import OneLineParser, at_least, blame, fraction, integers, positive, run_script
+from Util.cli import (
+    OneLineParser,
+    at_least,
+    blame,
+    check_writable,
+    fraction,
+    integers,
+    positive,
+    run_script,
+)
 from Util.content import ContentParser, usual_exclusions
 from Util.device import pick_device
 from Util.segmentation import Augmentation, Batch, Scores, TrainingPlan
@@ -174,6 +184,9 @@ def check(args: argparse.Namespace) -> None:
     args.device = pick_device(args.device)
     if args.eval_only is None:
         complete_classes(args, args.n_classes)
+        if Path(args.out).is_dir():
+            raise ValueError(f"--out {args.out} is a folder; name a file in it")
+        check_writable("--out", Path(args.out))
 
 
 def complete_classes(args: argparse.Namespace, n_classes: int) -> None:

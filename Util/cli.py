@@ -3,8 +3,10 @@
 import argparse
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -78,6 +80,32 @@ def blame(flag: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{flag} {error}") from None
+
+
+def file_path(text: str) -> Path:
+    """Argument type: a path; an empty one, as of an unset variable, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    return Path(text)
+
+
+def check_writable(flag: str, target: Path) -> None:
+    """Find out before the work that its result could not be written.
+
+    Raises:
+        ValueError: names the flag and the folder.
+    """
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{flag} {target}: {parent} is no folder; name another place")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(
+            f"{flag} {target}: nothing can be written in {parent} ({reason}); name another place"
+        ) from None
 
 
 def at_least(low: int) -> Callable[[str], int]:

@@ -12,7 +12,7 @@ import torch
 from Model import bundled
 from Model.checkpoint import load_generator
 from Model.generator import Generator
-from Util.cli import OneLineParser, at_least, blame
+from Util.cli import OneLineParser, at_least, blame, file_path
 from Util.content import ContentParser, load_content_parser
 from Util.losses import at_most
 from Util.perceptual import LPIPS_TRUNKS, ParserDistance, load_lpips
@@ -48,7 +48,7 @@ def evaluation_parser(
     models = [bundled.MODEL, *([bundled.COMPRESSED] if bundled.COMPRESSED.is_file() else [])]
     add(
         "--ckpt",
-        type=Path,
+        type=file_path,
         nargs="+" if several else None,
         default=models if several else bundled.MODEL,
         metavar="FILE",
@@ -72,13 +72,13 @@ def add_perceptual_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--perceptual_ckpt",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="torchvision weights of the LPIPS network (vgg16, alexnet or squeezenet1_1)",
     )
     add(
         "--parser_ckpt",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="face parser that finds the content (default: the bundled one for the bundled models,"
         " else Model/parser_model/79999_iter.pth)",

@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 
 from Model.files import atomic_path
-from Util.cli import OneLineParser, run_script
+from Util.cli import OneLineParser, check_writable, run_script
 from Util.run_log import DISTANCES, read_metrics
 
 PANELS = (
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="training_curve.png", help="default: %(default)s")
 
     def run(args: argparse.Namespace) -> None:
+        check_writable("--out", Path(args.out))
         plot(args.runs, args.out)
         print(f"saved {args.out}")
 

@@ -40,9 +40,9 @@ def make_files(folder):
     found = Projection(torch.randn(1, 4, 8), generator.make_noise(), torch.ones(1), torch.ones(1))
     save_projection(folder / "latents.npz", found, generator, "model.pt", ["a"])
     rng = np.random.default_rng(0)
-    for place in ("data", "pairs/images"):
+    for place, n in (("data", 60), ("pairs/images", 6)):
         (folder / place).mkdir(parents=True)
-        for i in range(6):
+        for i in range(n):
             pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / place / f"{i}.png")
     (folder / "pairs/labels").mkdir()
