@@ -214,10 +214,10 @@ def save(target: Path, content: Mapping[str, Any], overwrite: bool) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(target.parent):  # another run may have chosen the same second
         numbered = (target.with_name(f"{target.stem}-{i}.pt") for i in itertools.count(2))
-        while target.exists() and not overwrite:
-            target = next(numbered)
-        checkpoint.save(target, content)
-    return target
+        names = itertools.chain([target], numbered)
+        free = next(name for name in names if overwrite or not name.exists())
+        checkpoint.save(free, content)
+    return free
 
 
 def config_of(args: argparse.Namespace, before: Generator, after: Generator) -> dict[str, Any]:

@@ -372,10 +372,13 @@ def run(config: TrainConfig) -> int:
         evaluate = make_evaluation(config, trainer, images)
     config = replace(config, out=config.out or distributed.gather(default_folder())[0])
     log = open_log(config, trainer)
-    stream = open_stream(config, trainer, images)
-    code = train_to_the_end(config, trainer, stream, log, evaluate)
+    try:
+        stream = open_stream(config, trainer, images)
+        code = train_to_the_end(config, trainer, stream, log, evaluate)
+    finally:
+        if log:
+            log.close()
     if log:
-        log.close()
         if config.dry_run:
             print_dry_run(log.folder)
         elif code == 0:

@@ -296,7 +296,9 @@ def _open(out: Path) -> lmdb.Environment:
     Raises:
         DatasetError: the place holds something else.
     """
-    if out.is_file() or (out.is_dir() and not (out / "data.mdb").is_file() and any(out.iterdir())):
+    names = {file.name for file in out.iterdir()} if out.is_dir() else set()
+    # A process killed at its very start leaves only the lock file.
+    if out.is_file() or ("data.mdb" not in names and names - {"lock.mdb"}):
         raise DatasetError(f"--out {out} holds other files; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
     return open_lmdb(f"--out {out}", out, map_size=MAP_SIZE)

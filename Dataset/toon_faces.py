@@ -363,8 +363,8 @@ def render_dataset(
     )
     # Spawned, not forked: a fork of a process that has used PyTorch's threads may hang.
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool, bar:
-        jobs = [pool.submit(_render_files, out, chunk, size, seed, labels) for chunk in chunks]
         try:
+            jobs = [pool.submit(_render_files, out, chunk, size, seed, labels) for chunk in chunks]
             for job in as_completed(jobs):
                 bar.update(job.result())
         except BrokenProcessPool:
