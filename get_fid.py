@@ -172,6 +172,27 @@ def image_features(
     return all_features(extractor, batches, device, len(images), f"images of {images.path}")
 
 
+def read_statistics(file: Path, extractor: Extractor, need_features: bool) -> Statistics:
+    """Statistics that the user names.
+
+    Raises:
+        ValueError: no statistics, those of other features, or without the features themselves.
+    """
+    found = statistics.load(file)
+    made_by = found.record.get("protocol", extractor.protocol)
+    if made_by != extractor.protocol:
+        raise ValueError(
+            f"{file} was made by: {made_by}; these flags mean: {extractor.protocol}; change the"
+            " flags, or name another file"
+        )
+    if need_features and found.features is None:
+        raise ValueError(
+            f"{file} has only mean and covariance; --metrics kid and pr need the real images"
+            " themselves: give --path without this file"
+        )
+    return found
+
+
 def real_statistics(
     images: Images,
     file: Path | None,
@@ -185,7 +206,8 @@ def real_statistics(
 
     Args:
         images: the data set.
-        file: where they are kept; None: beside the images.
+        file: taken if it is there, else where they are kept; None: beside the images, and made
+            again when these have changed.
         extractor: the features.
         device: where the features are computed.
         batch_size: images at a time.
@@ -193,8 +215,10 @@ def real_statistics(
         need_features: the features themselves are needed, not only their mean and covariance.
 
     Raises:
-        StatisticsError: too few images for the features, or non-finite ones.
+        ValueError: see `read_statistics`; too few images for the features, or non-finite ones.
     """
+    if file is not None and not distributed.any_process(not file.is_file(), device):
+        return read_statistics(file, extractor, need_features)
     record = {
         "images": str(images.path),
         "count": len(images),
@@ -239,17 +263,8 @@ def reference(
         file = bundled.CONTENT_STATISTICS if args.content_aware else bundled.STATISTICS
     if file is None:
         raise ValueError("--path is missing; give the real images, or their statistics as --stats")
-    if need_features:
-        raise ValueError("--metrics kid and pr need the real images themselves; give --path")
     with blame("--stats"):
-        found = statistics.load(file)
-    made_by = found.record.get("protocol", extractor.protocol)
-    if made_by != extractor.protocol:
-        raise ValueError(
-            f"--stats {file} was made by: {made_by}; these flags mean: {extractor.protocol};"
-            " change --features, --parser_ckpt or --content_aware, or give --path"
-        )
-    return found
+        return read_statistics(file, extractor, need_features)
 
 
 def compare(

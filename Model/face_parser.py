@@ -9,11 +9,14 @@ Two numbers make cheaper relatives of the published network: `width` scales ever
 `stem_stride` keeps more of the detail of a small input.
 """
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 PUBLISHED_WIDTH = 64
 PUBLISHED_STEM_STRIDE = 4
@@ -270,3 +273,20 @@ class BiSeNet(nn.Module):
             (with the published stem stride).
         """
         return list(self.cp.resnet(images))
+
+
+def fold_batch_norm(parser: BiSeNet) -> BiSeNet:
+    """A copy for inference whose convolutions contain the batch normalisation after them.
+
+    Spares a pass over memory for every layer. Equal up to rounding; it has other parameters, so it
+    cannot be saved as a face parser.
+    """
+    folded = copy.deepcopy(parser).eval()
+    for module in list(folded.modules()):
+        for name, norm in list(module.named_children()):
+            if isinstance(norm, nn.BatchNorm2d):
+                before = "0" if isinstance(module, nn.Sequential) else name.replace("bn", "conv")
+                convolution: Any = module.get_submodule(before)
+                setattr(module, before, fuse_conv_bn_eval(convolution, norm))
+                setattr(module, name, nn.Identity())
+    return folded

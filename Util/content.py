@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from Model.checkpoint import load_face_parser
-from Model.face_parser import BiSeNet
+from Model.face_parser import BiSeNet, fold_batch_norm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -134,7 +134,7 @@ def load_content_parser(path: str | PathLike[str], device: torch.device) -> Cont
     Raises:
         CheckpointError: the file holds no face parser.
     """
-    network = load_face_parser(path, device)
+    network = fold_batch_norm(load_face_parser(path, device))
     return ContentParser(network, usual_exclusions(network.n_classes))
 
 

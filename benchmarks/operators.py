@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import textbook
 from benchmarks.timing import Timing, interleaved, machine, milliseconds, parser, table, write_json
 from Model.ops import filtered_leaky_relu, fused_leaky_relu, make_kernel, upfirdn2d
 from Model.ops.dispatch import Impl
@@ -41,18 +42,6 @@ class Operation:
     name: str
     x: Tensor
     run: Callable[[Tensor, Impl | None], Tensor]
-
-
-def textbook_upfirdn2d(
-    x: Tensor, kernel: Tensor, up: int, down: int, pad: tuple[int, int]
-) -> Tensor:
-    """Insert zeros, pad, convolve each channel as one image, keep every ``down``th sample."""
-    n, c, h, w = x.shape
-    zeros = x.new_zeros(n, c, h, up, w, up)
-    zeros[:, :, :, 0, :, 0] = x
-    y = F.pad(zeros.view(n, c, h * up, w * up), (pad[0], pad[1], pad[0], pad[1]))
-    y = F.conv2d(y.reshape(n * c, 1, *y.shape[2:]), kernel.flip((0, 1))[None, None])
-    return y.view(n, c, *y.shape[2:])[:, :, ::down, ::down]
 
 
 def textbook_epilogue(
@@ -90,7 +79,7 @@ def operations(n: int, c: int, side: int, device: str) -> list[Operation]:
 
     def resample(x: Tensor, impl: Impl | None, up: int, down: int, pad: tuple[int, int]) -> Tensor:
         if impl is None:
-            return textbook_upfirdn2d(x, kernel, up, down, pad)
+            return textbook.upfirdn2d(x, kernel, up, down, pad)
         return upfirdn2d(x, kernel, up, down, pad, impl)
 
     def both(x: Tensor, impl: Impl | None) -> Tensor:

@@ -2,16 +2,19 @@ import pytest
 import torch
 
 from Model import checkpoint
-from Model.face_parser import BasicBlock, BiSeNet
+from Model.face_parser import BasicBlock, BiSeNet, fold_batch_norm
 from tests.golden_fill import assert_golden, fill_from_numpy, load_golden
 from Util.content import ContentParser
 
 
-@pytest.fixture(scope="module")
-def golden():
+@pytest.fixture(scope="module", params=["as it is", "batch norm folded"])
+def golden(request):
     arrays, spec = load_golden("parser")
     network = BiSeNet(spec["n_classes"])
     fill_from_numpy(network, spec["seed"], parser=True)
+    if request.param == "batch norm folded":
+        network = fold_batch_norm(network)
+        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())
     return ContentParser(network), arrays
 
 

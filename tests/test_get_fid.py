@@ -92,6 +92,17 @@ def test_real_statistics_are_made_once_and_noticed_when_stale(files, capsys, mon
     assert statistics.load(cache).record["count"] == 140
 
 
+def test_statistics_that_are_named_are_taken_and_never_overwritten(files, capsys, monkeypatch):
+    flags = f"--path {files}/real --stats {files}/kept.npz --n_sample 120 --json"
+    first = figures(run(files, flags, capsys))
+    (files / "real/000.png").unlink()
+    assert figures(run(files, flags, capsys)) == first
+    foreign = {"mean": np.zeros(112), "cov": np.eye(112)}
+    (files / "kept.npz").write_bytes(pickle.dumps(foreign))
+    assert figures(run(files, flags, capsys)) != first
+    assert pickle.loads((files / "kept.npz").read_bytes())["cov"].shape == (112, 112)
+
+
 def test_a_folder_can_be_scored_in_place_of_a_model(files, capsys):
     flags = (
         f"--path {files}/real --images {files}/real --generated_img_size 8 --json --metrics fid,pr"
@@ -131,7 +142,7 @@ def test_bundled_statistics_fit_the_bundled_parser(capsys):
         ("--n_sample 120 --stats g.pt", "g.pt: no statistics"),
         ("--n_sample 120 --stats other.npz", "--stats other.npz was made by: another network"),
         ("--n_sample 120 --stats small.npz", "statistics of 112 and of 3 features"),
-        ("--n_sample 120 --stats small.npz --metrics kid", "need the real images themselves"),
+        ("--n_sample 120 --stats small.npz --metrics kid", "need the real images"),
         ("--images real --path real", "--generated_img_size is missing"),
         ("--n_sample 120 --path none", "none: no such folder"),
         ("--metrics fid,is", "'fid,is' is not a list of fid, kid, pr"),

@@ -1,0 +1,239 @@
+"""The tool's jobs against the original's formulations (`benchmarks.textbook`), in the same run.
+
+``python -m benchmarks.jobs [--only JOB,...]``. Each pair computes the same numbers from the same
+parameters (tests/test_textbook.py), takes turns, and is reported by medians. Weights are random: no
+download, and speed does not depend on them. "roof" is the time that the convolutions' and linear
+layers' multiply-accumulates would take at the speed of a large matrix product.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lpips import LPIPS
+from torch import Tensor, nn
+
+from benchmarks import textbook
+from benchmarks.timing import Timing, interleaved, machine, milliseconds, parser, table, write_json
+from Evaluation.features import Extractor
+from Evaluation.inception import FIDInception
+from Evaluation.ppl import PathPairs, pair_distances
+from Evaluation.sampling import images
+from Model.discriminator import Discriminator
+from Model.face_parser import BiSeNet, fold_batch_norm
+from Model.generator import Generator, full_size_channels
+from train_hyperparams import TrainConfig
+from Util.complexity import macs
+from Util.content import ContentParser
+from Util.device import pick_device
+from Util.perceptual import ParserDistance
+from Util.scoring import channel_scores
+from Util.training import Teacher, Trainer
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
+Result = dict[str, Any]
+
+
+def frozen(network: nn.Module) -> Any:
+    """A network for inference."""
+    return network.eval().requires_grad_(False)
+
+
+def generator(size: int, ratio: float = 0.0) -> Generator:
+    """A generator with random weights, its channels pruned by a ratio."""
+    channels = [c - int(c * ratio) for c in full_size_channels(size)]
+    return Generator(size, channels=channels)
+
+
+def published_parsers() -> tuple[ContentParser, ContentParser]:
+    """The published face parser's architecture, for the textbook and as this project loads it.
+
+    With random weights it may find no content at all, so every class counts as content.
+    """
+    network = frozen(BiSeNet())
+    parsers = ContentParser(network), ContentParser(fold_batch_norm(network))
+    for content in parsers:
+        content.is_content.fill_(1)
+    return parsers
+
+
+def compared(
+    name: str,
+    baseline: Callable[[], object],
+    ours: Callable[[], object],
+    rounds: int,
+    work: float = 0,
+) -> Result:
+    """Time a pair; ``work`` is the number of multiply-accumulates, or 0 where no roof is told."""
+    side = 2048
+    a, b = torch.randn(2, side, side)
+    product = {"gemm": lambda: torch.mm(a, b)} if work else {}
+    times = interleaved({"textbook": baseline, "ours": ours, **product}, rounds)
+    ratio = times["textbook"].median / times["ours"].median
+    result = {"job": name, "ratio": ratio, **{k: asdict(t) for k, t in times.items()}}
+    if work:
+        roof = work / side**3 * times["gemm"].median
+        result["share of roof"] = roof / times["ours"].median
+    return result
+
+
+@torch.no_grad()
+def inference(rounds: int) -> list[Result]:
+    """Images of the 256 px generator, full size and pruned."""
+    results = []
+    for label, ratio in (("full size", 0.0), ("pruned by 0.7", 0.7)):
+        ours = frozen(generator(256, ratio))
+        theirs = textbook.textbook_generator(ours)
+        for batch in (1, 8):
+            w = torch.randn(batch, ours.n_latent, 512)
+            results.append(
+                compared(
+                    f"generator 256 px {label}, batch {batch}",
+                    partial(theirs.synthesis, w, "fixed"),
+                    partial(ours.synthesis, w, "fixed"),
+                    rounds,
+                    macs(ours) * batch,
+                )
+            )
+    return results
+
+
+def scoring(rounds: int, batch: int = 4) -> list[Result]:
+    """Channel scores of one batch, full size."""
+    slow, fast = published_parsers()
+    ours = generator(256)
+    theirs = textbook.textbook_generator(ours)
+    z = torch.randn(batch, 512)
+    return [
+        compared(
+            f"scores of {batch} images, 256 px full size",
+            lambda: textbook.content_aware_scores(theirs, slow, z, 0.05),
+            lambda: channel_scores(
+                ours, "content_aware", parser=fast, n_sample=batch, batch_size=batch
+            ),
+            rounds,
+        )
+    ]
+
+
+def training(rounds: int) -> list[Result]:
+    """An iteration with distillation inside the content, 64 px, full-size teacher, batch 4."""
+    slow, fast = published_parsers()
+    teacher, student, discriminator = generator(64), generator(64, 0.7), Discriminator(64)
+    settings = TrainConfig(batch_size=4)
+    ours = Trainer(
+        student, discriminator, settings, CPU, Teacher(frozen(teacher), fast, ParserDistance(fast))
+    )
+    theirs = Trainer(
+        textbook.textbook_generator(student),
+        textbook.TextbookDiscriminator(discriminator),  # type: ignore[arg-type]
+        settings,
+        CPU,
+        Teacher(
+            frozen(textbook.textbook_generator(teacher)),
+            lambda x: textbook.content_masks(slow, x),
+            ParserDistance(slow),
+        ),
+    )
+    real = torch.rand(4, 3, 64, 64) * 2 - 1
+
+    def sixteen(trainer: Trainer) -> Callable[[], object]:
+        # A whole round of the regularisers, so that all phases count as often as they run.
+        return lambda: [trainer.iterate(real) for _ in range(16)]
+
+    return [compared("16 training iterations, 64 px", sixteen(theirs), sixteen(ours), rounds)]
+
+
+def masks(rounds: int) -> list[Result]:
+    """Content masks of 8 images, 256 px."""
+    slow, fast = published_parsers()
+    batch = torch.rand(8, 3, 256, 256) * 2 - 1
+    return [
+        compared(
+            "content masks of 8 images, 256 px",
+            lambda: textbook.content_masks(slow, batch),
+            lambda: fast(batch),
+            rounds,
+        )
+    ]
+
+
+def evaluation(rounds: int) -> list[Result]:
+    """Images for get_fid.py and pairs for get_ppl.py, pruned 256 px generator, batch 8."""
+    ours = frozen(generator(256, 0.7))
+    theirs = textbook.textbook_generator(ours)
+    slow = frozen(FIDInception())
+    fast = frozen(FIDInception()).to(memory_format=torch.channels_last)
+    fast.load_state_dict(slow.state_dict())
+    lpips = frozen(LPIPS(net="vgg", pnet_rand=True, verbose=False))
+
+    def features(g: Generator, inception: nn.Module) -> Callable[[], Tensor]:
+        return lambda: Extractor(inception, "", "")(images(g, range(8), 0))
+
+    def pairs(g: Generator) -> Callable[[], object]:
+        return lambda: pair_distances(PathPairs(g, 1e-4, 0, False), lpips, [range(4)])
+
+    return [
+        compared("get_fid.py, 8 images", features(theirs, slow), features(ours, fast), rounds),
+        compared("get_ppl.py, 4 pairs", pairs(theirs), pairs(ours), rounds),
+    ]
+
+
+def start(rounds: int) -> list[Result]:
+    """``python3 prune.py --help``."""
+    command = [sys.executable, str(ROOT / "prune.py"), "--help"]
+
+    def run() -> None:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+    times: Timing = interleaved({"ours": run}, rounds)["ours"]
+    return [{"job": "prune.py --help", "ours": asdict(times)}]
+
+
+JOBS = {
+    "inference": inference,
+    "scoring": scoring,
+    "training": training,
+    "masks": masks,
+    "evaluation": evaluation,
+    "start": start,
+}
+
+
+def row(result: Result) -> list[str]:
+    """A line of the table."""
+    found = [Timing(**result[name]) if name in result else None for name in ("textbook", "ours")]
+    times = [milliseconds(timing) if timing else "" for timing in found]
+    ratio = f"{result['ratio']:.2f}" if "ratio" in result else ""
+    roof = f"{result['share of roof']:.0%}" if "share of roof" in result else ""
+    return [result["job"], *times, ratio, roof]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print a table, and write JSON if asked."""
+    flags = parser("Speed of the tool's jobs against the original's formulations.")
+    flags.add_argument("--only", default=",".join(JOBS), metavar="JOB,...", help=", ".join(JOBS))
+    options = flags.parse_args(argv)
+    pick_device("cpu")  # as the scripts set it up
+    torch.set_num_threads(options.threads)
+    print(machine("cpu"))
+    results = []
+    for name in options.only.split(","):
+        if name not in JOBS:
+            flags.error(f"--only {name}: no such job; choose from {', '.join(JOBS)}")
+        results += JOBS[name](options.rounds)
+        print(row(results[-1]), file=sys.stderr, flush=True)
+    head = ("job", "textbook ms", "ours ms", "textbook / ours", "of the roof")
+    print(table(head, [row(result) for result in results]))
+    write_json(options.json, "cpu", results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
