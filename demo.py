@@ -3,6 +3,7 @@
 Every step is one of the project's commands; the demo prints it before it runs it.
 """
 
+import argparse
 import os
 import shutil
 import sys
@@ -19,7 +20,7 @@ from Model import bundled
 from Model.checkpoint import load_generator
 from Model.files import atomic_path
 from Model.generator import Generator
-from Util.cli import OneLineParser, at_least
+from Util.cli import OneLineParser, at_least, check_writable, file_path, run_script
 from Util.comparison import content_l1, render, side_by_side
 from Util.complexity import macs, parameters
 from Util.content import load_content_parser
@@ -68,14 +69,10 @@ def compare(networks: dict[str, Generator], out: Path) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry."""
-    parser = OneLineParser(prog="demo.py", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="default: %(default)s")
-    parser.add_argument("--n", type=at_least(1), default=5000, help="pictures to render")
-    parser.add_argument("--iter", type=at_least(1), default=1800, help="retraining iterations")
-    args = parser.parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    """Run all steps and print the result."""
     out, start = args.out, time.perf_counter()
+    check_writable("--out", out / "table.txt")
     data, pruned, run = out / "toon_faces_64px", out / "pruned.pt", out / "run"
 
     step(
@@ -103,7 +100,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     for name, what in made.items():
         print(f"  {out / name}: {what}")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry."""
+    parser = OneLineParser(prog="demo.py", description=__doc__)
+    parser.add_argument("--out", type=file_path, default=Path("demo"), help="default: %(default)s")
+    parser.add_argument("--n", type=at_least(1), default=5000, help="pictures to render")
+    parser.add_argument("--iter", type=at_least(1), default=1800, help="retraining iterations")
+    return run_script(parser, run, argv)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from Evaluation.editing import Distance, Latents, synthesise
 from Evaluation.projection import load_projection
 from Model.generator import Generator
 from Util.animation import save_gif
-from Util.cli import OneLineParser, at_least, blame, integers
+from Util.cli import OneLineParser, at_least, blame, file_path, integers, run_script
 from Util.device import pick_device
 from Util.evaluation_cli import (
     add_perceptual_flags,
@@ -24,7 +24,6 @@ from Util.evaluation_cli import (
     parser_for,
     perceptual_for,
     print_json,
-    run_script,
 )
 from Util.picture_cli import (
     caption,
@@ -73,7 +72,7 @@ def build_parser() -> OneLineParser:
         )
         add(
             f"--projection_{side}",
-            type=Path,
+            type=file_path,
             nargs="+",
             metavar="NPZ",
             help=f"take {side.upper()} from projected pictures: a file for each checkpoint",
@@ -100,7 +99,7 @@ def build_parser() -> OneLineParser:
     )
     add(
         "--out",
-        type=Path,
+        type=file_path,
         metavar="NAME",
         help="the picture is NAME.png, the animation of a morph NAME.gif; or a folder for them"
         " (default: style_mixing or morphing)",

@@ -28,7 +28,7 @@ from Evaluation.statistics import Statistics, statistics_of
 from Model import bundled
 from Model.generator import Generator
 from Util import distributed
-from Util.cli import OneLineParser, at_least, blame, fraction
+from Util.cli import OneLineParser, at_least, blame, file_path, fraction, run_script
 from Util.content import ContentParser
 from Util.device import pick_device
 from Util.evaluation_cli import (
@@ -36,7 +36,6 @@ from Util.evaluation_cli import (
     load_evaluated,
     parser_for,
     print_json,
-    run_script,
 )
 
 METRICS = ("fid", "kid", "pr")
@@ -65,11 +64,11 @@ def build_parser() -> OneLineParser:
     add = parser.add_argument
     add("--n_sample", type=at_least(2), default=50_000, help="generated images (%(default)s)")
     add("--batch_size", type=at_least(1), default=64, help="images at a time (%(default)s)")
-    add("--images", type=Path, metavar="DIR", help="score these images in place of --ckpt's")
-    add("--path", type=Path, metavar="DIR", help="real images: a folder or an LMDB")
+    add("--images", type=file_path, metavar="DIR", help="score these images in place of --ckpt's")
+    add("--path", type=file_path, metavar="DIR", help="real images: a folder or an LMDB")
     add(
         "--stats",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="statistics of the real images (.npz, or a .pkl of mean and cov); with --path, made"
         " if missing (default: beside the images)",
@@ -79,8 +78,13 @@ def build_parser() -> OneLineParser:
         choices=("inception", "parser"),
         help="network (default: parser for the bundled models, else inception)",
     )
-    add("--inception_ckpt", type=Path, metavar="FILE", help="FID Inception weights, no download")
-    add("--parser_ckpt", type=Path, metavar="FILE", help="face parser of features and masks")
+    add(
+        "--inception_ckpt",
+        type=file_path,
+        metavar="FILE",
+        help="FID Inception weights, no download",
+    )
+    add("--parser_ckpt", type=file_path, metavar="FILE", help="face parser of features and masks")
     add("--metrics", type=names, default=("fid",), help="of fid,kid,pr (default: fid)")
     add("--content_aware", action="store_true", help="multiply images by their own content mask")
     add(
@@ -248,6 +252,8 @@ def reference(
         ValueError: names the flag and what to do.
     """
     need_features = args.metrics != ("fid",)
+    if args.stats and args.stats.is_dir():
+        raise ValueError(f"--stats {args.stats} is a folder; name a file")
     if args.path:
         how = (device, args.batch_size, args.workers, need_features)
         with blame("--stats" if args.stats and args.stats.is_file() else "--path"):

@@ -13,10 +13,10 @@ from Evaluation import sampling
 from Evaluation.editing import circle, from_z, synthesise
 from Model.generator import Generator
 from Util.animation import save_gif
-from Util.cli import OneLineParser, at_least
+from Util.cli import OneLineParser, at_least, file_path, run_script
 from Util.complexity import macs
 from Util.device import pick_device
-from Util.evaluation_cli import print_json, run_script
+from Util.evaluation_cli import print_json
 from Util.picture_cli import (
     caption,
     load_models,
@@ -63,7 +63,7 @@ def build_parser() -> OneLineParser:
     )
     add(
         "--out",
-        type=Path,
+        type=file_path,
         default=Path("generated"),
         metavar="NAME",
         help="the picture is NAME.png, the walk NAME.gif; or a folder for generated.png and .gif"

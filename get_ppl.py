@@ -10,7 +10,7 @@ from tqdm import tqdm
 from Evaluation.ppl import PROTOCOLS, PathPairs, pair_distances, perceptual_path_length
 from Evaluation.sampling import shares
 from Util import distributed
-from Util.cli import OneLineParser, at_least
+from Util.cli import OneLineParser, at_least, run_script
 from Util.device import pick_device
 from Util.evaluation_cli import (
     add_perceptual_flags,
@@ -19,7 +19,6 @@ from Util.evaluation_cli import (
     load_evaluated,
     perceptual_for,
     print_json,
-    run_script,
 )
 
 EXAMPLES = """examples:

@@ -25,7 +25,7 @@ from Evaluation.fidelity import Perceptual, fidelity
 from Evaluation.projection import LEARNING_RATE, Projection, project, save_projection
 from Model.files import atomic_path
 from Model.generator import Generator
-from Util.cli import OneLineParser, at_least
+from Util.cli import OneLineParser, at_least, check_writable, file_path, run_script
 from Util.comparison import side_by_side
 from Util.content import ContentParser
 from Util.device import pick_device
@@ -37,7 +37,6 @@ from Util.evaluation_cli import (
     parser_for,
     perceptual_for,
     print_json,
-    run_script,
 )
 from Util.pictures import save_png
 
@@ -65,7 +64,7 @@ def build_parser() -> OneLineParser:
     add = parser.add_argument
     add(
         "--image_file",
-        type=Path,
+        type=file_path,
         metavar="PATH",
         help="a picture or a folder of pictures, cropped centrally to a square and resized to the"
         " model's size (default: pictures that the model makes of --seed)",
@@ -89,7 +88,7 @@ def build_parser() -> OneLineParser:
     add_perceptual_flags(parser)
     add(
         "--out",
-        type=Path,
+        type=file_path,
         default=Path("projection"),
         metavar="DIR",
         help="folder of the results (default: %(default)s)",
@@ -355,6 +354,7 @@ def run(args: argparse.Namespace) -> None:
         targets = own_pictures(args, generator)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is no folder; name another")
+    check_writable("--out", args.out / PICTURE)
     print(targets.origin)
     rows = project_and_save(args, generator, targets, parser, perceptual)
     print(table(rows, distance))

@@ -1,6 +1,7 @@
 """Prunes a generator: scores its channels, removes the lowest of every layer, saves the rest."""
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from Model import bundled, checkpoint
+from Model.files import folder_lock
 from Model.generator import Generator
-from Util.cli import OneLineParser, at_least, blame, fraction
+from Util.cli import OneLineParser, at_least, blame, check_writable, file_path, fraction, run_script
 from Util.content import ContentParser, load_content_parser
 from Util.device import pick_device
 from Util.pruning import prune_generator, select_channels
@@ -57,7 +59,7 @@ def _add_published_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--ckpt",
-        type=Path,
+        type=file_path,
         default=bundled.MODEL,
         metavar="FILE",
         help="full-size checkpoint (default: Model/full_size_model/toon_faces_64px.pt)",
@@ -105,7 +107,7 @@ def _add_further_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--parser_ckpt",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="face parser that finds the content, for content_aware alone (default: for the"
         " bundled model Model/parser_model/toon_faces_128px.pt, for any other"
@@ -126,7 +128,7 @@ def _add_further_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--out",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="checkpoint to write, or a folder for it"
         " (default: Model/pruned_model/METRIC_RATIO_SIZEpx_DATE-TIME.pt)",
@@ -176,9 +178,7 @@ def target_path(args: argparse.Namespace, size: int) -> Path:
         target = target / name
     if target.resolve() == args.ckpt.resolve():
         raise ValueError(f"--out {target} is the checkpoint to prune; name another file")
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise ValueError(f"--out {target}: {parent} is no folder; name another file")
+    check_writable("--out", target)
     return target
 
 
@@ -203,6 +203,21 @@ def score(args: argparse.Namespace, generator: Generator, parser: ContentParser 
         except EmptyContentError as error:
             bar.leave = False
             raise ValueError(f"--parser_ckpt {args.parser_ckpt}: {error}") from None
+
+
+def save(target: Path, content: Mapping[str, Any], overwrite: bool) -> Path:
+    """Write the checkpoint; a name of our making that is taken gets a number.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with folder_lock(target.parent):  # another run may have chosen the same second
+        numbered = (target.with_name(f"{target.stem}-{i}.pt") for i in itertools.count(2))
+        names = itertools.chain([target], numbered)
+        free = next(name for name in names if overwrite or not name.exists())
+        checkpoint.save(free, content)
+    return free
 
 
 def config_of(args: argparse.Namespace, before: Generator, after: Generator) -> dict[str, Any]:
@@ -238,19 +253,13 @@ def run(args: argparse.Namespace) -> None:
         print(f"{details(generator, pruned)}\n\n{score_table(scores, keep)}\n")
     print(summary(generator, pruned))
     config = config_of(args, generator, pruned)
-    checkpoint.save(target, {"g": pruned, "g_ema": pruned, **others, "config": config})
-    print(f"saved {target}")
+    content = {"g": pruned, "g_ema": pruned, **others, "config": config}
+    print(f"saved {save(target, content, overwrite=target == args.out)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"prune.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_script(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Retrain a pruned StyleGAN2 generator, or train one from scratch."""
 
 import argparse
+import contextlib
+import itertools
 import sys
 import tempfile
 import time
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from Dataset.images import EndlessBatches, Images, load_batches
+from Dataset.images import DatasetError, EndlessBatches, Images, load_batches
 from Evaluation import statistics
 from Evaluation.statistics import statistics_of
 from get_fid import make_extractor, real_statistics, sampled_features
@@ -20,9 +22,9 @@ from Model import checkpoint
 from Model.bundled import default_parser
 from Model.discriminator import Discriminator
 from Model.generator import Generator, resolution_log2
-from train_hyperparams import TrainConfig, add_flags, check_ranges
+from train_hyperparams import TrainConfig, add_flags, check_ranges, known_settings
 from Util import distributed, pictures
-from Util.cli import OneLineParser, blame
+from Util.cli import OneLineParser, blame, check_writable, run_script
 from Util.comparison import render
 from Util.content import ContentParser, load_content_parser
 from Util.device import peak_memory_gib, pick_device, set_tf32
@@ -45,12 +47,8 @@ Evaluate = Callable[[], dict[str, float]]
 """Measures the moving average: name of a figure -> value."""
 
 
-def parse_config(argv: Sequence[str] | None) -> TrainConfig:
-    """Read the flags into a `TrainConfig`; --resume takes the settings of its run as defaults.
-
-    Raises:
-        ValueError: names the flag, the value and what to do.
-    """
+def build_parser() -> OneLineParser:
+    """All flags of the script."""
     parser = OneLineParser(
         prog="train.py",
         description=__doc__,
@@ -58,19 +56,25 @@ def parse_config(argv: Sequence[str] | None) -> TrainConfig:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_flags(parser)
+    return parser
+
+
+def parse_config(argv: Sequence[str] | None) -> TrainConfig:
+    """Read the flags into a `TrainConfig`; --resume takes the settings of its run as defaults.
+
+    Raises:
+        ValueError: names the flag, the value and what to do.
+    """
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.resume:
         folder = run_folder(args.resume)
         with blame("--resume"):
-            saved = read_config(folder)
-        known = {item.name for item in fields(TrainConfig)}
-        parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
+            saved = known_settings(read_config(folder))
+        parser.set_defaults(**saved)
         parser.set_defaults(out=str(folder))
         args = parser.parse_args(argv)
-    values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()
-    }
-    config = TrainConfig(**values)
+    config = TrainConfig(**{item.name: getattr(args, item.name) for item in fields(TrainConfig)})
     check_config(config)
     return config
 
@@ -92,6 +96,9 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError("--path is missing; give a folder of training images or an LMDB")
     if config.size:
         resolution_log2(config.size)
+    if config.fid_stats and Path(config.fid_stats).is_dir():
+        raise ValueError(f"--fid_stats {config.fid_stats} is a folder; name a file")
+    check_writable("--out", Path(config.out or "runs") / "config.json")
     if config.load_train_state and not config.ckpt:
         raise ValueError("--load_train_state goes with --ckpt; name the checkpoint to go on from")
     processes = distributed.launched_processes()
@@ -286,6 +293,18 @@ class Events:
             self.run_log.checkpoint(self.trainer.iteration, state)
 
 
+def default_folder() -> str:
+    """A new folder of the current time; runs of the same second get one each. Of rank 0 only."""
+    now = time.strftime("runs/%Y%m%d-%H%M%S")
+    names = (now if i == 1 else f"{now}-{i}" for i in itertools.count(1))
+    while distributed.rank() == 0:
+        name = next(names)
+        with contextlib.suppress(FileExistsError):
+            Path(name).mkdir(parents=True)
+            return name
+    return ""
+
+
 def open_log(config: TrainConfig, trainer: Trainer) -> RunLog | None:
     """The run's folder, in the first process only."""
     if distributed.rank() != 0:
@@ -321,6 +340,10 @@ def train_to_the_end(
     with bar, StopRequest() as stop:
         try:
             train(trainer, batches, config.iter, every, on_event, stop)
+        except DatasetError:
+            if distributed.world_size() == 1:  # the others would have to take part
+                on_event("checkpoint")
+            raise
         except NonFiniteError as error:
             kept = Path(config.out) / f"before_non_finite_{trainer.iteration:06d}.pt"
             checkpoint.save(kept, trainer.state(together=False))
@@ -342,17 +365,20 @@ def run(config: TrainConfig) -> int:
         config,
         size=trainer.generator.size,
         channels=trainer.generator.channels,
-        out=config.out or time.strftime("runs/%Y%m%d-%H%M%S"),
     )
     # What can be refused is, before a folder is made.
     images = Images(config.path, config.size, config.max_bad)
     with torch.random.fork_rng(devices=()):  # new networks draw weights before they are loaded
         evaluate = make_evaluation(config, trainer, images)
+    config = replace(config, out=config.out or distributed.gather(default_folder())[0])
     log = open_log(config, trainer)
-    stream = open_stream(config, trainer, images)
-    code = train_to_the_end(config, trainer, stream, log, evaluate)
+    try:
+        stream = open_stream(config, trainer, images)
+        code = train_to_the_end(config, trainer, stream, log, evaluate)
+    finally:
+        if log:
+            log.close()
     if log:
-        log.close()
         if config.dry_run:
             print_dry_run(log.folder)
         elif code == 0:
@@ -376,23 +402,23 @@ def training_device(config: TrainConfig) -> torch.device:
     return pick_device(config.device)
 
 
+def start(argv: Sequence[str] | None) -> int:
+    """Train as the flags say, maybe in other processes; returns the exit code."""
+    config = parse_config(argv)
+    several = len(config.gpu_device_ids) > 1 and config.device == "auto"
+    if several and not distributed.launched() and torch.cuda.is_available():
+        flags = sys.argv[1:] if argv is None else argv
+        distributed.relaunch(__file__, flags, config.gpu_device_ids)
+    if config.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            return run(replace(config, out=folder))
+    return run(config)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry."""
     try:
-        config = parse_config(argv)
-        several = len(config.gpu_device_ids) > 1 and config.device == "auto"
-        if several and not distributed.launched() and torch.cuda.is_available():
-            flags = sys.argv[1:] if argv is None else argv
-            distributed.relaunch(__file__, flags, config.gpu_device_ids)
-        if config.dry_run:
-            with tempfile.TemporaryDirectory() as folder:
-                return run(replace(config, out=folder))
-        return run(config)
-    except (ValueError, NonFiniteError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        return run_script(build_parser(), lambda _: start(argv), argv)
     finally:
         distributed.leave()
 

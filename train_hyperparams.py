@@ -6,7 +6,8 @@ wants other defaults changes them here. Where no other reason is given, the valu
 """
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -179,6 +180,28 @@ def add_flags(parser: argparse.ArgumentParser, config: type = TrainConfig) -> No
         parser.add_argument(f"--{item.name}", **options)
 
 
+def known_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a stored run that are still settings, each of its type.
+
+    Raises:
+        ValueError: one is of another type; names it.
+    """
+    hints, settings = get_type_hints(TrainConfig), {}
+    for item in fields(TrainConfig):
+        if item.name not in saved:
+            continue
+        value, kind = saved[item.name], hints[item.name]
+        if get_origin(kind) is tuple:
+            value = tuple(value) if isinstance(value, list) else value
+            fits = isinstance(value, tuple) and all(type(v) is int for v in value)
+        else:
+            fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits:
+            raise ValueError(f"config.json: {item.name} is {value!r}, not {kind.__name__}")
+        settings[item.name] = value
+    return settings
+
+
 def check_ranges(config: TrainConfig) -> None:
     """Refuse values out of the range of their setting.
 
@@ -187,6 +210,8 @@ def check_ranges(config: TrainConfig) -> None:
     """
     for item in fields(config):
         value, low, high = getattr(config, item.name), item.metadata["low"], item.metadata["high"]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{item.name} must be a finite number, not {value}")
         if low is not None and value < low:
             raise ValueError(f"--{item.name} must be at least {low}, not {value}")
         if high is not None and value > high:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -12,7 +13,16 @@ from Dataset.label_maps import LabelMapDataset
 from Model import checkpoint
 from Model.face_parser import BiSeNet
 from Util import segmentation
-from Util.cli import OneLineParser, at_least, blame, fraction
+from Util.cli import (
+    OneLineParser,
+    at_least,
+    blame,
+    check_writable,
+    fraction,
+    integers,
+    positive,
+    run_script,
+)
 from Util.content import ContentParser, usual_exclusions
 from Util.device import pick_device
 from Util.segmentation import Augmentation, Batch, Scores, TrainingPlan
@@ -26,8 +36,10 @@ EXAMPLE = """example:
 
 def class_pair(text: str) -> tuple[int, int]:
     """Argument type: two class indices as A,B."""
-    a, b = (int(part) for part in text.split(","))
-    return a, b
+    pair = integers(text)
+    if len(pair) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no pair of classes such as 2,3")
+    return pair[0], pair[1]
 
 
 def build_parser() -> OneLineParser:
@@ -134,7 +146,7 @@ def build_parser() -> OneLineParser:
     )
     add(
         "--lr",
-        type=float,
+        type=positive,
         default=0.01,
         metavar="X",
         help="highest learning rate of AdamW (default: %(default)s)",
@@ -169,11 +181,12 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the flag.
     """
-    if args.lr <= 0:
-        raise ValueError(f"--lr {args.lr} is not positive")
     args.device = pick_device(args.device)
     if args.eval_only is None:
         complete_classes(args, args.n_classes)
+        if Path(args.out).is_dir():
+            raise ValueError(f"--out {args.out} is a folder; name a file in it")
+        check_writable("--out", Path(args.out))
 
 
 def complete_classes(args: argparse.Namespace, n_classes: int) -> None:
@@ -282,16 +295,19 @@ def run_training(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
+def run(args: argparse.Namespace) -> None:
+    """Trains or scores a parser.
+
+    Raises:
+        ValueError: naming the flag or file.
+    """
+    check(args)
+    run_training(args) if args.eval_only is None else run_evaluation(args)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns the exit code."""
-    args = build_parser().parse_args(argv)
-    try:
-        check(args)
-        run_training(args) if args.eval_only is None else run_evaluation(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train_parser.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_script(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 ``python -m Dataset.images --path DIR`` measures how fast they are loaded.
 """
 
+import argparse
 import atexit
 import hashlib
 import io
@@ -20,7 +21,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import lmdb
 import numpy as np
 import torch
 from PIL import Image
@@ -37,10 +37,11 @@ from Dataset.prepare_data import (
     fit_square,
     image_files,
     image_key,
+    open_lmdb,
     read_image,
     sizes_held,
 )
-from Util.cli import OneLineParser, at_least
+from Util.cli import OneLineParser, at_least, run_script
 
 
 class Images(Dataset[Tensor]):
@@ -143,14 +144,8 @@ class Images(Dataset[Tensor]):
     def _environment(self) -> Any:
         # Opened on first use in every process: an LMDB handle does not survive a fork.
         if self._lmdb is None:
-            try:
-                self._lmdb = lmdb.open(
-                    str(self.path), readonly=True, lock=False, readahead=False, meminit=False
-                )
-            except lmdb.Error as error:
-                raise DatasetError(
-                    f"--path {self.path}: cannot be opened as an LMDB ({error}); make it again"
-                ) from None
+            options = {"readonly": True, "lock": False, "readahead": False, "meminit": False}
+            self._lmdb = open_lmdb(f"--path {self.path}", self.path, **options)
         return self._lmdb
 
     def _read(self, index: int) -> io.BytesIO:
@@ -162,20 +157,26 @@ class Images(Dataset[Tensor]):
 
     def _lmdb_length(self) -> int:
         with self._environment() as environment, environment.begin() as transaction:
-            length = transaction.get(LENGTH_KEY)
-            problem = self._unfinished(State.read(transaction))
-            if length is not None:
-                sizes = sizes_held(transaction)
-                problem = f"no images of {self.size} px, but of {sizes}; choose one of these"
-                if self.size in sizes:
-                    last = int(length) - 1
-                    problem = f"{int(length)} images by its key 'length', but image {last} missing"
-                    if last < 0 or transaction.get(image_key(self.size, last)) is not None:
-                        problem = ""
+            stored = transaction.get(LENGTH_KEY)
+            problem = self._unfinished(State.read(transaction, f"--path {self.path}"))
+            if stored is not None:
+                problem = self._unfit(transaction, bytes(stored))
         self._lmdb = None
         if problem:
             raise DatasetError(f"--path {self.path}: an LMDB with {problem}")
-        return int(length)
+        return int(stored)
+
+    def _unfit(self, transaction: Any, stored: bytes) -> str:
+        """What is wrong with a finished LMDB, if anything."""
+        sizes = sizes_held(transaction)
+        if self.size not in sizes:
+            return f"no images of {self.size} px, but of {sizes}; choose one of these"
+        if not stored.isdigit() or not 0 < int(stored[:20]) <= transaction.stat()["entries"]:
+            return f"{transaction.stat()['entries']} entries, but a key 'length' of {stored[:20]!r}"
+        last = int(stored) - 1
+        if transaction.get(image_key(self.size, last)) is None:
+            return f"{last + 1} images by its key 'length', but image {last} missing"
+        return ""
 
     def _unfinished(self, state: State | None) -> str:
         if state is None:
@@ -302,7 +303,18 @@ def _deaf_to_termination() -> Iterator[None]:
 
 
 def _reported(messages: Iterator[Any], images: Images) -> Generator[Tensor, None, None]:
-    for message in messages:
+    while True:
+        try:
+            message = next(messages)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise DatasetError(
+                f"--path {images.path}: a loading process was killed, perhaps for want of memory;"
+                " fewer --workers take less"
+            ) from None
         if isinstance(message, DatasetError):
             raise message
         batch, bad = message
@@ -375,6 +387,17 @@ def images_per_second(images: Images, batch_size: int, workers: int, n_batches: 
     return n_batches * batch_size / (time.perf_counter() - start)
 
 
+def _measure(args: argparse.Namespace) -> None:
+    sets = [Images(path, args.size) for path in args.path]
+    # In turn, so that what else the machine does touches all alike.
+    speeds = [
+        [images_per_second(s, args.batch_size, args.workers, args.n_batches) for s in sets]
+        for _ in range(args.runs)
+    ]
+    for path, runs in zip(args.path, zip(*speeds, strict=True), strict=True):
+        print(f"{path}: {median(runs):.0f} images/s ({min(runs):.0f} to {max(runs):.0f})")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry: measure the loader."""
     parser = OneLineParser(prog="python -m Dataset.images", description="Measure the loader.")
@@ -385,20 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--workers", type=at_least(0), default=2, help="processes (default: %(default)s)")
     add("--n_batches", type=at_least(1), default=200, help="per run (default: %(default)s)")
     add("--runs", type=at_least(1), default=5, help="of each, in turn (default: %(default)s)")
-    args = parser.parse_args(argv)
-    try:
-        sets = [Images(path, args.size) for path in args.path]
-        # In turn, so that what else the machine does touches all alike.
-        speeds = [
-            [images_per_second(s, args.batch_size, args.workers, args.n_batches) for s in sets]
-            for _ in range(args.runs)
-        ]
-    except (DatasetError, OSError) as error:
-        print(f"images: error: {error}", file=sys.stderr)
-        return 2
-    for path, runs in zip(args.path, zip(*speeds, strict=True), strict=True):
-        print(f"{path}: {median(runs):.0f} images/s ({min(runs):.0f} to {max(runs):.0f})")
-    return 0
+    return run_script(parser, _measure, argv)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from Dataset.prepare_data import UnreadableImageError, read_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -40,7 +42,12 @@ class LabelMapDataset(Dataset[tuple[Tensor, Tensor]]):
             if not folder.is_dir():
                 raise LabelMapError(f"no folder {folder}; expected images/ and labels/ there")
         files = sorted((self.path / "images").iterdir())
-        self.images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+        self.images = [
+            # Hidden files are left-overs of other programs.
+            file
+            for file in files
+            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+        ]
         if not self.images:
             raise LabelMapError(f"no .png, .jpg or .jpeg picture in {self.path / 'images'}")
         # One listing instead of a look-up per picture: folders may hold many thousands of files.
@@ -68,7 +75,7 @@ class LabelMapDataset(Dataset[tuple[Tensor, Tensor]]):
         """
         image_path = self.images[index]
         label_path = self.label_path(image_path)
-        image, label = _open(image_path).convert("RGB"), _open(label_path)
+        image, label = _picture(image_path), _label_map(label_path)
         if label.mode not in ("L", "P"):
             raise LabelMapError(
                 f"{label_path} is in mode {label.mode}; label maps are 8-bit greyscale or palette "
@@ -98,10 +105,17 @@ class LabelMapDataset(Dataset[tuple[Tensor, Tensor]]):
         return torch.from_numpy(np.array(label)).long()
 
 
-def _open(path: Path) -> Image.Image:
+def _picture(path: Path) -> Image.Image:
+    try:
+        return read_image(path)
+    except UnreadableImageError as error:
+        raise LabelMapError(f"cannot read {path}: {error}") from None
+
+
+def _label_map(path: Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
             picture.load()
             return picture
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise LabelMapError(f"cannot read {path}: {error}") from error
+    except Exception as error:  # decoders raise almost anything on damaged bytes
+        raise LabelMapError(f"cannot read {path}: {error}") from None

@@ -3,6 +3,7 @@
 Every encoding process imports this module, so it must not import PyTorch.
 """
 
+import argparse
 import hashlib
 import io
 import json
@@ -10,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,10 +23,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import lmdb
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from Util.cli import OneLineParser, at_least, integers
+from Util.cli import OneLineParser, at_least, check_writable, integers, run_script
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LENGTH_KEY = b"length"
@@ -72,14 +75,20 @@ def image_files(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def read_image(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
-    """Decode an image file as RGB.
+    """Decode an image file as a viewer shows it, as RGB.
+
+    Of an animation the first picture; turned as its EXIF data say; transparent parts on white; 16
+    bits a channel reduced to 8.
 
     Raises:
         UnreadableImageError: it is missing, damaged, truncated or a decompression bomb.
     """
     try:
-        with Image.open(source) as file:
-            return file.convert("RGB")
+        with warnings.catch_warnings():
+            # Of oddities in the file, and of large pictures; absurdly large ones are an error.
+            warnings.simplefilter("ignore")
+            with Image.open(source) as file:
+                return _as_rgb(ImageOps.exif_transpose(file))
     except MemoryError:
         raise
     except UnidentifiedImageError:
@@ -88,6 +97,15 @@ def read_image(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         reason = " ".join(reason.split()) or type(error).__name__
     raise UnreadableImageError(f"not a readable image ({reason})")
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # which Pillow would cut off at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
 
 
 def fit_square(image: Image.Image, size: int) -> Image.Image:
@@ -154,10 +172,55 @@ class State:
         return json.dumps(vars(self)).encode()
 
     @classmethod
-    def read(cls, transaction: lmdb.Transaction) -> "State | None":
-        """The state of an LMDB, None if `prepare` did not make it."""
+    def read(cls, transaction: lmdb.Transaction, name: str) -> "State | None":
+        """The state of an LMDB, None if `prepare` did not make it.
+
+        Args:
+            transaction: of the LMDB.
+            name: flag and folder, for messages.
+
+        Raises:
+            DatasetError: what is stored as one is none.
+        """
         stored = transaction.get(STATE_KEY)
-        return None if stored is None else cls(**json.loads(bytes(stored)))
+        if stored is None:
+            return None
+        try:
+            state = cls(**json.loads(bytes(stored)))
+            keys = {"sizes", "format", "quality", "files", "files_sha256"}
+            if keys <= state.settings.keys() and state.done >= len(state.bad):
+                return state
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            pass
+        raise DatasetError(f"{name}: an LMDB with a damaged {STATE_KEY.decode()!r}; make it again")
+
+
+def open_lmdb(name: str, folder: Path, **options: Any) -> lmdb.Environment:
+    """Open an LMDB; not one that was cut off, since reading past its end would end the process.
+
+    Args:
+        name: flag and folder, for messages.
+        folder: of the LMDB.
+        **options: of `lmdb.open`.
+
+    Raises:
+        DatasetError: it is none, or not whole.
+    """
+    try:
+        environment = lmdb.open(str(folder), **options)
+    except lmdb.Error as error:
+        raise DatasetError(
+            f"{name}: cannot be opened as an LMDB ({error}); make it again"
+        ) from None
+    expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    found = (folder / "data.mdb").stat().st_size
+    if found < expected:
+        environment.close()
+        raise DatasetError(
+            f"{name}: an LMDB that was cut off, {found:,} of {expected:,} bytes; copy or make it"
+            " again"
+        )
+    return environment
 
 
 def sizes_held(transaction: lmdb.Transaction) -> list[int]:
@@ -233,13 +296,12 @@ def _open(out: Path) -> lmdb.Environment:
     Raises:
         DatasetError: the place holds something else.
     """
-    if out.is_file() or (out.is_dir() and not (out / "data.mdb").is_file() and any(out.iterdir())):
+    names = {file.name for file in out.iterdir()} if out.is_dir() else set()
+    # A process killed at its very start leaves only the lock file.
+    if out.is_file() or ("data.mdb" not in names and names - {"lock.mdb"}):
         raise DatasetError(f"--out {out} holds other files; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        return lmdb.open(str(out), map_size=MAP_SIZE)
-    except lmdb.Error as error:
-        raise DatasetError(f"--out {out} cannot be opened as an LMDB ({error})") from None
+    return open_lmdb(f"--out {out}", out, map_size=MAP_SIZE)
 
 
 def _resume(out: Path, env: lmdb.Environment, settings: dict[str, Any]) -> State:
@@ -249,7 +311,7 @@ def _resume(out: Path, env: lmdb.Environment, settings: dict[str, Any]) -> State
         DatasetError: the LMDB was made otherwise.
     """
     with env.begin() as transaction:
-        state, entries = State.read(transaction), transaction.stat()["entries"]
+        state, entries = State.read(transaction, f"--out {out}"), transaction.stat()["entries"]
     if state is None:
         if entries:
             raise DatasetError(
@@ -409,21 +471,16 @@ def _parser() -> OneLineParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+def _run(args: argparse.Namespace) -> int:
     if not args.size or min(args.size) < 1:
-        parser.error("--size must be one or more positive integers separated by commas")
+        raise DatasetError("--size must be one or more positive integers separated by commas")
     if args.quality and (args.format != "jpeg" or args.quality > 100):
-        parser.error(f"--quality {args.quality}: is 1 to 100 and goes with --format jpeg")
+        raise DatasetError(f"--quality {args.quality}: is 1 to 100 and goes with --format jpeg")
+    check_writable("--out", Path(args.out) / "data.mdb")
     quality = args.quality or 100 if args.format == "jpeg" else None
     encoding = Encoding(tuple(sorted(set(args.size))), args.format, quality)
     try:
         state = prepare(args.path, args.out, encoding, args.workers, args.max_bad)
-    except (DatasetError, OSError) as error:
-        print(f"prepare_data: error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("prepare_data: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -432,6 +489,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = ", ".join(map(str, encoding.sizes))
     print(f"{state.length} images of {sizes} px ({args.format}) in {args.out}")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry."""
+    return run_script(_parser(), _run, argv)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ classes are CelebAMask-HQ's: background, skin (the head with its ears), brows, e
 (the body), cloth, hair (with rear hair and beard). `l_` is the side on the picture's left.
 """
 
+import argparse
 import colorsys
 import io
 import json
@@ -20,6 +21,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
@@ -34,7 +36,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from Model.files import atomic_path
-from Util.cli import OneLineParser, at_least
+from Util.cli import OneLineParser, at_least, check_writable, run_script
 
 VERSION = 1
 CANVAS = 256.0
@@ -300,7 +302,10 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     """
     file = out / "dataset.json"
     if file.is_file():
-        stored = json.loads(file.read_text())
+        try:
+            stored = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError, RecursionError):
+            raise ToonFacesError(f"--out: {file} is damaged; name another folder") from None
         for key, value in settings.items():
             if stored.get(key) != value:
                 raise ToonFacesError(
@@ -358,10 +363,15 @@ def render_dataset(
     )
     # Spawned, not forked: a fork of a process that has used PyTorch's threads may hang.
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool, bar:
-        jobs = [pool.submit(_render_files, out, chunk, size, seed, labels) for chunk in chunks]
         try:
+            jobs = [pool.submit(_render_files, out, chunk, size, seed, labels) for chunk in chunks]
             for job in as_completed(jobs):
                 bar.update(job.result())
+        except BrokenProcessPool:
+            raise ToonFacesError(
+                "a worker was killed, perhaps for want of memory (fewer --workers take less);"
+                " the same command goes on from here"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -384,16 +394,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--start", type=at_least(0), default=0, help="first picture (default: %(default)s)")
     add("--workers", type=at_least(1), help="processes (default: one per core)")
     add("--no_labels", action="store_true", help="write no label maps")
-    args = parser.parse_args(argv)
-    try:
-        render_dataset(
-            args.out, args.n, args.size, args.seed, args.workers, not args.no_labels, args.start
-        )
-    except (ToonFacesError, OSError) as error:
-        print(f"toon_faces: error: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.n} pictures of {args.size} px in {args.out}")
-    return 0
+
+    def run(args: argparse.Namespace) -> None:
+        labels = not args.no_labels
+        check_writable("--out", Path(args.out) / "images")
+        render_dataset(args.out, args.n, args.size, args.seed, args.workers, labels, args.start)
+        print(f"{args.n} pictures of {args.size} px in {args.out}")
+
+    return run_script(parser, run, argv)
 
 
 if __name__ == "__main__":

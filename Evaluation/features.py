@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from Evaluation.inception import DIMENSIONS, default_file, load_inception
+from Evaluation.inception import DIMENSIONS, URL, load_inception
+from Model.downloads import download_path
 
 Images = Callable[[Tensor], Tensor]
 
@@ -56,7 +57,7 @@ def inception_extractor(file: Path | None, device: torch.device) -> Extractor:
     """
     network = load_inception(file, device)
     protocol = (
-        f"Inception {fingerprint(file or default_file())}, {DIMENSIONS} pooled features; float"
+        f"Inception {fingerprint(file or download_path(URL))}, {DIMENSIONS} pooled features; float"
         " images in [-1, 1] without an 8-bit step, bilinear to 299 px without aligned corners"
     )
     return Extractor(network, "FID", protocol)

@@ -9,7 +9,7 @@ Array = NDArray[np.float64]
 def mean_and_covariance(features: NDArray[np.floating]) -> tuple[Array, Array]:
     """Mean (D,) and unbiased covariance (D, D) of features (N, D), N >= 2, in float64."""
     features = np.asarray(features, dtype=np.float64)
-    return features.mean(axis=0), np.cov(features, rowvar=False)
+    return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
 
 
 def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:

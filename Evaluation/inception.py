@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import inception
 
-from Model.checkpoint import CheckpointError, read
+from Model.checkpoint import CheckpointError, load_strict, read
+from Model.downloads import downloaded
 
 URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -76,44 +77,27 @@ class FIDInception(nn.Module):
         return self.net(images)
 
 
-def default_file() -> Path:
-    """Where the weights are looked for and downloaded to."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
-
-
 def load_inception(file: Path | None, device: torch.device) -> FIDInception:
     """Load the network, frozen.
 
     Args:
-        file: the weights; None takes `default_file` and downloads it when missing.
+        file: the weights; None takes the downloaded ones.
         device: where it runs.
 
     Raises:
         CheckpointError: no download, or not the network's weights; says what to do.
     """
     if file is None:
-        file = default_file()
-        if not file.is_file():
-            _download(file)
-    weights = {k: v for k, v in read(file).items() if not k.startswith("fc.")}
+        file = downloaded(URL, "name the file by --inception_ckpt, or take --features parser")
+    weights = {k: v for k, v in read(file).items() if not str(k).startswith("fc.")}
     network = FIDInception()
+    # Counters that files older than PyTorch 0.4.1 lack, and that inference does not use.
+    unused = {k: v for k, v in network.net.state_dict().items() if k.endswith("batches_tracked")}
     try:
-        network.net.load_state_dict(weights)
-    except RuntimeError:
-        name = URL.rsplit("/", 1)[1]
-        raise CheckpointError(f"{file}: not the FID Inception network; expected {name}") from None
+        load_strict(network.net, unused | weights, "it")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{file}: not the FID Inception network ({error}); expected {URL.rsplit('/', 1)[1]}"
+        ) from None
     network = network.to(memory_format=torch.channels_last).to(device)
     return network.eval().requires_grad_(False)
-
-
-def _download(file: Path) -> None:
-    """Fetch the weights, checked against the hash in their name, into place at once."""
-    digits = file.stem.rsplit("-", 1)[1]
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL, str(file), hash_prefix=digits)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{file} is missing and could not be downloaded ({error}); put {URL} there, or name"
-            " the file by --inception_ckpt, or take --features parser"
-        ) from None

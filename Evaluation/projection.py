@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from Evaluation.fidelity import Perceptual
 from Evaluation.lbfgs import minimise
 from Evaluation.sampling import mean_latent
-from Model.files import atomic_path
+from Model.files import atomic_path, read_npz
 from Model.generator import Generator
 
 LEARNING_RATE = {"lbfgs": 1.0, "adam": 0.1}
@@ -176,8 +175,7 @@ def load_projection(path: str | PathLike[str], generator: Generator | None = Non
         ValueError: it is no projection, or was made with another generator; names the file.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = read_npz(path)
         names = [f"noise_{i}" for i in range(arrays["w_plus"].shape[1] - 1)]
         fields = ("w_plus", "loss", "evaluations", *names)
         device = generator.input.input.device if generator else "cpu"
@@ -185,7 +183,7 @@ def load_projection(path: str | PathLike[str], generator: Generator | None = Non
         noise = [tensors.pop(name) for name in names]
         projection = Projection(**tensors, noise=noise)
         model, made_with = str(arrays["model"]), str(arrays["fingerprint"])
-    except (OSError, BadZipFile, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: no projection of get_projected_image.py ({reason})") from None
     if generator and made_with != fingerprint(generator):
@@ -193,4 +191,24 @@ def load_projection(path: str | PathLike[str], generator: Generator | None = Non
             f"{path}: made with other weights (those of {model}); project the picture with this"
             " model, by get_projected_image.py --ckpt"
         )
+    if generator:
+        _check_fit(projection, generator, path)
     return projection
+
+
+def _check_fit(projection: Projection, generator: Generator, path: str | PathLike[str]) -> None:
+    """Refuse tensors that are not of the generator's shapes, not floats, or not finite."""
+    n = len(projection.w_plus)
+    expected = [(n, generator.n_latent, generator.style_dim)]
+    expected += [(n, *maps.shape[1:]) for maps in generator.fixed_noise]
+    tensors = [projection.w_plus, *projection.noise]
+    fits = [tuple(t.shape) for t in tensors] == expected
+    if (
+        not n
+        or not fits
+        or not all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors)
+    ):
+        raise ValueError(
+            f"{path}: damaged, its w_plus or noise does not fit the model; project the pictures"
+            " again"
+        )

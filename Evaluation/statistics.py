@@ -1,20 +1,22 @@
 """What is kept of a set of features: mean, covariance, and what it was made from."""
 
-import io
 import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from Evaluation.fid import frechet_distance, mean_and_covariance
-from Model.files import atomic_path
+from Model.files import atomic_path, read_npz
 
 Array = NDArray[np.float64]
+LARGEST_PICKLE = 2**30
+"""Bytes; mean and covariance of 2048 features take 34 million."""
 
 
 class StatisticsError(ValueError):
@@ -92,22 +94,47 @@ def load(path: Path) -> Statistics:
         raise StatisticsError(
             f"{path}: no such file; give statistics (.npz, or a {{mean, cov}} .pkl)"
         )
-    data = path.read_bytes()
     try:
-        content = _from_npz(data) if data[:2] == b"PK" else _Arrays(io.BytesIO(data)).load()
+        content = read_npz(path) if is_zipfile(path) else _unpickled(path)
         record = json.loads(str(content["record"])) if "record" in content else {}
         mean, cov = (np.asarray(content[key], dtype=np.float64) for key in ("mean", "cov"))
+        features = content.get("features")
+        if features is not None:
+            features = np.asarray(features, dtype=np.float32)
     except _UnsafeError as error:
         raise StatisticsError(f"{path}: refused, it would run {error}; make it again") from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise StatisticsError(
-            f"{path}: no statistics of features (mean, cov): {type(error).__name__}"
-        ) from None
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise StatisticsError(f"{path}: no statistics of features (mean, cov): {reason}") from None
+    found = Statistics(mean, cov, features, record)
+    _check(found, path)
+    return found
+
+
+def _unpickled(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > LARGEST_PICKLE:
+        raise ValueError(f"more than {LARGEST_PICKLE / 2**30:g} GiB")
+    with open(path, "rb") as file:
+        return _Arrays(file).load()
+
+
+def _check(found: Statistics, path: Path) -> None:
+    """Refuse what cannot be the mean and covariance of features.
+
+    Raises:
+        StatisticsError: names the file and what is wrong.
+    """
+    mean, cov, features = found.mean, found.cov, found.features
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
         raise StatisticsError(f"{path}: mean {mean.shape} and covariance {cov.shape} do not fit")
-    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+    if features is not None and (features.ndim != 2 or features.shape[1] != len(mean)):
+        raise StatisticsError(f"{path}: mean {mean.shape} and features {features.shape} do not fit")
+    if not all(np.isfinite(a).all() for a in (mean, cov, features) if a is not None):
         raise StatisticsError(f"{path}: holds NaN or infinite values; make it again")
-    return Statistics(mean, cov, content.get("features"), record)
+    if not np.allclose(cov, cov.T) or (cov.diagonal() < 0).any():
+        raise StatisticsError(f"{path}: its cov is no covariance; make it again")
+    if not isinstance(found.record, Mapping):
+        raise StatisticsError(f"{path}: its record is no JSON object; make it again")
 
 
 def find(path: Path, record: Mapping[str, Any], need_features: bool) -> Statistics | None:
@@ -121,11 +148,6 @@ def find(path: Path, record: Mapping[str, Any], need_features: bool) -> Statisti
     found = load(path)
     fits = found.record == record and not (need_features and found.features is None)
     return found if fits else None
-
-
-def _from_npz(data: bytes) -> dict[str, Any]:
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return dict(arrays)
 
 
 class _UnsafeError(Exception):

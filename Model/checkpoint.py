@@ -2,26 +2,35 @@
 
 This is the only place where networks meet ``torch.load`` and ``torch.save``. Architectures are read
 off the tensors, so a checkpoint needs no side file. Files are opened with ``weights_only=True``: a
-pickle that would run code is refused, whoever made it.
+pickle that would run code is refused, whoever made it. What a file claims is compared with what it
+holds before memory is taken for it.
 """
 
+import contextlib
 import os
 import pickle
+import pickletools
 import re
-from collections.abc import Mapping
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from Model.discriminator import Discriminator
 from Model.face_parser import BiSeNet
-from Model.files import atomic_path
+from Model.files import atomic_path, unpacked_size
 from Model.generator import Generator
 
 PathOrDict = str | os.PathLike[str] | Mapping[str, Any]
 StateDict = dict[str, Tensor]
+Network = TypeVar("Network", bound=nn.Module)
+
+LARGEST_SIZE = 4096
+"""Side in px of the largest images a generator's file may claim: its noise maps have that size."""
 
 
 class CheckpointError(ValueError):
@@ -43,13 +52,17 @@ def read(path: PathOrDict) -> dict[str, Any]:
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file; give the path of a checkpoint (.pt)")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path) and unpacked_size(Path(path)) > Path(path).stat().st_size:
+            raise ValueError("it would unpack to more than its size, but checkpoints are stored")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PyTorch finds odd about old or damaged files
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused, it holds something other than tensors and plain containers"
-            f" ({_unsafe_name(error)}); save it again as state dicts only"
+            f" ({_unsafe_name(path, error)}); save it again as state dicts only"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # a damaged file can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: not a readable PyTorch checkpoint ({reason})") from None
     if not isinstance(content, dict):
@@ -59,11 +72,24 @@ def read(path: PathOrDict) -> dict[str, Any]:
     return content
 
 
-def _unsafe_name(error: Exception) -> str:
-    """The offending global in PyTorch's long message, or the message's first line."""
+def _unsafe_name(path: PathOrDict, error: Exception) -> str:
+    """The offending global in PyTorch's long message, else the pickle's first one."""
     text = str(error)
     match = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"class '?([\w.]+)", text)
-    return match.group(1) if match else text.splitlines()[0][:120]
+    return match.group(1) if match else _first_global(Path(str(path))) or text.splitlines()[0][:120]
+
+
+def _first_global(path: Path) -> str:
+    """What a bare pickle would import first; only looked at, not run."""
+    words: list[str] = []
+    with open(path, "rb") as file, contextlib.suppress(ValueError):
+        for code, argument, _ in pickletools.genops(file):
+            if code.name == "GLOBAL":
+                return str(argument).replace(" ", ".")
+            if code.name == "STACK_GLOBAL":
+                return ".".join(words[-2:])
+            words += [argument] if isinstance(argument, str) else []
+    return ""
 
 
 def _state_dict(source: PathOrDict, key: str, name: str = "") -> tuple[StateDict, str]:
@@ -75,10 +101,26 @@ def _state_dict(source: PathOrDict, key: str, name: str = "") -> tuple[StateDict
         raise CheckpointError(
             f"{name}: no network {key!r} in it; it holds {', '.join(map(str, content)) or 'none'}"
         )
-    bad = [k for k, v in state.items() if not isinstance(v, Tensor)]
+    bad = [k for k, v in state.items() if not _is_plain(v)]
     if bad:
         raise CheckpointError(f"{name}: {key}.{bad[0]} is no tensor; this is not a state dict")
-    return dict(state), f"{name}: {key}"
+    state = {str(k): v for k, v in state.items()}
+    _check_claims(state, f"{name}: {key}")
+    if all(k.startswith("module.") for k in state):  # as saved from inside DataParallel
+        state = {k.removeprefix("module."): v for k, v in state.items()}
+    return state, f"{name}: {key}"
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor with all its values in memory."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+def _check_claims(state: StateDict, name: str) -> None:
+    """Refuse tensors that repeat a few stored values: a small file could claim any size."""
+    stored = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in state.values()}
+    if sum(v.nbytes for v in state.values()) > sum(stored.values()):
+        raise CheckpointError(f"{name}: its tensors claim more values than are stored; refused")
 
 
 def _shape(state: StateDict, key: str, dims: int, name: str) -> torch.Size:
@@ -98,9 +140,8 @@ def _count(state: StateDict, pattern: str) -> int:
     return count
 
 
-def _load_strict(network: nn.Module, state: StateDict, name: str) -> None:
-    """Copy every tensor, or say which one is missing, unexpected or of another shape."""
-    own = network.state_dict()
+def _check_tensors(own: Mapping[str, Tensor], state: StateDict, name: str, kind: str) -> None:
+    """Say which tensor is missing, unexpected, of another shape or of another type."""
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
     for problem, keys in (("lacks", missing), ("has an unexpected", unexpected)):
@@ -108,14 +149,56 @@ def _load_strict(network: nn.Module, state: StateDict, name: str) -> None:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise CheckpointError(
                 f"{name} {problem} tensor {keys[0]}{more}; the file is damaged or"
-                f" of another architecture than {type(network).__name__}"
+                f" of another architecture than {kind}"
             )
     for key, value in state.items():
         if value.shape != own[key].shape:
             raise CheckpointError(
                 f"{name}: {key} has shape {tuple(value.shape)}, expected {tuple(own[key].shape)}"
             )
+        if value.is_floating_point() != own[key].is_floating_point() or value.is_quantized:
+            raise CheckpointError(f"{name}: {key} is {value.dtype}, expected {own[key].dtype}")
+        if not value.to(own[key].dtype).isfinite().all():
+            raise CheckpointError(f"{name}: {key} holds NaN or infinite values")
+
+
+def load_strict(network: nn.Module, state: StateDict, name: str) -> None:
+    """Copy every tensor, in the network's own precision.
+
+    Raises:
+        CheckpointError: names a tensor that is missing, unexpected, unfit or not finite.
+    """
+    _check_tensors(network.state_dict(), state, name, type(network).__name__)
     network.load_state_dict(state)
+
+
+def _build(
+    make: Callable[[], Network], state: StateDict, name: str, optional: str = " "
+) -> Network:
+    """Make the network that a state dict describes, and fill it.
+
+    It is first made without memory: what a file only claims to hold never takes any.
+
+    Args:
+        make: constructor with the sizes that were read off the tensors.
+        state: its tensors.
+        name: of the file, for messages.
+        optional: prefix of tensors that stay as they are made (from a fixed seed) if none is there.
+    """
+    try:
+        with torch.device("meta"):
+            planned = make()
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{name}: {str(error).splitlines()[0]}") from None
+    own = planned.state_dict()
+    if not any(key.startswith(optional) for key in state):
+        own = {key: value for key, value in own.items() if not key.startswith(optional)}
+    _check_tensors(own, state, name, type(planned).__name__)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = make()
+    network.load_state_dict(state, strict=False)
+    return network
 
 
 def load_generator(
@@ -147,6 +230,8 @@ def load_generator(
     for layer in ["conv1", *(f"convs.{i}" for i in range(n_convs))]:
         widths.append(_shape(state, f"{layer}.conv.weight", 5, name)[1])
     found_size = 2 ** (n_convs // 2 + 2)
+    if found_size > LARGEST_SIZE:
+        raise CheckpointError(f"{name} claims images of {found_size} px, more than {LARGEST_SIZE}")
     if size is not None and size != found_size:
         raise CheckpointError(f"{name} makes {found_size} px images, but {size} px were asked for")
     n_mlp = max(
@@ -155,15 +240,9 @@ def load_generator(
         0,
     )
     style_dim = _shape(state, "style.1.weight", 2, name)[0]
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            network = Generator(found_size, style_dim, n_mlp, widths)
-    except ValueError as error:
-        raise CheckpointError(f"{name}: {error}") from None
-    if not any(k.startswith("noises.") for k in state):
-        state |= {k: v for k, v in network.state_dict().items() if k.startswith("noises.")}
-    _load_strict(network, state, name)
+    network = _build(
+        lambda: Generator(found_size, style_dim, n_mlp, widths), state, name, optional="noises."
+    )
     return network.to(device)
 
 
@@ -180,12 +259,12 @@ def load_discriminator(
     widths = [_shape(state, "convs.0.0.weight", 4, name)[0]]
     for i in range(1, n_blocks + 1):
         widths.append(_shape(state, f"convs.{i}.conv2.1.weight", 4, name)[0])
-    try:
-        network = Discriminator(2 ** (n_blocks + 2), channels=widths[::-1])
-    except ValueError as error:
-        raise CheckpointError(f"{name}: {error}") from None
-    _load_strict(network, state, name)
+    network = _build(lambda: Discriminator(2 ** (n_blocks + 2), channels=widths[::-1]), state, name)
     return network.to(device)
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and 1 <= value <= LARGEST_SIZE
 
 
 def load_face_parser(source: PathOrDict, device: str | torch.device = "cpu") -> BiSeNet:
@@ -207,11 +286,11 @@ def load_face_parser(source: PathOrDict, device: str | torch.device = "cpu") -> 
     state, name = _state_dict(content, "parser", name)
     n_classes = _shape(state, "conv_out.conv_out.weight", 4, name)[0]
     width = _shape(state, "cp.resnet.conv1.weight", 4, name)[0]
-    try:
-        network = BiSeNet(**{**config, "n_classes": n_classes, "width": width})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{name}: its config does not fit ({error})") from None
-    _load_strict(network, state, name)
+    if not isinstance(config, Mapping) or not _is_side(config.get("input_size", 1)):
+        raise CheckpointError(f"{name}: its config does not fit ({str(config)[:80]})")
+    network = _build(
+        lambda: BiSeNet(**{**config, "n_classes": n_classes, "width": width}), state, name
+    )
     return network.to(device).eval().requires_grad_(False)
 
 
@@ -233,8 +312,9 @@ def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
         for key, value in content.items()
     }
     try:
-        with atomic_path(path) as temporary:
-            torch.save(plain, temporary)
-    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
+        # By handle, or PyTorch would write the temporary file's name into it.
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            torch.save(plain, file)
+    except RuntimeError as error:  # PyTorch's words for a full disk
         reason = str(error).splitlines()[0]
         raise OSError(f"{path}: could not be written ({reason}); is the disk full?") from error

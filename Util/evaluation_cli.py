@@ -2,8 +2,7 @@
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from Model import bundled
 from Model.checkpoint import load_generator
 from Model.generator import Generator
-from Util.cli import OneLineParser, at_least, blame
+from Util.cli import OneLineParser, at_least, blame, file_path
 from Util.content import ContentParser, load_content_parser
 from Util.losses import at_most
 from Util.perceptual import LPIPS_TRUNKS, ParserDistance, load_lpips
@@ -49,7 +48,7 @@ def evaluation_parser(
     models = [bundled.MODEL, *([bundled.COMPRESSED] if bundled.COMPRESSED.is_file() else [])]
     add(
         "--ckpt",
-        type=Path,
+        type=file_path,
         nargs="+" if several else None,
         default=models if several else bundled.MODEL,
         metavar="FILE",
@@ -73,13 +72,13 @@ def add_perceptual_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--perceptual_ckpt",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="torchvision weights of the LPIPS network (vgg16, alexnet or squeezenet1_1)",
     )
     add(
         "--parser_ckpt",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="face parser that finds the content (default: the bundled one for the bundled models,"
         " else Model/parser_model/79999_iter.pth)",
@@ -134,19 +133,6 @@ def distance_name(perceptual: str) -> str:
 def print_json(args: argparse.Namespace, figures: Mapping[str, Any], protocol: Any) -> None:
     """Print the line that --json asks for."""
     if args.json:
-        settings = {k: v for k, v in vars(args).items() if k not in ("json", "info_print")}
+        settings = {k: v for k, v in vars(args).items() if k not in ("json", "info_print", "debug")}
         line = {"figures": dict(figures), "protocol": protocol, "settings": settings}
         print(json.dumps(line, default=lambda v: str(v) if isinstance(v, Path) else repr(v)))
-
-
-def run_script(
-    parser: OneLineParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
-) -> int:
-    """Parse, run, and turn what a user can cause into one line and exit code 2."""
-    args = parser.parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    return 0

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
-from Model.checkpoint import CheckpointError, read
+from Model.checkpoint import CheckpointError, load_strict, read
+from Model.downloads import downloaded
 from Util.content import ContentParser
 
 LPIPS_TRUNKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
@@ -56,26 +58,20 @@ def load_lpips(name: str, trunk: str | Path | None = None) -> nn.Module:
     """
     import lpips
 
+    file = trunk or _published_trunk(name)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         # The package announces itself, and calls torchvision in an outdated way.
         warnings.simplefilter("ignore")
-        if trunk:
-            network = lpips.LPIPS(net=name, pnet_rand=True, verbose=False)
-            _fill_trunk(network.net, read(trunk), str(trunk), LPIPS_TRUNKS[name])
-        else:
-            network = _download_lpips(lpips, name)
+        network = lpips.LPIPS(net=name, pnet_rand=True, verbose=False)
+    _fill_trunk(network.net, read(file), str(file), LPIPS_TRUNKS[name])
     return network.eval().requires_grad_(False)
 
 
-def _download_lpips(lpips, name: str) -> nn.Module:  # type: ignore[no-untyped-def]
-    try:
-        return lpips.LPIPS(net=name, verbose=False)
-    except OSError as error:
-        raise CheckpointError(
-            f"--perceptual {name}: its weights could not be downloaded ({error}); give"
-            f" torchvision's {LPIPS_TRUNKS[name]} file as --perceptual_ckpt, or take"
-            " --perceptual parser"
-        ) from None
+def _published_trunk(name: str) -> Path:
+    """Torchvision's ImageNet weights."""
+    url = torchvision.models.get_model_weights(LPIPS_TRUNKS[name]).IMAGENET1K_V1.url
+    file = f"torchvision's {LPIPS_TRUNKS[name]} file"
+    return downloaded(url, f"give {file} as --perceptual_ckpt, or take --perceptual parser")
 
 
 def _fill_trunk(net: nn.Module, weights: dict[str, Tensor], file: str, arch: str) -> None:
@@ -83,7 +79,7 @@ def _fill_trunk(net: nn.Module, weights: dict[str, Tensor], file: str, arch: str
     state = net.state_dict()
     for key in state:
         source = "features." + key.split(".", 1)[1]
-        if source not in weights or weights[source].shape != state[key].shape:
+        if getattr(weights.get(source), "shape", None) != state[key].shape:
             raise CheckpointError(f"{file}: no fitting {source}; expected torchvision's {arch}")
         state[key] = weights[source]
-    net.load_state_dict(state)
+    load_strict(net, state, file)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from Model.generator import Generator
-from Util.cli import OneLineParser, at_least, fraction
+from Util.cli import OneLineParser, at_least, check_writable, fraction
 from Util.complexity import macs, parameters
 from Util.evaluation_cli import evaluation_parser, load_evaluated
 
@@ -134,9 +134,7 @@ def target_stem(out: Path, default: str) -> Path:
     stem = out / default if out.is_dir() else out
     if stem.suffix in (".png", ".gif"):
         stem = stem.with_suffix("")
-    parent = next(folder for folder in stem.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise ValueError(f"--out {out}: {parent} is no folder; name another file")
+    check_writable("--out", stem)
     return stem
 
 

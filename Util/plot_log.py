@@ -1,12 +1,13 @@
 """Draws training curves of one or several runs: ``python -m Util.plot_log RUN... [--out FILE]``."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
 from Model.files import atomic_path
-from Util.cli import OneLineParser
+from Util.cli import OneLineParser, check_writable, run_script
 from Util.run_log import DISTANCES, read_metrics
 
 PANELS = (
@@ -58,14 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="plot_log", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training run")
     parser.add_argument("--out", default="training_curve.png", help="default: %(default)s")
-    args = parser.parse_args(argv)
-    try:
+
+    def run(args: argparse.Namespace) -> None:
+        check_writable("--out", Path(args.out))
         plot(args.runs, args.out)
-    except (ValueError, OSError) as error:
-        print(f"plot_log: error: {error}", file=sys.stderr)
-        return 2
-    print(f"saved {args.out}")
-    return 0
+        print(f"saved {args.out}")
+
+    return run_script(parser, run, argv)
 
 
 if __name__ == "__main__":

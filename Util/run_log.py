@@ -1,6 +1,7 @@
 """The folder of a training run: settings, metrics, samples, checkpoints."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from Model import checkpoint
-from Model.files import atomic_path
+from Model.files import atomic_path, lock_folder
 from Util.pictures import save_png
 
 METRICS = "metrics.jsonl"
@@ -40,7 +41,8 @@ class RunLog:
         keep: newest checkpoints that stay; 0 keeps all.
 
     Raises:
-        ValueError: the folder holds a run and this is not its resumption.
+        ValueError: the folder holds a run and this is not its resumption, or another process is
+            writing it.
     """
 
     def __init__(
@@ -57,6 +59,9 @@ class RunLog:
                 f" by --resume {folder}"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(self.folder)
+        if self._lock is None:
+            raise ValueError(f"--out {folder}: another process is training there; wait for its end")
         if resume_at is not None:
             self._drop_metrics_after(resume_at)
         with atomic_path(self.folder / "config.json") as temporary:
@@ -71,9 +76,17 @@ class RunLog:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def metrics(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Append one line to ``metrics.jsonl``."""
-        with open(self.folder / METRICS, "a") as file:
-            file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        """Append one line to ``metrics.jsonl``.
+
+        Raises:
+            OSError: it could not be written; names the file.
+        """
+        file = self.folder / METRICS
+        try:
+            with open(file, "a") as stream:
+                stream.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        except OSError as error:
+            raise OSError(f"{file}: could not be written ({error.strerror})") from None
         if self.events is not None:
             for key, value in values.items():
                 self.events.add_scalar(key, value, iteration)
@@ -117,9 +130,12 @@ class RunLog:
         return bool(rows) and min(rows)[1] == iteration
 
     def close(self) -> None:
-        """Flush the event files."""
+        """Flush the event files and release the folder."""
         if self.events is not None:
             self.events.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,24 +168,38 @@ def read_metrics(folder: str | PathLike[str]) -> list[dict[str, float]]:
     """All lines of a run's ``metrics.jsonl`` in order; a last line cut off by a crash is left out.
 
     Raises:
-        ValueError: the folder holds no metrics.
+        ValueError: the folder holds no metrics, or they are damaged.
     """
     path = Path(folder) / METRICS
     if not path.is_file():
         raise ValueError(f"{folder}: no {METRICS}; give the folder of a training run")
-    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+    rows = []
+    # Split at line feeds alone, as they are written; a damaged file may hold anything.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            float(row["iteration"])
+            if not all(isinstance(value, int | float) for value in row.values()):
+                raise ValueError
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise ValueError(f"{path}: line {number} is damaged; remove it") from None
+        rows.append(row)
+    return rows
 
 
 def read_config(folder: str | PathLike[str]) -> dict[str, Any]:
     """The settings of a run.
 
     Raises:
-        ValueError: the folder holds no run.
+        ValueError: the folder holds no run, or its settings are damaged.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no config.json; give the folder of a training run")
-    return json.loads(path.read_text())["config"]
+    try:
+        return dict(json.loads(path.read_bytes())["config"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"{path}: damaged, it holds no settings of a run") from None
 
 
 def checkpoints(folder: str | PathLike[str]) -> list[Path]:

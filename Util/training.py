@@ -5,6 +5,7 @@ path length penalty. Each computes a loss, and `Trainer._step` does the rest.
 """
 
 import copy
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -307,17 +308,21 @@ class Trainer:
         missing = [k for k in ("g_optim", "d_optim", "train_state") if k not in content]
         if missing:
             raise ValueError(f"no {missing[0]!r} in the checkpoint, so training cannot go on")
-        for name in ("g_optim", "d_optim"):
-            optimizer: Optimizer = getattr(self, name)
-            options = [
-                {k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups
-            ]
-            optimizer.load_state_dict(content[name])
-            for group, own in zip(optimizer.param_groups, options, strict=True):
-                group.update(own)
-        saved = content["train_state"]
-        self.iteration, self.images_seen = saved["iteration"], saved["images_seen"]
-        self.mean_path_length = torch.tensor(saved["mean_path_length"], device=self.device)
+        try:
+            for name in ("g_optim", "d_optim"):
+                _restore(getattr(self, name), content[name])
+            self._load_progress(content["train_state"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(
+                f"its training state is damaged or of other networks ({reason})"
+            ) from None
+
+    def _load_progress(self, saved: Mapping[str, Any]) -> None:
+        self.iteration, self.images_seen = (
+            operator.index(saved[key]) for key in ("iteration", "images_seen")
+        )
+        self.mean_path_length = torch.tensor(float(saved["mean_path_length"]), device=self.device)
         self.averages.load(saved["averages"], self.device)
         if saved.get("scaler"):  # empty without float16, absent in older checkpoints
             self.scaler.load_state_dict(saved["scaler"])
@@ -326,6 +331,24 @@ class Trainer:
             torch.set_rng_state(streams["cpu"])
             if self.device.type == "cuda" and "cuda" in streams:
                 torch.cuda.set_rng_state(streams["cuda"], self.device)
+
+
+def _restore(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Load an optimiser's state, but for the options, which are those of the settings.
+
+    Raises:
+        ValueError: a moment is not finite or not of its parameter's shape.
+    """
+    options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                shape = torch.Size() if key == "step" else parameter.shape
+                if value.shape != shape or not value.isfinite().all():
+                    raise ValueError(f"the optimiser's {key} does not fit")
 
 
 class Averages:

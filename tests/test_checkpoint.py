@@ -133,7 +133,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     checkpoint.save(path, {"value": 1})
 
     def fail(content, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)

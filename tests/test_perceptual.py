@@ -59,12 +59,19 @@ def test_every_lpips_trunk_maps_onto_torchvision(name):
         assert source["features." + key.split(".", 1)[1]].shape == value.shape
 
 
-def test_a_failed_download_says_what_to_do(monkeypatch):
-    lpips = pytest.importorskip("lpips")
+def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
+    pytest.importorskip("lpips")
 
-    def offline(**_):
+    def offline(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(lpips, "LPIPS", offline)
-    with pytest.raises(CheckpointError, match=r"--perceptual vgg: .*take --perceptual parser"):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(CheckpointError) as error:
         load_lpips("vgg")
+    for part in (
+        f"{tmp_path}/checkpoints/vgg16-397923af.pth is missing and could not be downloaded",
+        "(no network); put https://download.pytorch.org/models/vgg16-397923af.pth there",
+        "give torchvision's vgg16 file as --perceptual_ckpt, or take --perceptual parser",
+    ):
+        assert part in str(error.value)

@@ -156,7 +156,7 @@ def test_the_seed_decides_the_run(folder, tmp_path):
         (["--batch_size", "64"], "--batch_size 64: more than"),
         (["--batch_size", "none"], "--batch_size"),
         (["--val_fraction", "1.5"], "--val_fraction: 1.5"),
-        (["--lr", "0"], "--lr 0.0"),
+        (["--lr", "0"], "--lr: 0 is not a positive number"),
         (["--device", "tpu"], "--device tpu: unknown"),
         (["--stem_stride", "3"], "--stem_stride"),
         (["--n_classes", "2"], "raise n_classes"),

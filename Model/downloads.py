@@ -1,0 +1,39 @@
+"""Published weights, fetched on first use: verified, whole, and explained where that fails."""
+
+from pathlib import Path
+
+import torch
+
+from Model.checkpoint import CheckpointError
+
+
+def download_path(url: str) -> Path:
+    """Where a download is kept: PyTorch's folder for such files (``TORCH_HOME`` moves it)."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+
+
+def downloaded(url: str, otherwise: str) -> Path:
+    """The file of a URL, fetched if it is not there yet.
+
+    It appears under its name only when whole and when its SHA-256 begins as the name says.
+
+    Args:
+        url: ends in NAME-DIGITS.SUFFIX.
+        otherwise: what else the user can do, for the message.
+
+    Raises:
+        CheckpointError: no download; names the file, where to get it and where to put it.
+    """
+    file = download_path(url)
+    if file.is_file():
+        return file
+    digits = file.stem.rsplit("-", 1)[1]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=digits)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file} is missing and could not be downloaded ({error}); put {url} there, or"
+            f" {otherwise}"
+        ) from None
+    return file
