@@ -45,9 +45,8 @@ WIDTHS = st.lists(st.integers(1, 6), min_size=4, max_size=4)
 def generator_of(widths, seed=0):
     torch.manual_seed(seed)
     generator = Generator(8, 4, 2, widths)
-    for layer in generator.styled_convs:
-        layer.noise.weight.data.fill_(0.3)
-        layer.activate.bias.data.normal_()
+    for parameter in generator.parameters():
+        parameter.data.normal_()  # also those that start as ones or zeros
     return generator.requires_grad_(False)
 
 
