@@ -45,7 +45,7 @@ def step(name: str, main: Callable[[list[str]], int], argv: list[str]) -> None:
 def retraining_flags(data: Path, pruned: Path, iterations: int, run: Path) -> list[str]:
     """A short retraining of the bundled model.
 
-    Too short for mixed styles; the teacher hardly uses layer noise; R1's weight of 10 is for 256 px.
+    Too short for mixed styles; the teacher has next to no layer noise; R1's 10 is for 256 px.
     """
     return (
         f"--path {data}/images --ckpt {pruned} --teacher_ckpt {TEACHER} --perceptual parser"
