@@ -12,11 +12,11 @@ import signal
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing import active_children, get_all_start_methods, get_context, parent_process
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -323,9 +323,14 @@ def _reported(messages: Iterator[Any], images: Images) -> Generator[Tensor, None
         yield batch
 
 
-def _close(stream: "weakref.ref[Generator[Tensor, None, None]]") -> None:
-    if (alive := stream()) is not None:
-        alive.close()
+def _end(processes: Iterable[BaseProcess]) -> None:
+    """At its exit Python ends what is left by the signal that workers ignore, and waits for ever.
+
+    They are left where something holds on to the iterator, such as the traceback of an error.
+    """
+    for process in processes:
+        if process.is_alive():
+            process.kill()
 
 
 def in_order(n: int, size: int, rank: int = 0, world: int = 1) -> list[list[tuple[int, bool]]]:
@@ -368,12 +373,11 @@ def load_batches(
         # Its own, or a resumed run would draw a seed for its workers from the restored state.
         generator=torch.Generator(),
     )
+    before = set(active_children())
     with _deaf_to_termination():
         messages = iter(loader)
-    stream = _reported(messages, dataset)
-    # At its exit Python ends remaining workers by the signal that they ignore, and waits for them.
-    atexit.register(_close, weakref.ref(stream))
-    return stream
+    atexit.register(_end, set(active_children()) - before)
+    return _reported(messages, dataset)
 
 
 def images_per_second(images: Images, batch_size: int, workers: int, n_batches: int) -> float:

@@ -1,5 +1,8 @@
 import itertools
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import lmdb
 import numpy as np
@@ -9,6 +12,8 @@ from PIL import Image
 
 import train
 from Dataset.images import DatasetError, EndlessBatches, Images, load_batches, main
+
+ROOT = Path(__file__).parent.parent
 
 
 def write(path, colour, size=(8, 8)):
@@ -103,6 +108,17 @@ def test_the_loader_gives_the_stream_in_order(folder, workers):
     loaded = list(itertools.islice(load_batches(images, stream, workers), 3))
     for batch, items in zip(loaded, stream, strict=False):
         torch.testing.assert_close(batch, torch.stack([images[item] for item in items]))
+
+
+def test_a_forgotten_loader_does_not_hold_up_the_exit(folder):
+    code = (
+        "import sys; from Dataset.images import *;"
+        f"images = Images({str(folder)!r}, 8);"
+        "stream = load_batches(images, EndlessBatches(7, 4), 1); next(stream);"
+        "sys.kept = stream.gi_frame, stream.gi_frame.f_locals['messages']"
+    )
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, timeout=120)
+    assert run.returncode == 0
 
 
 def break_files(folder, *names):
