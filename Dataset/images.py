@@ -15,8 +15,9 @@ import time
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing import active_children, get_all_start_methods, get_context, parent_process
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -303,29 +304,39 @@ def _deaf_to_termination() -> Iterator[None]:
 
 
 def _reported(messages: Iterator[Any], images: Images) -> Generator[Tensor, None, None]:
-    while True:
-        try:
-            message = next(messages)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
-                raise
-            raise DatasetError(
-                f"--path {images.path}: a loading process was killed, perhaps for want of memory;"
-                " fewer --workers take less"
-            ) from None
-        if isinstance(message, DatasetError):
-            raise message
-        batch, bad = message
-        for name, reason in bad.items():
-            images.note_bad(name, reason)
-        yield batch
+    try:
+        while (message := _next_message(messages, images)) is not None:
+            if isinstance(message, DatasetError):
+                raise message
+            batch, bad = message
+            for name, reason in bad.items():
+                images.note_bad(name, reason)
+            yield batch
+    finally:
+        # An error's traceback holds this frame; the workers end when nothing holds their iterator.
+        del messages
 
 
-def _close(stream: "weakref.ref[Generator[Tensor, None, None]]") -> None:
-    if (alive := stream()) is not None:
-        alive.close()
+def _next_message(messages: Iterator[Any], images: Images) -> Any:
+    """What `_Batches` made of the next batch, an error if its process was killed, None at the end.
+
+    The error is returned, not raised, lest it refer to PyTorch's, whose traceback holds the loader.
+    """
+    try:
+        return next(messages, None)
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+    return DatasetError(
+        f"--path {images.path}: a loading process was killed, perhaps for want of memory; fewer"
+        " --workers take less"
+    )
+
+
+def _kill(processes: "Sequence[weakref.ref[BaseProcess]]") -> None:
+    for reference in processes:
+        if (process := reference()) is not None and process.is_alive():
+            process.kill()
 
 
 def in_order(n: int, size: int, rank: int = 0, world: int = 1) -> list[list[tuple[int, bool]]]:
@@ -368,12 +379,13 @@ def load_batches(
         # Its own, or a resumed run would draw a seed for its workers from the restored state.
         generator=torch.Generator(),
     )
+    before = set(active_children())
     with _deaf_to_termination():
         messages = iter(loader)
-    stream = _reported(messages, dataset)
-    # At its exit Python ends remaining workers by the signal that they ignore, and waits for them.
-    atexit.register(_close, weakref.ref(stream))
-    return stream
+    # Whatever still holds the iterator at the exit (the traceback of an error, say): there, Python
+    # ends remaining processes by the signal that these ignore, and waits for them.
+    atexit.register(_kill, [weakref.ref(p) for p in set(active_children()) - before])
+    return _reported(messages, dataset)
 
 
 def images_per_second(images: Images, batch_size: int, workers: int, n_batches: int) -> float:
