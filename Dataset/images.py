@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import active_children, get_all_start_methods, get_context, parent_process
@@ -303,33 +304,38 @@ def _deaf_to_termination() -> Iterator[None]:
 
 
 def _reported(messages: Iterator[Any], images: Images) -> Generator[Tensor, None, None]:
-    while True:
-        try:
-            message = next(messages)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
-                raise
-            raise DatasetError(
-                f"--path {images.path}: a loading process was killed, perhaps for want of memory;"
-                " fewer --workers take less"
-            ) from None
-        if isinstance(message, DatasetError):
-            raise message
-        batch, bad = message
-        for name, reason in bad.items():
-            images.note_bad(name, reason)
-        yield batch
+    try:
+        while (message := _next_message(messages, images)) is not None:
+            if isinstance(message, DatasetError):
+                raise message
+            batch, bad = message
+            for name, reason in bad.items():
+                images.note_bad(name, reason)
+            yield batch
+    finally:
+        # An error's traceback holds this frame; the workers end when nothing holds their iterator.
+        del messages
 
 
-def _end(processes: Iterable[BaseProcess]) -> None:
-    """At its exit Python ends what is left by the signal that workers ignore, and waits for ever.
+def _next_message(messages: Iterator[Any], images: Images) -> Any:
+    """What `_Batches` made of the next batch, an error if its process was killed, None at the end.
 
-    They are left where something holds on to the iterator, such as the traceback of an error.
+    The error is returned, not raised, lest it refer to PyTorch's, whose traceback holds the loader.
     """
-    for process in processes:
-        if process.is_alive():
+    try:
+        return next(messages, None)
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+    return DatasetError(
+        f"--path {images.path}: a loading process was killed, perhaps for want of memory; fewer"
+        " --workers take less"
+    )
+
+
+def _kill(processes: "Sequence[weakref.ref[BaseProcess]]") -> None:
+    for reference in processes:
+        if (process := reference()) is not None and process.is_alive():
             process.kill()
 
 
@@ -376,7 +382,9 @@ def load_batches(
     before = set(active_children())
     with _deaf_to_termination():
         messages = iter(loader)
-    atexit.register(_end, set(active_children()) - before)
+    # Whatever still holds the iterator at the exit (the traceback of an error, say): there, Python
+    # ends remaining processes by the signal that these ignore, and waits for them.
+    atexit.register(_kill, [weakref.ref(p) for p in set(active_children()) - before])
     return _reported(messages, dataset)
 
 
