@@ -75,3 +75,8 @@ def test_impl_is_checked():
         fused_leaky_relu(x, impl="fast")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="no compiled operators for meta"):
         upfirdn2d(x.to("meta"), make_kernel(), impl="native")
+
+
+def test_cropping_may_leave_nothing_but_inserted_zeros():
+    found = upfirdn2d(torch.ones(1, 1, 1, 1), torch.ones(1, 1), up=3, pad=(-2, 0), impl="reference")
+    torch.testing.assert_close(found, torch.zeros(1, 1, 1, 1))

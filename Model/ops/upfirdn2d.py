@@ -84,6 +84,9 @@ def _reference(x: Tensor, kernel: Tensor, up: int, down: int, pad: tuple[int, in
     weight = kernel.expand(channels, 1, taps, taps)
     y = F.conv_transpose2d(x, weight, stride=up, padding=max(crop, 0), groups=channels)
     left, right = skip - max(crop, 0), excess - max(crop, 0)
-    if left or right:
-        y = F.pad(y, (-left, -right, -left, -right))
+    if left < 0 or right < 0:
+        y = F.pad(y, (max(-left, 0), max(-right, 0)) * 2)
+    if left > 0 or right > 0:  # after the zeros, since more may be cropped than there were samples
+        kept = [slice(max(left, 0), side - max(right, 0)) for side in y.shape[2:]]
+        y = y[:, :, kept[0], kept[1]]
     return y[:, :, ::down, ::down] if down > 1 else y
