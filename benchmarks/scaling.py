@@ -59,7 +59,7 @@ def draw(found: dict[str, list[Point]], out: Path) -> None:
         axis.plot(x, measured, "o-", label="measured")
         axis.plot(x, predicted, "--", label="by multiply-accumulates", color="grey")
         if "size" in name.split()[0]:
-            axis.set(xscale="log", yscale="log", xticks=x, xticklabels=x)
+            axis.set(xscale="log", xticks=x, xticklabels=x)
             axis.minorticks_off()
         axis.set(
             xlabel=name, ylabel="ms per image", ylim=(0 if axis.get_yscale() != "log" else None)
