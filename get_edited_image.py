@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from Evaluation import editing, sampling
-from Evaluation.editing import Distance, Latents, synthesise
+from Evaluation.editing import Latents, synthesise
+from Evaluation.fidelity import Perceptual
 from Evaluation.projection import load_projection
 from Model.generator import Generator
 from Util.animation import save_gif
@@ -188,7 +189,7 @@ Result = tuple[np.ndarray, dict[str, float]]
 """The picture of one model, and its distances."""
 
 
-def mix(faces: Faces, name: str, scale: float, content: Content, distance: Distance) -> Result:
+def mix(faces: Faces, name: str, scale: float, content: Content, distance: Perceptual) -> Result:
     """Mix the styles of a model's faces."""
     a, b = faces.latents(name, "a"), faces.latents(name, "b")
     all_latents = (a, b, editing.mix(a, b, faces.layers))
@@ -201,7 +202,7 @@ def mix(faces: Faces, name: str, scale: float, content: Content, distance: Dista
     return framed(shown(left, 1), shown(top, len(b)), shown(mixed, len(b))), distances
 
 
-def morph(faces: Faces, name: str, scale: float, content: Content, distance: Distance) -> Result:
+def morph(faces: Faces, name: str, scale: float, content: Content, distance: Perceptual) -> Result:
     """Morph a model's faces, one row each."""
     steps = torch.linspace(0, 1, faces.args.steps).tolist()
     frames = [synthesise(faces.models[name], faces.morph(name, t)) for t in steps]

@@ -3,13 +3,14 @@
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from Evaluation.fidelity import Perceptual
 from Evaluation.sampling import shares
 from Model.generator import Generator
 
@@ -155,11 +156,7 @@ def mix(a: Latents, b: Latents, layers: Sequence[int]) -> Latents:
     return mixed
 
 
-Distance = Callable[[Tensor, Tensor], Tensor]
-"""Two image batches (N, 3, H, W) in [-1, 1] -> distance of each pair, (N,)."""
-
-
-def mixing_distances(a: Tensor, b: Tensor, mixed: Tensor, distance: Distance) -> dict[str, float]:
+def mixing_distances(a: Tensor, b: Tensor, mixed: Tensor, distance: Perceptual) -> dict[str, float]:
     """How much of both faces a style mix keeps.
 
     Args:
@@ -180,7 +177,7 @@ def mixing_distances(a: Tensor, b: Tensor, mixed: Tensor, distance: Distance) ->
     }
 
 
-def morphing_distances(frames: Sequence[Tensor], distance: Distance) -> dict[str, float]:
+def morphing_distances(frames: Sequence[Tensor], distance: Perceptual) -> dict[str, float]:
     """How much of its ends a morph keeps, and how even its steps are.
 
     Args:
