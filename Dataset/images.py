@@ -324,8 +324,12 @@ def _next_message(messages: Iterator[Any], images: Images) -> Any:
     """
     try:
         return next(messages, None)
-    except RuntimeError as error:
-        if "exited unexpectedly" not in str(error):
+    except (RuntimeError, EOFError, OSError) as error:
+        # DataLoader sees a dead process when it waits for one. If a batch of it lay ready, fetching
+        # that fails first: its memory is handed over by a socket that died with the process. What
+        # was raised inside a living process is marked by these words.
+        fetching = not isinstance(error, RuntimeError) and "in DataLoader worker" not in str(error)
+        if not (fetching or "exited unexpectedly" in str(error)):
             raise
     return DatasetError(
         f"--path {images.path}: a loading process was killed, perhaps for want of memory; fewer"

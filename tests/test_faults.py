@@ -21,7 +21,7 @@ from torch.utils.data import get_worker_info
 
 import prune
 import train
-from Dataset import prepare_data, toon_faces
+from Dataset import images, prepare_data, toon_faces
 from Dataset.images import DatasetError, EndlessBatches, Images
 from Dataset.prepare_data import Encoding, prepare
 from Evaluation import statistics
@@ -284,6 +284,35 @@ def test_a_killed_loader_leaves_a_checkpoint(pictures, tmp_path, monkeypatch, ca
     assert 0 <= int(kept.stem) <= order.index(3)
     train_again = f"--resume {tmp_path}/run --workers 0 --iter {order.index(3) + 2}"
     assert train.main(train_again.split()) == 0
+
+
+@pytest.mark.parametrize(
+    "error", [EOFError, ConnectionResetError, ConnectionRefusedError, FileNotFoundError]
+)
+def test_a_loader_killed_while_its_batch_is_fetched(pictures, error):
+    def fetch():
+        yield torch.zeros(1), {}
+        raise error
+
+    batches = images._reported(fetch(), Images(pictures, 16))
+    next(batches)
+    with pytest.raises(DatasetError, match="a loading process was killed"):
+        next(batches)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("out of memory"), OSError("Caught OSError in DataLoader worker process 0.")],
+)
+def test_errors_of_a_living_loader_are_not_taken_for_its_death(pictures, error):
+    def fetch():
+        yield torch.zeros(1), {}
+        raise error
+
+    batches = images._reported(fetch(), Images(pictures, 16))
+    next(batches)
+    with pytest.raises(type(error), match=str(error)):
+        next(batches)
 
 
 def test_a_failed_run_with_loading_processes_ends(tmp_path):
