@@ -18,9 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
+from Model.ops import conv3x3
+
 PUBLISHED_WIDTH = 64
 PUBLISHED_STEM_STRIDE = 4
 PUBLISHED_INPUT_SIZE = 512
+
+
+class Conv2d(nn.Conv2d):
+    """PyTorch's layer, by way of `conv3x3` where that computes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, I, h, w) -> (N, O, h / stride, w / stride)."""
+        if self.kernel_size == (3, 3) and self.stride == (1, 1):
+            return conv3x3(x, self.weight, self.bias)
+        return super().forward(x)
 
 
 class ConvBNReLU(nn.Module):
@@ -28,7 +40,7 @@ class ConvBNReLU(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
+        self.conv = Conv2d(
             in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False
         )
         self.bn = nn.BatchNorm2d(out_channels)
@@ -43,9 +55,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.stride = stride
         self.downsample: nn.Sequential | None = None

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from Model.ops import filtered_leaky_relu, fused_leaky_relu, make_kernel, upfirdn2d
+from Model.ops import (
+    conv3x3,
+    filtered_leaky_relu,
+    fused_leaky_relu,
+    make_kernel,
+    styled_conv3x3,
+    upfirdn2d,
+)
 from Model.precision import bounded, in_float32
 
 
@@ -50,11 +57,9 @@ class EqualLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_features) to (N, out_features), through leaky ReLU when ``activation``."""
-        weight = self.weight * (self.lr_mul / math.sqrt(self.weight.shape[1]))
-        bias = self.bias * self.lr_mul
-        if self.activation:
-            return fused_leaky_relu(F.linear(x, weight), bias)
-        return F.linear(x, weight, bias)
+        scale = self.lr_mul / math.sqrt(self.weight.shape[1])
+        y = torch.addmm(self.bias, x, self.weight.T, beta=self.lr_mul, alpha=scale)
+        return fused_leaky_relu(y) if self.activation else y
 
 
 class EqualConv2d(nn.Module):
@@ -71,7 +76,10 @@ class EqualConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, I, H, W) to (N, O, H', W')."""
         scale = 1 / math.sqrt(self.weight[0].numel())
-        return F.conv2d(x, self.weight * scale, stride=self.stride, padding=self.padding)
+        weight = self.weight * scale
+        if weight.shape[-1] == 3 and (self.stride, self.padding) == (1, 1):
+            return conv3x3(x, weight)
+        return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
 
 
 class FusedLeakyReLU(nn.Module):
@@ -197,6 +205,8 @@ class ModulatedConv2d(nn.Module):
         x = x * style[:, :, None, None].to(x.dtype)
         if self.upsample:
             return F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+        if weight.shape[-1] == 3:
+            return conv3x3(x, weight)
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
@@ -241,17 +251,19 @@ class StyledConv(nn.Module):
             (N, O, H', W') activations.
         """
         style = self.conv.style(w)
-        y = self.conv.convolve(x, style)
+        gain = self.conv.demodulation(style)
         if noise is None:
             up = 2 if self.conv.upsample else 1
             noise = torch.randn(len(x), 1, x.shape[2] * up, x.shape[3] * up, device=x.device)
-        bias, noise, strength, gain = (
-            t.to(y.dtype)
-            for t in (self.activate.bias, noise, self.noise.weight, self.conv.demodulation(style))
-        )
+        bias, strength = self.activate.bias, self.noise.weight
         if self.conv.upsample:
-            return bounded(self.conv.blur(y, bias, noise, strength, gain))
-        return bounded(fused_leaky_relu(y, bias, noise=noise, noise_strength=strength, gain=gain))
+            y = self.conv.convolve(x, style)
+            y = self.conv.blur(y, *(t.to(y.dtype) for t in (bias, noise, strength, gain)))
+        else:
+            y = styled_conv3x3(
+                x, self.conv.weight[0], style, bias, noise=noise, noise_strength=strength, gain=gain
+            )
+        return bounded(y)
 
 
 class ToRGB(nn.Module):

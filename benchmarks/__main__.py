@@ -1,11 +1,11 @@
-"""``python -m benchmarks``: the operators, the tool's jobs, and how the cost grows, one by one."""
+"""``python -m benchmarks``: operators, the tool's jobs, their memory, and how the cost grows."""
 
 import sys
 
-from benchmarks import jobs, operators, scaling
+from benchmarks import jobs, memory, operators, scaling
 
 if __name__ == "__main__":
-    for benchmark in (operators, jobs, scaling):
+    for benchmark in (operators, jobs, memory, scaling):
         print(f"\n## {benchmark.__name__}\n", flush=True)
         if code := benchmark.main([]):
             sys.exit(code)

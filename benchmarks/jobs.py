@@ -9,8 +9,8 @@ layers' multiply-accumulates would take at the speed of a large matrix product.
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,8 @@ def published_parsers() -> tuple[ContentParser, ContentParser]:
     With random weights it may find no content at all, so every class counts as content.
     """
     network = frozen(BiSeNet())
-    parsers = ContentParser(network), ContentParser(fold_batch_norm(network))
+    plain = textbook.textbook_parser(network)
+    parsers = ContentParser(plain), ContentParser(fold_batch_norm(network))
     for content in parsers:
         content.is_content.fill_(1)
     return parsers
@@ -81,69 +82,58 @@ def matrix_product() -> Tensor:
     return F.conv2d(*_factors())
 
 
-def compared(
-    name: str,
-    baseline: Callable[[], object],
-    ours: Callable[[], object],
-    rounds: int,
-    work: float = 0,
-) -> Result:
-    """Time a pair; ``work`` is the number of multiply-accumulates, or 0 where no roof is told."""
-    product = {"gemm": matrix_product} if work else {}
-    times = interleaved({"textbook": baseline, "ours": ours, **product}, rounds)
-    ratio = times["textbook"].median / times["ours"].median
-    result = {"job": name, "ratio": ratio, **{k: asdict(t) for k, t in times.items()}}
-    if work:
-        roof = work / 2048**3 * times["gemm"].median
-        result["share of roof"] = roof / times["ours"].median
-    return result
+@dataclass
+class Pair:
+    """The same work in two formulations.
+
+    ``work`` is the number of multiply-accumulates, or 0 where no roof is told.
+    """
+
+    name: str
+    textbook: Callable[[], object]
+    ours: Callable[[], object]
+    work: float = 0
 
 
-@torch.no_grad()
-def inference(rounds: int) -> list[Result]:
+Pairs = Iterator[Pair]
+
+
+def inference() -> Pairs:
     """Images of the 256 px generator, full size and pruned."""
-    results = []
     for label, ratio in (("full size", 0.0), ("pruned by 0.7", 0.7)):
         ours = frozen(generator(256, ratio))
         theirs = textbook.textbook_generator(ours)
         for batch in (1, 8):
             w = torch.randn(batch, ours.n_latent, 512)
-            results.append(
-                compared(
-                    f"generator 256 px {label}, batch {batch}",
-                    partial(theirs.synthesis, w, "fixed"),
-                    partial(ours.synthesis, w, "fixed"),
-                    rounds,
-                    macs(ours) * batch,
-                )
+            yield Pair(
+                f"generator 256 px {label}, batch {batch}",
+                partial(theirs.synthesis, w, "fixed"),
+                partial(ours.synthesis, w, "fixed"),
+                macs(ours) * batch,
             )
-    return results
 
 
-def scoring(rounds: int, batch: int = 4) -> list[Result]:
+def scoring(batch: int = 4) -> Pairs:
     """Channel scores of one batch, full size."""
     slow, fast = published_parsers()
     ours = generator(256)
     theirs = textbook.textbook_generator(ours)
     z = torch.randn(batch, 512)
-    return [
-        compared(
-            f"scores of {batch} images, 256 px full size",
-            lambda: textbook.content_aware_scores(theirs, slow, z, 0.05),
-            lambda: channel_scores(
-                ours, "content_aware", parser=fast, n_sample=batch, batch_size=batch
-            ),
-            rounds,
-        )
-    ]
+    yield Pair(
+        f"scores of {batch} images, 256 px full size",
+        lambda: textbook.content_aware_scores(theirs, slow, z, 0.05),
+        lambda: channel_scores(
+            ours, "content_aware", parser=fast, n_sample=batch, batch_size=batch
+        ),
+    )
 
 
-def training(rounds: int) -> list[Result]:
-    """An iteration with distillation inside the content, 64 px, full-size teacher, batch 4."""
+def training() -> Pairs:
+    """Iterations with distillation inside the content, 64 px, full-size teacher, batch 4."""
     slow, fast = published_parsers()
     teacher, student, discriminator = generator(64), generator(64, 0.7), Discriminator(64)
-    # R1 and path length once in four iterations: every phase, in minutes.
-    settings = TrainConfig(batch_size=4, d_reg_every=4, g_reg_every=4)
+    # R1 and path length once in two iterations: every phase, in minutes.
+    settings = TrainConfig(batch_size=4, d_reg_every=2, g_reg_every=2)
     ours = Trainer(
         student, discriminator, settings, CPU, Teacher(frozen(teacher), fast, ParserDistance(fast))
     )
@@ -160,27 +150,24 @@ def training(rounds: int) -> list[Result]:
     )
     real = torch.rand(4, 3, 64, 64) * 2 - 1
 
-    def four(trainer: Trainer) -> Callable[[], object]:
-        return lambda: [trainer.iterate(real) for _ in range(4)]
+    def two(trainer: Trainer) -> Callable[[], object]:
+        return lambda: [trainer.iterate(real) for _ in range(2)]
 
-    return [compared("4 training iterations, 64 px", four(theirs), four(ours), rounds)]
+    yield Pair("2 training iterations, 64 px", two(theirs), two(ours))
 
 
-def masks(rounds: int) -> list[Result]:
+def masks() -> Pairs:
     """Content masks of 8 images, 256 px."""
     slow, fast = published_parsers()
     batch = torch.rand(8, 3, 256, 256) * 2 - 1
-    return [
-        compared(
-            "content masks of 8 images, 256 px",
-            lambda: textbook.content_masks(slow, batch),
-            lambda: fast(batch),
-            rounds,
-        )
-    ]
+    yield Pair(
+        "content masks of 8 images, 256 px",
+        lambda: textbook.content_masks(slow, batch),
+        lambda: fast(batch),
+    )
 
 
-def evaluation(rounds: int) -> list[Result]:
+def evaluation() -> Pairs:
     """Images for get_fid.py and pairs for get_ppl.py, pruned 256 px generator, batch 8."""
     ours = frozen(generator(256, 0.7))
     theirs = textbook.textbook_generator(ours)
@@ -192,34 +179,53 @@ def evaluation(rounds: int) -> list[Result]:
     def features(g: Generator, inception: nn.Module) -> Callable[[], Tensor]:
         return lambda: Extractor(inception, "", "")(images(g, range(8), 0))
 
-    def pairs(g: Generator) -> Callable[[], object]:
+    def distances(g: Generator) -> Callable[[], object]:
         return lambda: pair_distances(PathPairs(g, 1e-4, 0, False), lpips, [range(4)])
 
-    return [
-        compared("get_fid.py, 8 images", features(theirs, slow), features(ours, fast), rounds),
-        compared("get_ppl.py, 4 pairs", pairs(theirs), pairs(ours), rounds),
-    ]
+    yield Pair("get_fid.py, 8 images", features(theirs, slow), features(ours, fast))
+    yield Pair("get_ppl.py, 4 pairs", distances(theirs), distances(ours))
 
 
-def start(rounds: int) -> list[Result]:
-    """``python3 prune.py --help``."""
+JOBS: dict[str, Callable[[], Pairs]] = {
+    "inference": inference,
+    "scoring": scoring,
+    "training": training,
+    "masks": masks,
+    "evaluation": evaluation,
+}
+START = "start"
+
+
+def compared(pair: Pair, rounds: int) -> Result:
+    """Time a pair."""
+    product = {"gemm": matrix_product} if pair.work else {}
+    times = interleaved({"textbook": pair.textbook, "ours": pair.ours, **product}, rounds)
+    ratio = times["textbook"].median / times["ours"].median
+    result = {"job": pair.name, "ratio": ratio, **{k: asdict(t) for k, t in times.items()}}
+    if pair.work:
+        roof = pair.work / 2048**3 * times["gemm"].median
+        result["share of roof"] = roof / times["ours"].median
+    return result
+
+
+def start(rounds: int) -> Result:
+    """Time ``python3 prune.py --help``."""
     command = [sys.executable, str(ROOT / "prune.py"), "--help"]
 
     def run() -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
     times: Timing = interleaved({"ours": run}, rounds)["ours"]
-    return [{"job": "prune.py --help", "ours": asdict(times)}]
+    return {"job": "prune.py --help", "ours": asdict(times)}
 
 
-JOBS = {
-    "inference": inference,
-    "scoring": scoring,
-    "training": training,
-    "masks": masks,
-    "evaluation": evaluation,
-    "start": start,
-}
+def timed(job: str, rounds: int) -> Iterator[Result]:
+    """Time the pairs of a job, by its name."""
+    if job == START:
+        yield start(rounds)
+        return
+    for pair in JOBS[job]():
+        yield compared(pair, rounds)
 
 
 def row(result: Result) -> list[str]:
@@ -234,17 +240,19 @@ def row(result: Result) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table, and write JSON if asked."""
     flags = parser("Speed of the tool's jobs against the original's formulations.")
-    flags.add_argument("--only", default=",".join(JOBS), metavar="JOB,...", help=", ".join(JOBS))
+    jobs = [*JOBS, START]
+    flags.add_argument("--only", default=",".join(jobs), metavar="JOB,...", help=", ".join(jobs))
     options = flags.parse_args(argv)
     pick_device("cpu")  # as the scripts set it up
     torch.set_num_threads(options.threads)
     print(machine("cpu"))
-    results = []
+    results: list[Result] = []
     for name in options.only.split(","):
-        if name not in JOBS:
-            flags.error(f"--only {name}: no such job; choose from {', '.join(JOBS)}")
-        results += JOBS[name](options.rounds)
-        print(row(results[-1]), file=sys.stderr, flush=True)
+        if name not in jobs:
+            flags.error(f"--only {name}: no such job; choose from {', '.join(jobs)}")
+        for result in timed(name, options.rounds):
+            results.append(result)
+            print(row(result), file=sys.stderr, flush=True)
     head = ("job", "textbook ms", "ours ms", "textbook / ours", "of the roof")
     print(table(head, [row(result) for result in results]))
     write_json(options.json, "cpu", results)

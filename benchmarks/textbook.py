@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from Model.discriminator import ConvLayer, Discriminator, minibatch_stddev
+from Model.face_parser import BiSeNet, Conv2d
 from Model.generator import Generator
-from Model.layers import Blur, FusedLeakyReLU, ModulatedConv2d, StyledConv, ToRGB
+from Model.layers import Blur, EqualConv2d, FusedLeakyReLU, ModulatedConv2d, StyledConv, ToRGB
 from Util.content import ContentParser
 
 
@@ -122,6 +123,25 @@ def textbook_generator(generator: Generator) -> Generator:
     return copied
 
 
+class _Convolution(nn.Module):
+    def __init__(self, ours: EqualConv2d) -> None:
+        super().__init__()
+        self.weight, self.stride, self.padding = ours.weight, ours.stride, ours.padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight * self.weight[0].numel() ** -0.5
+        return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
+
+
+def textbook_parser(network: BiSeNet) -> BiSeNet:
+    """A copy whose convolutions are PyTorch's."""
+    copied = copy.deepcopy(network)
+    layers: list[Any] = [m for m in copied.modules() if isinstance(m, Conv2d)]
+    for layer in layers:
+        layer.__class__ = nn.Conv2d  # which it extends by a faster way to compute
+    return copied
+
+
 class TextbookDiscriminator(nn.Module):
     """A copy of a discriminator that computes as the original does."""
 
@@ -140,6 +160,8 @@ class TextbookDiscriminator(nn.Module):
                 # Ours drops samples in the blur of the skip; the original, in its convolution.
                 layer[i] = _Blur(module, down=1)
                 layer[i + 1].stride = 2
+            elif isinstance(module, EqualConv2d):
+                layer[i] = _Convolution(module)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, 1)."""

@@ -3,7 +3,8 @@
 import functools
 import os
 import warnings
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ if TYPE_CHECKING:  # `python -m Model.ops.build` is not to find itself imported 
 Impl = Literal["auto", "reference", "native"]
 
 VARIABLE = "STYLEGAN_OPS"
-# Below this many values a call's overhead outweighs the passes over memory that it saves.
+# Where a gradient is wanted, PyTorch calls Python for every operator of ours: below this many
+# values that outweighs the passes over memory that are saved.
 WORTH_IT = 16384
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -52,8 +54,17 @@ def _warn(part: "Part", reason: str) -> None:
     )
 
 
-# Constant to torch.compile: what is built does not change while a program runs.
-@torch.compiler.assume_constant_result
+def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell torch.compile that a result does not change while a program runs.
+
+    `torch.compiler.assume_constant_result` sets the same mark, but imports the whole compiler, a
+    second at the start of every script.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def _available(part: "Part") -> bool:
     reason = why_not(part)
     if reason is not None:
@@ -61,7 +72,7 @@ def _available(part: "Part") -> bool:
     return reason is None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _demanded(operator: str, device: str) -> bool:
     if device not in ("cpu", "cuda"):
         raise NativeUnavailable(f"{operator}: no compiled operators for {device} tensors")
@@ -73,7 +84,7 @@ def _demanded(operator: str, device: str) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _mode() -> str:
     mode = os.environ.get(VARIABLE) or "auto"
     if mode not in ("auto", "reference", "native"):
@@ -81,12 +92,17 @@ def _mode() -> str:
     return mode
 
 
+def gradient_wanted(*tensors: Tensor | None) -> bool:
+    """Whether what is computed from these tensors is recorded for a gradient."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def use_native(operator: str, impl: Impl, x: Tensor, *others: Tensor | None) -> bool:
     """Whether the compiled operator runs.
 
     ``impl="auto"`` means what the environment variable STYLEGAN_OPS says. If that is "auto" too,
-    the compiled operator runs where it can be built, for floating-point tensors of one type that
-    are large enough to gain from it.
+    the compiled operator runs where it can be built, for floating-point tensors of one type, and,
+    where a gradient is wanted, large enough to gain from it.
 
     Args:
         operator: name for messages.
@@ -104,7 +120,9 @@ def use_native(operator: str, impl: Impl, x: Tensor, *others: Tensor | None) -> 
     if mode != "auto":
         return mode == "native" and _demanded(operator, x.device.type)
     part = x.device.type
-    if part not in ("cpu", "cuda") or x.dtype not in TYPES or x.numel() < WORTH_IT:
+    if part not in ("cpu", "cuda") or x.dtype not in TYPES:
+        return False
+    if x.numel() < WORTH_IT and gradient_wanted(x, *others):
         return False
     if any(t is not None and (t.dtype != x.dtype or t.device != x.device) for t in others):
         return False

@@ -1,6 +1,6 @@
 """The compiled operators for PyTorch: loading, shapes for tracing, and derivatives of any order.
 
-The four operators (schemas in ``csrc/cpu.cpp``), with d = grad * f'(sum), f = scale * leaky_relu:
+The operators (schemas in ``csrc/cpu.cpp``), with d = grad * f'(sum), f = scale * leaky_relu:
 
 - ``upfirdn2d``: its gradient is itself, with the filter turned and up and down swapped.
 - ``fused_leaky_relu``: y = f(x * gain + strength * noise + bias).
@@ -8,6 +8,9 @@ The four operators (schemas in ``csrc/cpu.cpp``), with d = grad * f'(sum), f = s
   by pixel). It is linear in grad, x and gain, and f' depends only on the sign of y, so its own
   gradient is the operator again.
 - ``filtered_leaky_relu``: a blur and ``fused_leaky_relu`` in one pass; its gradient is theirs.
+- ``conv3x3``: its gradient by the input is itself with the filters turned and transposed, that by
+  the weights is PyTorch's.
+- ``styled_conv3x3``: for inference, without a gradient.
 """
 
 from collections.abc import Callable
@@ -15,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from Model.ops.build import Part, library
 
@@ -102,6 +106,11 @@ def _fake_filtered(
     x: Tensor, kernel: Tensor, pad: int, height: int, width: int, *epilogue: object
 ) -> Tensor:
     return _fake_filter(x, height, width)
+
+
+def _fake_convolution(x: Tensor, weight: Tensor, *others: object) -> Tensor:
+    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+    return x.new_empty(shape).to(memory_format=torch.channels_last)
 
 
 # --- Derivatives ----------------------------------------------------------------------------------
@@ -214,6 +223,25 @@ def _filtered_backward(ctx: Any, grad: Tensor) -> Gradients:
     return (dx, None, None, None, None, *parameters, None, None)
 
 
+def _setup_convolution(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias = bias is not None
+
+
+def _convolution_backward(ctx: Any, grad: Tensor) -> Gradients:
+    x, weight = ctx.saved_tensors
+    dx = dweight = dbias = None
+    if ctx.needs_input_grad[0]:
+        turned = weight.flip(2, 3).transpose(0, 1)
+        dx = torch.ops.stylegan.conv3x3(grad, turned, None)
+    if ctx.needs_input_grad[1]:
+        dweight = conv2d_weight(x, weight.shape, grad, padding=1)
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        dbias = grad.sum((0, 2, 3))
+    return dx, dweight, dbias
+
+
 def _register() -> None:
     operators: dict[str, tuple[Callable, Callable, Callable]] = {
         "upfirdn2d": (_fake_upfirdn2d, _upfirdn2d_backward, _setup_upfirdn2d),
@@ -224,7 +252,9 @@ def _register() -> None:
             _setup_activation_backward,
         ),
         "filtered_leaky_relu": (_fake_filtered, _filtered_backward, _setup_filtered),
+        "conv3x3": (_fake_convolution, _convolution_backward, _setup_convolution),
     }
     for name, (fake, backward, setup) in operators.items():
         torch.library.register_fake(f"stylegan::{name}", fake)
         torch.library.register_autograd(f"stylegan::{name}", backward, setup_context=setup)
+    torch.library.register_fake("stylegan::styled_conv3x3", _fake_convolution)

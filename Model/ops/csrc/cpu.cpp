@@ -1,6 +1,7 @@
 // The operators' schemas and their CPU kernels.
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "tensors.h"
+#include "winograd.h"
 
 namespace stylegan {
 namespace {
@@ -501,6 +503,110 @@ Tensor filtered_leaky_relu(
   return y;
 }
 
+// --- Convolution ----------------------------------------------------------------------------------
+
+/// Tiles that are transformed together: few, so that they stay in the processor's own cache, but the
+/// more, the larger the transformed weights are, which are read once for all of them.
+Index tiles_of_chunk(Index inputs, Index outputs, Index tiles) {
+  const Index most = std::max<Index>(32, inputs * outputs / (2 * (inputs + outputs)));
+  const Index chunks = (tiles + most - 1) / most;
+  return winograd::round_up((tiles + chunks - 1) / chunks, winograd::kRows);
+}
+
+template <class T>
+void convolve(
+    T* y, const T* x, const T* weight, const T* style, const winograd::Grid& grid, Index inputs,
+    Index outputs, const at::TensorOptions& options, const ReadyEpilogue<T>* epilogue) {
+  using namespace winograd;
+  const Index tiles = grid.tiles(), chunk = tiles_of_chunk(inputs, outputs, tiles);
+  const auto s = Sizes::of<T>(inputs, outputs, chunk);
+  const Index n_panels = panels<T>(s);
+  const Tensor transformed = at::empty({kProducts * s.weight_matrix}, options);
+  T* u = transformed.mutable_data_ptr<T>();
+  at::parallel_for(0, n_panels * inputs, 16, [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) pack_weights(u, weight, s, i / inputs, i % inputs);
+  });
+  const std::vector<T> zeros(inputs, T(0));
+  const Index grain = std::max<Index>(1, 16384 / (kProducts * std::max(inputs, outputs)));
+  // If there are chunks for all threads, each computes its own, and the loops inside do not start
+  // threads again; else the threads share every chunk.
+  const Index chunks = (tiles + chunk - 1) / chunk;
+  const bool apart = chunks >= at::get_num_threads();
+  at::parallel_for(0, chunks, apart ? 1 : chunks, [&](Index from, Index to) {
+    const Tensor values = at::empty({kProducts * s.input_matrix}, options);
+    const Tensor products = at::empty({kProducts * s.product_matrix}, options);
+    T* v = values.mutable_data_ptr<T>();
+    T* m = products.mutable_data_ptr<T>();
+    for (Index first = from * chunk; first < std::min(to * chunk, tiles); first += chunk) {
+      const Index count = std::min(chunk, tiles - first);
+      at::parallel_for(0, count, grain, [&](Index begin, Index end) {
+        for (Index i = begin; i < end; ++i) {
+          gather_tile(v, x, style, zeros.data(), s, grid, first + i, i);
+        }
+      });
+      at::parallel_for(0, kProducts * n_panels, 1, [&](Index begin, Index end) {
+        for (Index i = begin; i < end; ++i) multiply(m, v, u, s, i / n_panels, i % n_panels);
+      });
+      at::parallel_for(0, count, grain, [&](Index begin, Index end) {
+        for (Index i = begin; i < end; ++i) {
+          scatter_tile(y, m, s, grid, first + i, i, [&](T* line, Index n, Index p, Index width) {
+            if (epilogue) epilogue->channels_last(line, line, n, p, width);
+          });
+        }
+      });
+    }
+  });
+}
+
+Tensor convolved(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& style,
+    const EpilogueTensors* epilogue) {
+  TORCH_CHECK(
+      x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == 3 &&
+          weight.size(3) == 3 && weight.scalar_type() == x.scalar_type(),
+      "conv3x3: expected (N, I, H, W) and (O, I, 3, 3) of one type, got ", x.sizes(), " and ",
+      weight.sizes());
+  TORCH_CHECK(
+      x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble,
+      "conv3x3: expected float or double, got ", x.scalar_type());
+  const Tensor values = x.contiguous(at::MemoryFormat::ChannelsLast), w = weight.contiguous();
+  const OptionalTensor styles = checked("style", style, x, x.size(0), x.size(1));
+  Tensor y = at::empty(
+      {x.size(0), weight.size(0), x.size(2), x.size(3)},
+      x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  if (y.numel() == 0) return y;
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const auto grid = winograd::Grid::of(x.size(0), x.size(2), x.size(3));
+    const T* s = styles ? styles->const_data_ptr<T>() : nullptr;
+    std::optional<ReadyEpilogue<T>> ready;
+    if (epilogue) ready.emplace(epilogue->pointers<T>(layout_of(y)), x.size(0));
+    convolve<T>(
+        y.mutable_data_ptr<T>(), values.const_data_ptr<T>(), w.const_data_ptr<T>(), s, grid,
+        x.size(1), weight.size(0), w.options(), ready ? &*ready : nullptr);
+  };
+  x.scalar_type() == at::kFloat ? run(float{}) : run(double{});
+  return y;
+}
+
+Tensor conv3x3(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  if (!bias) return convolved(x, weight, std::nullopt, nullptr);
+  const auto none = std::nullopt;  // with a slope of one, what is left of the epilogue is the bias
+  const auto epilogue = epilogue_tensors(
+      x, x.size(0), weight.size(0), x.size(2) * x.size(3), bias, none, none, none, 1, 1);
+  return convolved(x, weight, none, &epilogue);
+}
+
+Tensor styled_conv3x3(
+    const Tensor& x, const Tensor& weight, const Tensor& style, const OptionalTensor& bias,
+    const OptionalTensor& noise, const OptionalTensor& strength, const OptionalTensor& gain,
+    double slope, double scale) {
+  const auto epilogue = epilogue_tensors(
+      x, x.size(0), weight.size(0), x.size(2) * x.size(3), bias, noise, strength, gain, slope,
+      scale);
+  return convolved(x, weight, style, &epilogue);
+}
+
 }  // namespace
 }  // namespace stylegan
 
@@ -518,6 +624,10 @@ TORCH_LIBRARY(stylegan, m) {
       "filtered_leaky_relu(Tensor x, Tensor kernel, int pad, SymInt height, SymInt width, "
       "Tensor? bias, Tensor? noise, Tensor? strength, Tensor? gain, float slope, float scale) "
       "-> Tensor");
+  m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "styled_conv3x3(Tensor x, Tensor weight, Tensor style, Tensor? bias, Tensor? noise, "
+      "Tensor? strength, Tensor? gain, float slope, float scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(stylegan, CPU, m) {
@@ -525,4 +635,6 @@ TORCH_LIBRARY_IMPL(stylegan, CPU, m) {
   m.impl("fused_leaky_relu_backward", &stylegan::fused_leaky_relu_backward);
   m.impl("upfirdn2d", &stylegan::upfirdn2d);
   m.impl("filtered_leaky_relu", &stylegan::filtered_leaky_relu);
+  m.impl("conv3x3", &stylegan::conv3x3);
+  m.impl("styled_conv3x3", &stylegan::styled_conv3x3);
 }

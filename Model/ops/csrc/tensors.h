@@ -81,7 +81,7 @@ inline OptionalTensor checked(
   TORCH_CHECK(
       t->numel() == rows * columns && t->scalar_type() == x.scalar_type() &&
           t->device() == x.device(),
-      "fused_leaky_relu: ", name, " must have ", rows, " * ", columns, " elements of type ",
+      name, " must have ", rows, " * ", columns, " elements of type ",
       x.scalar_type(), " on ", x.device(), ", got ", t->sizes(), " of ", t->scalar_type(), " on ",
       t->device());
   return t->contiguous();

@@ -1,0 +1,173 @@
+"""The compiled 3x3 convolution against PyTorch's in double precision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import Model.ops.convolution as module
+from Model.ops import conv3x3, dispatch, fused_leaky_relu, styled_conv3x3
+
+if (reason := dispatch.why_not("cpu")) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+# Vectors hold 4, 8 or 16 values, panels up to 48 columns: below, at and above each.
+CHANNELS = [(1, 1), (3, 5), (16, 16), (17, 31), (32, 48), (47, 64), (49, 50), (100, 97)]
+
+
+def tensors(n, inputs, outputs, height, width, dtype=torch.float32):
+    x = torch.randn(n, inputs, height, width, dtype=dtype)
+    weight = torch.randn(outputs, inputs, 3, 3, dtype=dtype) / (9 * inputs) ** 0.5
+    return x, weight
+
+
+def assert_rounding(actual, expected):
+    """Of the outputs' spread, which is one, `expected` being in double precision."""
+    error = {torch.float32: 3e-5, torch.float64: 1e-13}[actual.dtype]
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=error)
+
+
+def exact(x, weight, bias=None):
+    return F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_equals_pytorch(channels, dtype):
+    for n, height, width in ((1, 4, 4), (2, 8, 8), (3, 7, 9), (1, 1, 1), (1, 2, 13)):
+        x, weight = tensors(n, *channels, height, width, dtype)
+        bias = torch.randn(channels[1], dtype=dtype)
+        for given_x in (x, x.contiguous(memory_format=torch.channels_last)):
+            y = conv3x3(given_x, weight, impl="native")
+            assert_rounding(y, exact(x, weight))
+            assert y.is_contiguous(memory_format=torch.channels_last)
+        assert_rounding(conv3x3(x, weight, bias, impl="native"), exact(x, weight, bias))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 3), *[st.integers(1, 20)] * 4, st.booleans())
+def test_equals_pytorch_for_any_shape(n, inputs, outputs, height, width, turned):
+    x, weight = tensors(n, inputs, outputs, height, width, torch.float64)
+    if turned:  # neither is contiguous
+        x, weight = x.transpose(2, 3), weight.flip(2).transpose(2, 3)
+    assert_rounding(conv3x3(x, weight, impl="native"), exact(x, weight))
+
+
+def test_rounding_is_as_documented():
+    x, weight = tensors(1, 512, 64, 32, 32)
+    error = (conv3x3(x, weight, impl="native") - exact(x, weight)).square().mean().sqrt()
+    assert 1e-8 < error < 1.3e-6
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("maps", [1, 2])
+def test_styled_convolution_is_the_steps_in_turn(channels, maps):
+    x, weight = tensors(2, *channels, 9, 10)
+    style = torch.rand(2, channels[0]) + 0.5
+    parameters = {
+        "bias": torch.randn(channels[1]),
+        "noise": torch.randn(maps, 1, 9, 10),
+        "noise_strength": torch.randn(1),
+        "gain": torch.rand(2, channels[1]) + 0.5,
+    }
+    for left_out in (None, "bias", "noise", "noise_strength", "gain"):
+        some = {k: v for k, v in parameters.items() if k != left_out}
+        y = styled_conv3x3(x, weight, style, negative_slope=0.3, impl="native", **some)
+        double = {k: v.double() for k, v in some.items()}
+        convolved = exact(x * style[:, :, None, None].double(), weight)
+        expected = fused_leaky_relu(convolved, negative_slope=0.3, impl="reference", **double)
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [12, 40])  # all threads at one chunk; each at its own
+def test_results_do_not_depend_on_the_number_of_threads(size):
+    x, weight = tensors(2, 40, 40, size, size)
+    results, threads = [], torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(conv3x3(x, weight, impl="native"))
+    torch.set_num_threads(threads)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+
+
+def test_results_do_not_depend_on_the_batch():
+    x, weight = tensors(5, 40, 40, 16, 16)
+    together = conv3x3(x, weight, impl="native")
+    apart = torch.cat([conv3x3(image[None], weight, impl="native") for image in x])
+    torch.testing.assert_close(together, apart, rtol=0, atol=0)
+
+
+def test_it_is_differentiable_twice():
+    x, weight = (t.requires_grad_() for t in tensors(2, 3, 4, 5, 6, torch.float64))
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+
+    def function(*args):
+        return conv3x3(*args, impl="native")
+
+    assert torch.autograd.gradcheck(function, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(lambda *a: function(*a).square(), (x, weight, bias))
+
+
+def test_a_styled_convolution_has_gradients_too():
+    x, weight = tensors(2, 3, 4, 5, 6, torch.float64)
+    wanted = [torch.randn(s, dtype=x.dtype, requires_grad=True) for s in ((2, 3), (4,), (2, 4))]
+    for only in wanted:  # any of them alone must be enough
+        style, bias, gain = (t if t is only else t.detach() for t in wanted)
+        grads = []
+        for impl in ("native", "reference"):
+            y = styled_conv3x3(x, weight, style, bias, impl=impl, gain=gain)
+            grads.append(torch.autograd.grad(y.square().sum(), only))
+        torch.testing.assert_close(*grads)
+
+
+def test_it_is_registered_as_pytorch_asks():
+    x, weight = tensors(2, 3, 4, 6, 6)
+    bias, noise, gain = torch.randn(4), torch.randn(1, 1, 6, 6), torch.randn(2, 4)
+    differentiable = (t.requires_grad_() for t in (x.clone(), weight.clone(), bias.clone()))
+    torch.library.opcheck(torch.ops.stylegan.conv3x3.default, tuple(differentiable))
+    styled = (x, weight, torch.randn(2, 3), bias, noise, torch.ones(1), gain, 0.2, 1.4)
+    torch.library.opcheck(torch.ops.stylegan.styled_conv3x3.default, styled)
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Where ``auto`` asked for the compiled operator, and was told no."""
+    asked = []
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.setattr(module, "use_native", lambda *_: asked.append(True))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("n", "inputs", "outputs", "size", "worth"),
+    [(1, 64, 64, 32, 1), (8, 512, 512, 8, 1), (1, 512, 512, 16, 0), (4, 3, 64, 64, 0),
+     (4, 16, 16, 64, 0), (1, 24, 24, 32, 1)],
+)  # fmt: skip
+def test_auto_takes_it_where_it_pays(chosen, n, inputs, outputs, size, worth):
+    conv3x3(*tensors(n, inputs, outputs, size, size))
+    assert len(chosen) == worth
+
+
+def test_auto_leaves_half_precision_to_pytorch(chosen):
+    x, weight = tensors(1, 64, 64, 32, 32)
+    assert conv3x3(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv3x3(x, weight).dtype == torch.bfloat16
+        assert styled_conv3x3(x, weight, torch.ones(1, 64)).dtype == torch.bfloat16
+    assert not chosen
+
+
+def test_wrong_arguments_are_named():
+    x, weight = tensors(1, 3, 4, 5, 5)
+    for bad_x, bad_weight in (
+        (x, weight[:, :2]), (x, weight[..., :2]), (x, weight.double()), (x[0], weight),
+        (x.half(), weight.half()),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="conv3x3: expected"):
+            torch.ops.stylegan.conv3x3(bad_x, bad_weight, None)
+    with pytest.raises(RuntimeError, match="style must have 1 \\* 3 elements"):
+        styled_conv3x3(x, weight, torch.ones(2, 3), impl="native")
+    with pytest.raises(RuntimeError, match="bias must have 1 \\* 4 elements"):
+        conv3x3(x, weight, torch.ones(3), impl="native")
