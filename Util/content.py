@@ -78,13 +78,14 @@ class ContentParser(nn.Module):
         return (images - self.mean) / self.std
 
     def _parse_chunk(self, images: Tensor) -> Tensor:
-        # Channels last from the start: the convolutions are faster on it, and the argmax then runs
-        # over contiguous values, which is several times faster than over strided planes.
+        # Channels last from the start: the convolutions are faster on it, and the maximum is then
+        # taken over contiguous values, several times faster than over strided planes. (PyTorch's
+        # argmax takes twice as long as its max.)
         images = images.float().contiguous(memory_format=torch.channels_last)
         size = (self.network.input_size, self.network.input_size)
         logits = self.network.main_logits(self.network_input(images))
         logits = self.network.upsample(logits, size)
-        return logits.permute(0, 2, 3, 1).argmax(dim=3)
+        return logits.permute(0, 2, 3, 1).max(dim=3).indices
 
     @torch.no_grad()
     def parse(self, images: Tensor) -> Tensor:

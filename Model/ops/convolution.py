@@ -86,7 +86,7 @@ def _native(impl: Impl, x: Tensor, weight: Tensor, *others: Tensor | None) -> bo
 def _pays(x: Tensor, weight: Tensor) -> bool:
     """Whether the multiplications saved outweigh the transforms.
 
-    Those of the weights cost as much as 350 pixels, those of a pixel as much as products with 12
+    Those of the weights cost as much as some 250 pixels, those of a pixel as much as products with 12
     channels; a GPU's library has such algorithms itself.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
@@ -94,7 +94,7 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
     outputs, inputs = weight.shape[:2]
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     return (
-        pixels >= 512
+        pixels >= 256
         and inputs * outputs >= 12 * (inputs + outputs)
         and not torch.is_autocast_enabled("cpu")
     )
