@@ -233,6 +233,7 @@ def real_statistics(
     if not distributed.any_process(found is None, device):
         assert found is not None
         return found
+    statistics.check_enough(len(images), extractor.dimensions(images.size, device))
     features = image_features(images, extractor, batch_size, workers, device)
     made = statistics_of(features, record, need_features)
     if distributed.rank() == 0:
@@ -334,6 +335,9 @@ def run(args: argparse.Namespace) -> None:
     generator = None if args.images else load_evaluated(args.ckpt, args.generated_img_size, device)
     size = generator.size if generator else args.generated_img_size
     extractor = extractor_of(args, device)
+    if generator:
+        with blame("--n_sample"):
+            statistics.check_enough(args.n_sample, extractor.dimensions(size, device))
     real = reference(args, size, extractor, device)
     features = generated_features(args, extractor, generator, device)
     if distributed.rank() != 0:

@@ -194,17 +194,15 @@ def make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> Ev
     extractor = make_extractor(
         config.fid_features, inception, parser, parser_file, False, trainer.device
     )
+    with blame("--fid_n_sample"):
+        width = extractor.dimensions(trainer.generator.size, trainer.device)
+        statistics.check_enough(config.fid_n_sample, width)
     if config.dry_run:
         return None
     stats = Path(config.fid_stats) if config.fid_stats else None
     with blame("--fid_stats" if stats and stats.is_file() else "--path"):
         real = real_statistics(
             images, stats, extractor, trainer.device, config.fid_batch, config.workers
-        )
-    if config.fid_n_sample <= len(real.mean):
-        raise ValueError(
-            f"--fid_n_sample {config.fid_n_sample} is too few for {len(real.mean)} features; give"
-            f" at least {len(real.mean) + 1}"
         )
     name = extractor.name.lower().replace(" ", "_")
 

@@ -38,6 +38,10 @@ class Extractor:
             images = images * self.mask(images)
         return self.network(images).float()
 
+    def dimensions(self, size: int, device: torch.device) -> int:
+        """D for images of a side; computes those of one."""
+        return self(torch.zeros(1, 3, size, size, device=device)).shape[1]
+
 
 def fingerprint(file: Path) -> str:
     """First eight hexadecimal digits of a file's SHA-256."""

@@ -38,6 +38,18 @@ class Statistics:
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
+def check_enough(n: int, dimensions: int) -> None:
+    """Refuse a number of images that is too small for statistics of so many features.
+
+    Raises:
+        StatisticsError: says how many are needed.
+    """
+    if n <= dimensions:
+        raise StatisticsError(
+            f"{n} images, but a covariance of {dimensions} features needs at least {dimensions + 1}"
+        )
+
+
 def statistics_of(
     features: NDArray[np.float32], record: Mapping[str, Any], keep_features: bool = False
 ) -> Statistics:
@@ -50,10 +62,7 @@ def statistics_of(
     if not np.isfinite(features).all():
         bad = int((~np.isfinite(features)).any(axis=1).sum())
         raise StatisticsError(f"features of {bad} of {n} images are NaN or infinite")
-    if n <= dimensions:
-        raise StatisticsError(
-            f"{n} images, but a covariance of {dimensions} features needs at least {dimensions + 1}"
-        )
+    check_enough(n, dimensions)
     mean, cov = mean_and_covariance(features)
     return Statistics(mean, cov, features if keep_features else None, record)
 

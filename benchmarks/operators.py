@@ -11,6 +11,8 @@ px), full and pruned by 0.7:
 - reference: ``impl="reference"``, the best this project knows to do with PyTorch's operations.
 - native: ``impl="native"``.
 
+On a CPU also the 3x3 layer with style and epilogue, whose textbook form modulates the weights.
+
 Each is set beside a copy of the result's size: the roof for anything that reads and writes every
 value once. GB/s counts one read of the input and one write of the output.
 """
@@ -27,7 +29,13 @@ from torch import Tensor
 
 from benchmarks import textbook
 from benchmarks.timing import Timing, interleaved, machine, milliseconds, parser, table, write_json
-from Model.ops import filtered_leaky_relu, fused_leaky_relu, make_kernel, upfirdn2d
+from Model.ops import (
+    filtered_leaky_relu,
+    fused_leaky_relu,
+    make_kernel,
+    styled_conv3x3,
+    upfirdn2d,
+)
 from Model.ops.dispatch import Impl
 
 # Batch, channels and side: last layers of the 256 px generator, full size and pruned by 0.7.
@@ -52,6 +60,25 @@ def textbook_epilogue(
     y = y + strength * noise
     y = y + bias.view(1, -1, 1, 1)
     return F.leaky_relu(y, 0.2) * GAIN
+
+
+def layer(n: int, c: int, side: int) -> Operation:
+    """A styled convolution with (n, c, side, side) activations, on the CPU."""
+    x = torch.randn(n, c, side, side).contiguous(memory_format=torch.channels_last)
+    weight, style = torch.randn(c, c, 3, 3) / (3 * c**0.5), torch.randn(n, c)
+    bias, noise, strength = torch.randn(c), torch.randn(n, 1, side, side), torch.randn(1)
+    gain = torch.randn(n, c)
+
+    def run(x: Tensor, impl: Impl | None) -> Tensor:
+        if impl is None:
+            modulated = (weight * style.view(n, 1, c, 1, 1)).flatten(0, 1)
+            y = F.conv2d(x.reshape(1, n * c, side, side), modulated, padding=1, groups=n)
+            return textbook_epilogue(y.view(n, c, side, side), bias, noise, strength, gain)
+        return styled_conv3x3(
+            x, weight, style, bias, impl=impl, noise=noise, noise_strength=strength, gain=gain
+        )
+
+    return Operation("3x3 layer", x, run)
 
 
 def operations(n: int, c: int, side: int, device: str) -> list[Operation]:
@@ -167,7 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     print(machine(options.device))
     lines, results = [], []
     for n, c, side in SHAPES:
-        for operation in operations(n, c, side, options.device):
+        layers = [layer(n, c, side)] if options.device == "cpu" else []
+        for operation in layers + operations(n, c, side, options.device):
             shape = tuple(operation.x.shape)
             for way, times in measure(operation, options.rounds, options.device, clock).items():
                 result = row(operation, shape, way, times)

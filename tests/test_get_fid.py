@@ -135,7 +135,10 @@ def test_bundled_statistics_fit_the_bundled_parser(capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--n_sample 100 --path real", "100 images, but a covariance of 112 features needs"),
+        (
+            "--n_sample 100 --path real",
+            "--n_sample 100 images, but a covariance of 112 features needs",
+        ),
         ("--n_sample 120", "--path is missing"),
         ("--n_sample 120 --stats none.npz", "--stats none.npz: no such file"),
         ("--n_sample 120 --stats evil.pkl", "evil.pkl: refused, it would run"),

@@ -278,6 +278,10 @@ def test_distillation_with_mask_and_parser_features(folder, mode, n_classes):
         ("--load_train_state", "--load_train_state goes with --ckpt"),
         ("--fid_n_sample 9 --inception_ckpt none.pth", "none.pth: no such file"),
         ("--fid_n_sample 9 --fid_features parser", "--parser_ckpt: the face parser"),
+        (
+            f"--dry_run --fid_n_sample 112 --fid_features parser --parser_ckpt {PARSER}",
+            "--fid_n_sample 112 images, but a covariance of 112 features needs at least 113",
+        ),
         ("--device tpu", "--device tpu"),
         ("--path none", "--path none: no such folder"),
     ],

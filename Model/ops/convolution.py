@@ -86,8 +86,8 @@ def _native(impl: Impl, x: Tensor, weight: Tensor, *others: Tensor | None) -> bo
 def _pays(x: Tensor, weight: Tensor) -> bool:
     """Whether the multiplications saved outweigh the transforms.
 
-    Those of the weights cost as much as some 250 pixels, those of a pixel as much as products with 12
-    channels; a GPU's library has such algorithms itself.
+    Those of the weights cost as much as some 250 pixels, those of a pixel as much as products with
+    12 channels; a GPU's library has such algorithms itself.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
