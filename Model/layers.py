@@ -191,8 +191,10 @@ class ModulatedConv2d(nn.Module):
     @in_float32
     def demodulation(self, style: Tensor) -> Tensor:
         """Per-channel scale of the output for a scaled style, (N, I) -> (N, O) (eq. 3)."""
-        power = self.weight[0].square().sum(dim=(2, 3))
-        return torch.rsqrt(F.linear(style.square(), power) + 1e-8)
+        # The product sums over inputs and taps at once; a sum over the taps first would cost more.
+        power = self.weight[0].flatten(1).square()
+        taps = power.shape[1] // style.shape[1]
+        return torch.rsqrt(F.linear(style.square().repeat_interleave(taps, 1), power) + 1e-8)
 
     def convolve(self, x: Tensor, style: Tensor) -> Tensor:
         """Modulate and convolve; no demodulation, no blur: (N, I, H, W) -> (N, O, H', W')."""
