@@ -2,10 +2,10 @@
 
 import sys
 
-from benchmarks import jobs, memory, operators, scaling
+from benchmarks import breakdown, jobs, memory, operators, scaling
 
 if __name__ == "__main__":
-    for benchmark in (operators, jobs, memory, scaling):
+    for benchmark in (operators, jobs, memory, breakdown, scaling):
         print(f"\n## {benchmark.__name__}\n", flush=True)
         if code := benchmark.main([]):
             sys.exit(code)
