@@ -61,7 +61,7 @@ def test_layers_sum_up():
 @pytest.mark.parametrize("channels", [None, PRUNED_256])
 def test_flop_counter(channels):
     """PyTorch's counter finds our MACs, twice (it counts additions too), and two things more:
-    the filters (blur and RGB upsampling), and demodulation, O * I per demodulated convolution.
+    the filters (blur and RGB upsampling), and demodulation, as many as there are weights.
     """
     network = on_meta(256, channels)
     with FlopCounterMode(display=False) as counter:
@@ -73,7 +73,7 @@ def test_flop_counter(channels):
         if isinstance(module, Blur | Upsample)
     )
     demodulation = sum(
-        module.weight.shape[1] * module.weight.shape[2]
+        module.weight.numel()
         for module in network.modules()
         if isinstance(module, ModulatedConv2d) and module.demodulate
     )

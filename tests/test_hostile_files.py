@@ -43,7 +43,7 @@ READERS = {
     "train --inception_ckpt": (train, f"{STUDENT} --fid_n_sample 9 --inception_ckpt"),
     "train --fid_stats": (
         train,
-        f"{STUDENT} --fid_n_sample 9 --fid_features parser --fid_stats",
+        f"{STUDENT} --fid_n_sample 999 --fid_features parser --fid_stats",
     ),
     "train --resume": (train, "--resume"),
     "train_parser --eval_only": (
