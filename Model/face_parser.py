@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from Model.ops import conv3x3
+from Model.ops import conv2d
 
 PUBLISHED_WIDTH = 64
 PUBLISHED_STEM_STRIDE = 4
@@ -26,13 +26,12 @@ PUBLISHED_INPUT_SIZE = 512
 
 
 class Conv2d(nn.Conv2d):
-    """PyTorch's layer, by way of `conv3x3` where that computes it."""
+    """PyTorch's layer, without dilation and groups, by way of this project's `conv2d`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, I, h, w) -> (N, O, h / stride, w / stride)."""
-        if self.kernel_size == (3, 3) and self.stride == (1, 1):
-            return conv3x3(x, self.weight, self.bias)
-        return super().forward(x)
+        assert not isinstance(self.padding, str)
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
 
 class ConvBNReLU(nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from Model.ops import (
-    conv3x3,
+    conv2d,
     filtered_leaky_relu,
     fused_leaky_relu,
     make_kernel,
@@ -76,10 +76,7 @@ class EqualConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, I, H, W) to (N, O, H', W')."""
         scale = 1 / math.sqrt(self.weight[0].numel())
-        weight = self.weight * scale
-        if weight.shape[-1] == 3 and (self.stride, self.padding) == (1, 1):
-            return conv3x3(x, weight)
-        return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
+        return conv2d(x, self.weight * scale, stride=self.stride, padding=self.padding)
 
 
 class FusedLeakyReLU(nn.Module):
@@ -207,9 +204,7 @@ class ModulatedConv2d(nn.Module):
         x = x * style[:, :, None, None].to(x.dtype)
         if self.upsample:
             return F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
-        if weight.shape[-1] == 3:
-            return conv3x3(x, weight)
-        return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+        return conv2d(x, weight, padding=weight.shape[-1] // 2)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """Convolve (N, I, H, W) under latents (N, style_dim)."""

@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,21 @@ class Timing:
     slowest: float
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Flags that every benchmark takes."""
+def parser(description: str, jobs: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """Flags that every benchmark takes, and --only, a list, where there are jobs to choose from."""
     flags = argparse.ArgumentParser(description=description)
+    names = list(jobs)
+
+    def some(text: str) -> list[str]:
+        for name in text.split(","):
+            if name not in names:
+                choice = ", ".join(names)
+                raise argparse.ArgumentTypeError(f"{name}: no such job; choose from {choice}")
+        return text.split(",")
+
+    if names:
+        help_text = ", ".join(names)
+        flags.add_argument("--only", type=some, default=names, metavar="JOB,...", help=help_text)
     flags.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
     flags.add_argument("--rounds", type=int, default=7, metavar="N", help="at least 5")
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

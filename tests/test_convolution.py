@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import Model.ops.convolution as module
-from Model.ops import conv3x3, dispatch, fused_leaky_relu, styled_conv3x3
+from Model.ops import conv2d, conv3x3, dispatch, fused_leaky_relu, styled_conv3x3
 
 if (reason := dispatch.why_not("cpu")) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -148,6 +148,18 @@ def chosen(monkeypatch):
 def test_auto_takes_it_where_it_pays(chosen, n, inputs, outputs, size, worth):
     conv3x3(*tensors(n, inputs, outputs, size, size))
     assert len(chosen) == worth
+
+
+@pytest.mark.parametrize(
+    ("side", "stride", "padding", "asked"),
+    [(3, 1, 1, 1), (3, (1, 1), (1, 1), 1), (3, 2, 1, 0), (3, 1, 0, 0), (1, 1, 0, 0)],
+)
+def test_conv2d_takes_it_for_its_own_case_alone(chosen, side, stride, padding, asked):
+    x, weight = tensors(1, 64, 64, 32, 32)
+    weight, bias = weight[:, :, :side, :side], torch.randn(64)
+    y = conv2d(x, weight, bias, stride, padding)
+    torch.testing.assert_close(y, F.conv2d(x, weight, bias, stride, padding), rtol=0, atol=0)
+    assert len(chosen) == asked
 
 
 def test_auto_leaves_half_precision_to_pytorch(chosen):

@@ -286,16 +286,21 @@ def test_a_killed_loader_leaves_a_checkpoint(pictures, tmp_path, monkeypatch, ca
     assert train.main(train_again.split()) == 0
 
 
-@pytest.mark.parametrize(
-    "error", [EOFError, ConnectionResetError, ConnectionRefusedError, FileNotFoundError]
-)
-def test_a_loader_killed_while_its_batch_is_fetched(pictures, error):
+def batches_until(error, pictures):
     def fetch():
         yield torch.zeros(1), {}
         raise error
 
     batches = images._reported(fetch(), Images(pictures, 16))
     next(batches)
+    return batches
+
+
+@pytest.mark.parametrize(
+    "error", [EOFError, ConnectionResetError, ConnectionRefusedError, FileNotFoundError]
+)
+def test_a_loader_killed_while_its_batch_is_fetched(pictures, error):
+    batches = batches_until(error, pictures)
     with pytest.raises(DatasetError, match="a loading process was killed"):
         next(batches)
 
@@ -305,12 +310,7 @@ def test_a_loader_killed_while_its_batch_is_fetched(pictures, error):
     [RuntimeError("out of memory"), OSError("Caught OSError in DataLoader worker process 0.")],
 )
 def test_errors_of_a_living_loader_are_not_taken_for_its_death(pictures, error):
-    def fetch():
-        yield torch.zeros(1), {}
-        raise error
-
-    batches = images._reported(fetch(), Images(pictures, 16))
-    next(batches)
+    batches = batches_until(error, pictures)
     with pytest.raises(type(error), match=str(error)):
         next(batches)
 

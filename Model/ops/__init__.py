@@ -6,11 +6,12 @@ reference elsewhere. The environment variable STYLEGAN_OPS says what "auto" mean
 are built when first used (`Model.ops.build`); see doc/operators.md.
 """
 
-from Model.ops.convolution import conv3x3, styled_conv3x3
+from Model.ops.convolution import conv2d, conv3x3, styled_conv3x3
 from Model.ops.fused_leaky_relu import filtered_leaky_relu, fused_leaky_relu
 from Model.ops.upfirdn2d import make_kernel, upfirdn2d
 
 __all__ = [
+    "conv2d",
     "conv3x3",
     "filtered_leaky_relu",
     "fused_leaky_relu",

@@ -30,6 +30,19 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: Impl = 
     return torch.ops.stylegan.conv3x3(x, weight, bias)
 
 
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+) -> Tensor:
+    """`torch.nn.functional.conv2d`, by way of `conv3x3` where that computes it."""
+    if weight.shape[2:] == (3, 3) and stride in (1, (1, 1)) and padding in (1, (1, 1)):
+        return conv3x3(x, weight, bias)
+    return F.conv2d(x, weight, bias, stride, padding)
+
+
 def styled_conv3x3(
     x: Tensor,
     weight: Tensor,
@@ -46,8 +59,8 @@ def styled_conv3x3(
     """Compute ``fused_leaky_relu(conv3x3(x * style, weight), ...)``.
 
     A layer of StyleGAN2's synthesis network. The factors are converted to the types of what they
-    meet. Where no gradient is wanted, the compiled convolution
-    scales what it reads and activates what it writes, without a pass over memory for either.
+    meet. Where no gradient is wanted, the compiled convolution scales what it reads and activates
+    what it writes, without a pass over memory for either.
 
     Args:
         x: (N, I, H, W).
