@@ -15,16 +15,16 @@ import torch
 
 import prune
 import train
+from Compression.content import load_content_parser
 from Dataset import toon_faces
+from Evaluation.comparison import content_l1, render
 from Model import bundled
 from Model.checkpoint import load_generator
-from Model.files import atomic_path
+from Model.complexity import macs, parameters
 from Model.generator import Generator
 from Util.cli import OneLineParser, at_least, check_writable, file_path, run_script
-from Util.comparison import content_l1, render, side_by_side
-from Util.complexity import macs, parameters
-from Util.content import load_content_parser
-from Util.pictures import save_png
+from Util.files import atomic_path
+from Util.pictures import save_png, side_by_side
 from Util.plot_log import plot
 
 TEACHER = os.path.relpath(bundled.MODEL)

@@ -11,22 +11,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from Compression.content import parser_for
 from Evaluation import editing, sampling
-from Evaluation.editing import Latents, synthesise
-from Evaluation.fidelity import Perceptual
-from Evaluation.projection import load_projection
-from Model.generator import Generator
-from Util.animation import save_gif
-from Util.cli import OneLineParser, at_least, blame, file_path, integers, run_script
-from Util.device import pick_device
-from Util.evaluation_cli import (
+from Evaluation.command_line import (
     add_perceptual_flags,
     distance_name,
-    parser_for,
     perceptual_for,
     print_json,
 )
-from Util.picture_cli import (
+from Evaluation.distances import Distance
+from Evaluation.editing import Latents, synthesise
+from Evaluation.picture_command_line import (
     caption,
     load_models,
     picture_parser,
@@ -34,6 +29,11 @@ from Util.picture_cli import (
     target_stem,
     with_ending,
 )
+from Evaluation.projection import load_projection
+from Model.generator import Generator
+from Util.animation import save_gif
+from Util.cli import OneLineParser, at_least, blame, file_path, integers, run_script
+from Util.device import pick_device
 from Util.pictures import captioned, framed, grid, rescale, save_png
 
 EXAMPLES = """Every face of A is edited towards faces of B. Mixing shows A in the first column, B in
@@ -189,7 +189,7 @@ Result = tuple[np.ndarray, dict[str, float]]
 """The picture of one model, and its distances."""
 
 
-def mix(faces: Faces, name: str, scale: float, content: Content, distance: Perceptual) -> Result:
+def mix(faces: Faces, name: str, scale: float, content: Content, distance: Distance) -> Result:
     """Mix the styles of a model's faces."""
     a, b = faces.latents(name, "a"), faces.latents(name, "b")
     all_latents = (a, b, editing.mix(a, b, faces.layers))
@@ -202,7 +202,7 @@ def mix(faces: Faces, name: str, scale: float, content: Content, distance: Perce
     return framed(shown(left, 1), shown(top, len(b)), shown(mixed, len(b))), distances
 
 
-def morph(faces: Faces, name: str, scale: float, content: Content, distance: Perceptual) -> Result:
+def morph(faces: Faces, name: str, scale: float, content: Content, distance: Distance) -> Result:
     """Morph a model's faces, one row each."""
     steps = torch.linspace(0, 1, faces.args.steps).tolist()
     frames = [synthesise(faces.models[name], faces.morph(name, t)) for t in steps]

@@ -1,42 +1,36 @@
 """Distances of a generator's images to real ones: Frechet, kernel, precision and recall."""
 
 import argparse
-import hashlib
-import json
 import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from tqdm import tqdm
 
-from Dataset.images import Images, in_order, load_batches
-from Evaluation import sampling, statistics
-from Evaluation.features import (
-    Extractor,
-    content_aware,
-    extract,
-    inception_extractor,
-    parser_extractor,
+from Compression.content import parser_for
+from Dataset.images import Images
+from Evaluation import feature_statistics
+from Evaluation.command_line import (
+    evaluation_parser,
+    load_evaluated,
+    print_json,
 )
+from Evaluation.feature_sets import (
+    image_features,
+    read_statistics,
+    real_statistics,
+    sampled_features,
+)
+from Evaluation.feature_statistics import Statistics, statistics_of
+from Evaluation.features import Extractor, make_extractor
 from Evaluation.kid import kernel_distance
 from Evaluation.precision_recall import precision_recall
-from Evaluation.statistics import Statistics, statistics_of
 from Model import bundled
 from Model.generator import Generator
 from Util import distributed
 from Util.cli import OneLineParser, at_least, blame, file_path, fraction, run_script
-from Util.content import ContentParser
 from Util.device import pick_device
-from Util.evaluation_cli import (
-    evaluation_parser,
-    load_evaluated,
-    parser_for,
-    print_json,
-)
 
 METRICS = ("fid", "kid", "pr")
 EXAMPLES = """examples:
@@ -97,153 +91,6 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def make_extractor(
-    features: str,
-    inception_ckpt: Path | None,
-    parser: ContentParser | None,
-    parser_file: Path | None,
-    masked: bool,
-    device: torch.device,
-) -> Extractor:
-    """The features that images are compared by.
-
-    Args:
-        features: inception or parser.
-        inception_ckpt: Inception's weights, None for the downloaded ones.
-        parser: needed for its features and for masks.
-        parser_file: where it is from.
-        masked: multiply the images by their content mask.
-        device: where they run.
-
-    Raises:
-        ValueError: the weights are missing or unfit.
-    """
-    if features == "parser":
-        assert parser is not None
-        assert parser_file is not None
-        network = parser.network
-
-        def trunk(images: Tensor) -> list[Tensor]:
-            return network.trunk_features(parser.network_input(images))
-
-        extractor = parser_extractor(trunk, parser_file)
-    else:
-        extractor = inception_extractor(inception_ckpt, device)
-    if masked:
-        assert parser is not None
-        assert parser_file is not None
-        extractor = content_aware(extractor, parser, parser_file)
-    return extractor
-
-
-def all_features(
-    extractor: Extractor, batches: Iterable[Tensor], device: torch.device, n: int, what: str
-) -> NDArray[np.float32]:
-    """Features (n, D) of every process's batches, in order, under a progress bar."""
-    quiet = distributed.rank() != 0
-    with tqdm(total=n, desc=what, unit="img", leave=False, disable=quiet) as bar:
-        step = distributed.world_size()
-        own = extract(extractor, batches, device, lambda k: bar.update(min(k * step, n - bar.n)))
-    return torch.cat(distributed.gather_in_turn(own)).numpy()
-
-
-def sampled_features(
-    generator: Generator,
-    extractor: Extractor,
-    n: int,
-    batch_size: int,
-    seed: int,
-    truncation: float = 1.0,
-) -> NDArray[np.float32]:
-    """Features (n, D) of images 0 to n - 1 of a generator, shared by the processes."""
-    centre = sampling.mean_latent(generator, seed) if truncation < 1 else None
-    shares = sampling.shares(n, batch_size, distributed.rank(), distributed.world_size())
-    batches = (sampling.images(generator, s, seed, truncation, centre) for s in shares)
-    device = generator.input.input.device
-    return all_features(extractor, batches, device, n, "generated images")
-
-
-def image_features(
-    images: Images, extractor: Extractor, batch_size: int, workers: int, device: torch.device
-) -> NDArray[np.float32]:
-    """Features (N, D) of all images of a data set, shared by the processes."""
-    own = in_order(len(images), batch_size, distributed.rank(), distributed.world_size())
-    batches = load_batches(images, own, workers, device.type == "cuda")
-    return all_features(extractor, batches, device, len(images), f"images of {images.path}")
-
-
-def read_statistics(file: Path, extractor: Extractor, need_features: bool) -> Statistics:
-    """Statistics that the user names.
-
-    Raises:
-        ValueError: no statistics, those of other features, or without the features themselves.
-    """
-    found = statistics.load(file)
-    made_by = found.record.get("protocol", extractor.protocol)
-    if made_by != extractor.protocol:
-        raise ValueError(
-            f"{file} was made by: {made_by}; these flags mean: {extractor.protocol}; change the"
-            " flags, or name another file"
-        )
-    if need_features and found.features is None:
-        raise ValueError(
-            f"{file} has only mean and covariance; --metrics kid and pr need the real images"
-            " themselves: give --path without this file"
-        )
-    return found
-
-
-def real_statistics(
-    images: Images,
-    file: Path | None,
-    extractor: Extractor,
-    device: torch.device,
-    batch_size: int = 64,
-    workers: int = 0,
-    need_features: bool = False,
-) -> Statistics:
-    """Statistics of real images, made once and kept; all processes take part.
-
-    Args:
-        images: the data set.
-        file: taken if it is there, else where they are kept; None: beside the images, and made
-            again when these have changed.
-        extractor: the features.
-        device: where the features are computed.
-        batch_size: images at a time.
-        workers: processes that load the images.
-        need_features: the features themselves are needed, not only their mean and covariance.
-
-    Raises:
-        ValueError: see `read_statistics`; too few images for the features, or non-finite ones.
-    """
-    if file is not None and not distributed.any_process(not file.is_file(), device):
-        return read_statistics(file, extractor, need_features)
-    record = {
-        "images": str(images.path),
-        "count": len(images),
-        "size": images.size,
-        "files": images.fingerprint(),
-        "protocol": extractor.protocol,
-    }
-    if file is None:
-        digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:8]
-        file = images.path.with_name(f"{images.path.name}_{images.size}px_statistics_{digest}.npz")
-    found = statistics.find(file, record, need_features)
-    if not distributed.any_process(found is None, device):
-        assert found is not None
-        return found
-    statistics.check_enough(len(images), extractor.dimensions(images.size, device))
-    features = image_features(images, extractor, batch_size, workers, device)
-    made = statistics_of(features, record, need_features)
-    if distributed.rank() == 0:
-        try:
-            statistics.save(file, made)
-        except OSError as error:
-            print(f"warning: {file} could not be written ({error})", file=sys.stderr)
-    return made
-
-
 def reference(
     args: argparse.Namespace, size: int, extractor: Extractor, device: torch.device
 ) -> Statistics:
@@ -278,7 +125,7 @@ def compare(
     """
     figures = {}
     if "fid" in metrics:
-        figures[name] = statistics.distance(statistics_of(generated, {}), real)
+        figures[name] = feature_statistics.distance(statistics_of(generated, {}), real)
     if real.features is None:
         return figures
     if "kid" in metrics:
@@ -302,7 +149,12 @@ def extractor_of(args: argparse.Namespace, device: torch.device) -> Extractor:
         args.parser_ckpt = args.parser_ckpt or bundled.default_parser(args.ckpt)
         parser = parser_for(args.parser_ckpt, args.ckpt, device)
     return make_extractor(
-        args.features, args.inception_ckpt, parser, args.parser_ckpt, args.content_aware, device
+        args.features,
+        args.inception_ckpt,
+        parser.network if parser else None,
+        args.parser_ckpt,
+        parser if args.content_aware else None,
+        device,
     )
 
 
@@ -337,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
     extractor = extractor_of(args, device)
     if generator:
         with blame("--n_sample"):
-            statistics.check_enough(args.n_sample, extractor.dimensions(size, device))
+            feature_statistics.check_enough(args.n_sample, extractor.dimensions(size, device))
     real = reference(args, size, extractor, device)
     features = generated_features(args, extractor, generator, device)
     if distributed.rank() != 0:

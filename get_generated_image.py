@@ -10,14 +10,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from Evaluation import sampling
+from Evaluation.command_line import print_json
 from Evaluation.editing import circle, from_z, synthesise
-from Model.generator import Generator
-from Util.animation import save_gif
-from Util.cli import OneLineParser, at_least, file_path, run_script
-from Util.complexity import macs
-from Util.device import pick_device
-from Util.evaluation_cli import print_json
-from Util.picture_cli import (
+from Evaluation.picture_command_line import (
     caption,
     load_models,
     picture_parser,
@@ -25,6 +20,11 @@ from Util.picture_cli import (
     target_stem,
     with_ending,
 )
+from Model.complexity import macs
+from Model.generator import Generator
+from Util.animation import save_gif
+from Util.cli import OneLineParser, at_least, file_path, run_script
+from Util.device import pick_device
 from Util.pictures import captioned, grid, rescale, save_png
 
 EXAMPLES = """examples:

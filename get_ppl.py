@@ -7,12 +7,7 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from Evaluation.ppl import PROTOCOLS, PathPairs, pair_distances, perceptual_path_length
-from Evaluation.sampling import shares
-from Util import distributed
-from Util.cli import OneLineParser, at_least, run_script
-from Util.device import pick_device
-from Util.evaluation_cli import (
+from Evaluation.command_line import (
     add_perceptual_flags,
     distance_name,
     evaluation_parser,
@@ -20,6 +15,11 @@ from Util.evaluation_cli import (
     perceptual_for,
     print_json,
 )
+from Evaluation.ppl import PROTOCOLS, PathPairs, pair_distances, perceptual_path_length
+from Evaluation.sampling import shares
+from Util import distributed
+from Util.cli import OneLineParser, at_least, run_script
+from Util.device import pick_device
 
 EXAMPLES = """examples:
   the bundled model, with parser features, no download:

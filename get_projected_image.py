@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from Compression.content import ContentParser, parser_for
 from Dataset.prepare_data import (
     SUFFIXES,
     UnreadableImageError,
@@ -21,24 +22,22 @@ from Dataset.prepare_data import (
     read_image,
 )
 from Evaluation import sampling
-from Evaluation.fidelity import Perceptual, fidelity
-from Evaluation.projection import LEARNING_RATE, Projection, project, save_projection
-from Model.files import atomic_path
-from Model.generator import Generator
-from Util.cli import OneLineParser, at_least, check_writable, file_path, run_script
-from Util.comparison import side_by_side
-from Util.content import ContentParser
-from Util.device import pick_device
-from Util.evaluation_cli import (
+from Evaluation.command_line import (
     add_perceptual_flags,
     distance_name,
     evaluation_parser,
     load_evaluated,
-    parser_for,
     perceptual_for,
     print_json,
 )
-from Util.pictures import save_png
+from Evaluation.distances import Distance
+from Evaluation.fidelity import fidelity
+from Evaluation.projection import LEARNING_RATE, Projection, project, save_projection
+from Model.generator import Generator
+from Util.cli import OneLineParser, at_least, check_writable, file_path, run_script
+from Util.device import pick_device
+from Util.files import atomic_path
+from Util.pictures import save_png, side_by_side
 
 PICTURE = "Image_Projection_Visualization.png"
 TABLE = "projection.csv"
@@ -232,7 +231,7 @@ def pictures_from_files(args: argparse.Namespace, size: int, device: torch.devic
 
 
 def project_all(
-    args: argparse.Namespace, generator: Generator, targets: Targets, perceptual: Perceptual
+    args: argparse.Namespace, generator: Generator, targets: Targets, perceptual: Distance
 ) -> Iterator[tuple[list[str], Tensor, Projection]]:
     """Project batch after batch under a progress bar: names, real pictures, what was found."""
     batches = list(sampling.shares(len(targets.names), args.batch_size))
@@ -264,7 +263,7 @@ def project_and_save(
     generator: Generator,
     targets: Targets,
     parser: ContentParser,
-    perceptual: Perceptual,
+    perceptual: Distance,
 ) -> list[Row]:
     """Project, write latents as soon as they are there, and the picture and the table at the end.
 

@@ -10,15 +10,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from Compression.content import ContentParser, load_content_parser
+from Compression.report import details, score_table, summary
+from Compression.scores import SCORES, EmptyContentError, Scores, channel_scores
+from Compression.selection import select_channels
+from Compression.surgery import prune_generator
 from Model import bundled, checkpoint
-from Model.files import folder_lock
 from Model.generator import Generator
 from Util.cli import OneLineParser, at_least, blame, check_writable, file_path, fraction, run_script
-from Util.content import ContentParser, load_content_parser
 from Util.device import pick_device
-from Util.pruning import prune_generator, select_channels
-from Util.report import details, score_table, summary
-from Util.scoring import METRICS, EmptyContentError, Scores, channel_scores
+from Util.files import folder_lock
 
 EPILOG = """metrics (higher scores stay):
 {metrics}
@@ -35,8 +36,8 @@ examples:
 
 def build_parser() -> OneLineParser:
     """Declare the command line."""
-    width = max(map(len, METRICS))
-    metrics = "\n".join(f"  {name:<{width}}  {m.description}" for name, m in METRICS.items())
+    width = max(map(len, SCORES))
+    metrics = "\n".join(f"  {name:<{width}}  {m.description}" for name, m in SCORES.items())
     parser = OneLineParser(
         prog="prune.py",
         description="Score the channels of a StyleGAN2 generator, remove the lowest of every layer"
@@ -100,7 +101,7 @@ def _add_further_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--metric",
-        choices=METRICS,
+        choices=SCORES,
         default="content_aware",
         metavar="NAME",
         help="how channels are scored, see below (default: %(default)s)",
@@ -158,7 +159,7 @@ def parser_of(args: argparse.Namespace) -> ContentParser | None:
     Raises:
         ValueError: naming the flag.
     """
-    if not METRICS[args.metric].needs_parser:
+    if not SCORES[args.metric].needs_parser:
         return None
     if args.parser_ckpt is None:
         args.parser_ckpt = bundled.default_parser(args.ckpt)
@@ -230,7 +231,7 @@ def config_of(args: argparse.Namespace, before: Generator, after: Generator) -> 
         "batch_size": args.batch_size,
         "noise_prob": args.noise_prob,
         "source": args.ckpt.name,
-        "parser": args.parser_ckpt.name if METRICS[args.metric].needs_parser else "",
+        "parser": args.parser_ckpt.name if SCORES[args.metric].needs_parser else "",
         "channels_before": list(before.channels),
         "channels_after": list(after.channels),
     }

@@ -14,25 +14,26 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from Compression.content import ContentParser, load_content_parser
+from Compression.training import NonFiniteError, Teacher, Trainer, train
 from Dataset.images import DatasetError, EndlessBatches, Images, load_batches
-from Evaluation import statistics
-from Evaluation.statistics import statistics_of
-from get_fid import make_extractor, real_statistics, sampled_features
+from Evaluation import feature_statistics
+from Evaluation.comparison import render
+from Evaluation.distances import Distance, ParserDistance, load_lpips
+from Evaluation.feature_sets import real_statistics, sampled_features
+from Evaluation.feature_statistics import statistics_of
+from Evaluation.features import make_extractor
 from Model import checkpoint
 from Model.bundled import default_parser
 from Model.discriminator import Discriminator
+from Model.face_parser import fold_batch_norm
 from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig, add_flags, check_ranges, known_settings
 from Util import distributed, pictures
 from Util.cli import OneLineParser, blame, check_writable, run_script
-from Util.comparison import render
-from Util.content import ContentParser, load_content_parser
 from Util.device import peak_memory_gib, pick_device, set_tf32
-from Util.losses import Perceptual
-from Util.perceptual import ParserDistance, load_lpips
 from Util.run_log import TIMING, RunLog, newest_checkpoint, read_config, read_metrics
 from Util.stopping import StopRequest
-from Util.training import NonFiniteError, Teacher, Trainer, train
 
 EXAMPLES = """examples:
   retrain a pruned model, distilling from the full-size one inside the face:
@@ -125,13 +126,13 @@ def make_networks(
 
 def make_perceptual(
     config: TrainConfig, parser: ContentParser | None, device: torch.device
-) -> Perceptual | None:
+) -> Distance | None:
     """The perceptual distance that --perceptual names, or None when its weight is 0."""
     if not config.kd_lpips_lambda:
         return None
     if config.perceptual == "parser":
         assert parser is not None
-        return ParserDistance(parser)
+        return ParserDistance(parser.network)
     return load_lpips(config.perceptual, config.perceptual_ckpt or None).to(device)
 
 
@@ -189,14 +190,14 @@ def make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> Ev
     if config.fid_features == "parser":
         parser_file = Path(config.parser_ckpt or default_parser(config.teacher_ckpt))
         with blame("--parser_ckpt"):
-            parser = load_content_parser(parser_file, trainer.device)
+            parser = fold_batch_norm(checkpoint.load_face_parser(parser_file, trainer.device))
     inception = Path(config.inception_ckpt) if config.inception_ckpt else None
     extractor = make_extractor(
-        config.fid_features, inception, parser, parser_file, False, trainer.device
+        config.fid_features, inception, parser, parser_file, None, trainer.device
     )
     with blame("--fid_n_sample"):
         width = extractor.dimensions(trainer.generator.size, trainer.device)
-        statistics.check_enough(config.fid_n_sample, width)
+        feature_statistics.check_enough(config.fid_n_sample, width)
     if config.dry_run:
         return None
     stats = Path(config.fid_stats) if config.fid_stats else None
@@ -210,7 +211,7 @@ def make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> Ev
         features = sampled_features(
             trainer.g_ema, extractor, config.fid_n_sample, config.fid_batch, config.seed
         )
-        return {name: statistics.distance(statistics_of(features, {}), real)}
+        return {name: feature_statistics.distance(statistics_of(features, {}), real)}
 
     return evaluate
 
@@ -308,7 +309,7 @@ def open_log(config: TrainConfig, trainer: Trainer) -> RunLog | None:
     if distributed.rank() != 0:
         return None
     resume_at = trainer.iteration if config.resume or config.load_train_state else None
-    log = RunLog(config.out, asdict(config), resume_at, config.keep_checkpoints)
+    log = RunLog(config.out, asdict(config), checkpoint.save, resume_at, config.keep_checkpoints)
     print(
         f"{config.path}: {config.size} px; generator {config.channels};"
         f" {distributed.world_size()} x {trainer.device.type}; run folder {config.out}"

@@ -9,10 +9,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from Compression import parser_training
+from Compression.content import ContentParser, usual_exclusions
+from Compression.parser_training import Augmentation, Batch, Scores, TrainingPlan
 from Dataset.label_maps import LabelMapDataset
 from Model import checkpoint
 from Model.face_parser import BiSeNet
-from Util import segmentation
 from Util.cli import (
     OneLineParser,
     at_least,
@@ -23,9 +25,7 @@ from Util.cli import (
     positive,
     run_script,
 )
-from Util.content import ContentParser, usual_exclusions
 from Util.device import pick_device
-from Util.segmentation import Augmentation, Batch, Scores, TrainingPlan
 
 EXAMPLE = """example:
   python3 train_parser.py --path Dataset/toon_faces_128px --val_path Dataset/toon_faces_128px_val \\
@@ -196,9 +196,9 @@ def complete_classes(args: argparse.Namespace, n_classes: int) -> None:
         ValueError: naming the flag.
     """
     args.n_classes = n_classes
-    faces = n_classes == len(segmentation.CELEBAMASK_NAMES)
+    faces = n_classes == len(parser_training.CELEBAMASK_NAMES)
     if args.flip_pairs is None:
-        args.flip_pairs = segmentation.CELEBAMASK_FLIP_PAIRS if faces else ()
+        args.flip_pairs = parser_training.CELEBAMASK_FLIP_PAIRS if faces else ()
     if args.classes_excluded is None:
         args.classes_excluded = usual_exclusions(n_classes)
     for flag in ("flip_pairs", "classes_excluded"):
@@ -235,12 +235,12 @@ def open_both(args: argparse.Namespace) -> tuple[Dataset[Batch], Dataset[Batch]]
 
 def report(scores: Scores) -> str:
     """A table of the scores."""
-    faces = len(scores.class_iou) == len(segmentation.CELEBAMASK_NAMES)
+    faces = len(scores.class_iou) == len(parser_training.CELEBAMASK_NAMES)
     lines = ["class              IoU"]
     for index, (iou, occurs) in enumerate(
         zip(scores.class_iou.tolist(), scores.occurs.tolist(), strict=True)
     ):
-        name = segmentation.CELEBAMASK_NAMES[index] if faces else ""
+        name = parser_training.CELEBAMASK_NAMES[index] if faces else ""
         lines.append(f"{index:>3} {name:<12} " + (f"{iou:.4f}" if occurs else "   (none)"))
     lines.append(f"mean IoU of the {int(scores.occurs.sum())} classes: {scores.mean_iou:.4f}")
     lines.append(f"content-mask IoU: {scores.content_iou:.4f}")
@@ -256,7 +256,7 @@ def run_evaluation(args: argparse.Namespace) -> None:
     dataset = open_dataset(flag, path, network.input_size, network.n_classes)
     batches = DataLoader(dataset, args.batch_size, num_workers=args.workers)
     parser = ContentParser(network, args.classes_excluded)
-    print(report(segmentation.evaluate(parser, tqdm(batches, "evaluating"), args.image_size)))
+    print(report(parser_training.evaluate(parser, tqdm(batches, "evaluating"), args.image_size)))
 
 
 def run_training(args: argparse.Namespace) -> None:
@@ -282,7 +282,7 @@ def run_training(args: argparse.Namespace) -> None:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if step % args.eval_every and step != args.iter:
                 return
-            scores = segmentation.evaluate(parser, held_out, args.image_size)
+            scores = parser_training.evaluate(parser, held_out, args.image_size)
             checkpoint.save(args.out, {"parser": network, "config": network.config})
             bar.write(
                 f"iteration {step}: loss {loss:.4f}, mean IoU {scores.mean_iou:.4f}, "
@@ -291,7 +291,7 @@ def run_training(args: argparse.Namespace) -> None:
             if step == args.iter:
                 bar.write(report(scores))
 
-        segmentation.train(network, segmentation.endless(loader), plan, generator, after_step)
+        parser_training.train(network, parser_training.endless(loader), plan, generator, after_step)
     print(f"wrote {args.out}")
 
 

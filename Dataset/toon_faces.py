@@ -35,8 +35,8 @@ from numpy.random import Generator
 from PIL import Image
 from tqdm import tqdm
 
-from Model.files import atomic_path
 from Util.cli import OneLineParser, at_least, check_writable, run_script
+from Util.files import atomic_path
 
 VERSION = 1
 CANVAS = 256.0

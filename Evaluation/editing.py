@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from Evaluation.fidelity import Perceptual
+from Evaluation.distances import Distance
 from Evaluation.sampling import shares
 from Model.generator import Generator
 
@@ -156,7 +156,7 @@ def mix(a: Latents, b: Latents, layers: Sequence[int]) -> Latents:
     return mixed
 
 
-def mixing_distances(a: Tensor, b: Tensor, mixed: Tensor, distance: Perceptual) -> dict[str, float]:
+def mixing_distances(a: Tensor, b: Tensor, mixed: Tensor, distance: Distance) -> dict[str, float]:
     """How much of both faces a style mix keeps.
 
     Args:
@@ -177,7 +177,7 @@ def mixing_distances(a: Tensor, b: Tensor, mixed: Tensor, distance: Perceptual) 
     }
 
 
-def morphing_distances(frames: Sequence[Tensor], distance: Perceptual) -> dict[str, float]:
+def morphing_distances(frames: Sequence[Tensor], distance: Distance) -> dict[str, float]:
     """How much of its ends a morph keeps, and how even its steps are.
 
     Args:

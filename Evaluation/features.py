@@ -10,6 +10,7 @@ from torch import Tensor
 
 from Evaluation.inception import DIMENSIONS, URL, load_inception
 from Model.downloads import download_path
+from Model.face_parser import BiSeNet
 
 Images = Callable[[Tensor], Tensor]
 
@@ -67,16 +68,17 @@ def inception_extractor(file: Path | None, device: torch.device) -> Extractor:
     return Extractor(network, "FID", protocol)
 
 
-def parser_extractor(trunk: Callable[[Tensor], list[Tensor]], file: Path) -> Extractor:
+def parser_extractor(parser: BiSeNet, file: Path) -> Extractor:
     """The features of a face parser's trunk, each stage averaged over the picture.
 
     Args:
-        trunk: images in [-1, 1] -> the trunk's maps (N, C, h, w).
+        parser: frozen.
         file: the parser's checkpoint, named in the protocol.
     """
 
     def network(images: Tensor) -> Tensor:
-        return torch.cat([maps.mean(dim=(2, 3)) for maps in trunk(images)], dim=1)
+        maps = parser.trunk_features(parser.prepare(images))
+        return torch.cat([stage.mean(dim=(2, 3)) for stage in maps], dim=1)
 
     protocol = f"face parser {fingerprint(file)}, average-pooled features of all trunk stages"
     return Extractor(network, "Frechet parser distance", protocol)
@@ -97,6 +99,39 @@ def content_aware(extractor: Extractor, mask: Images, file: Path) -> Extractor:
         protocol=f"{protocol} {fingerprint(file)}",
         mask=mask,
     )
+
+
+def make_extractor(
+    features: str,
+    inception_ckpt: Path | None,
+    parser: BiSeNet | None,
+    parser_file: Path | None,
+    mask: Images | None,
+    device: torch.device,
+) -> Extractor:
+    """The features that images are compared by.
+
+    Args:
+        features: inception or parser.
+        inception_ckpt: Inception's weights, None for the downloaded ones.
+        parser: the face parser, for features of its trunk.
+        parser_file: where it and the masks are from.
+        mask: multiplies the images by their content mask; None leaves them whole.
+        device: where they run.
+
+    Raises:
+        ValueError: the weights are missing or unfit.
+    """
+    if features == "parser":
+        assert parser is not None
+        assert parser_file is not None
+        extractor = parser_extractor(parser, parser_file)
+    else:
+        extractor = inception_extractor(inception_ckpt, device)
+    if mask is not None:
+        assert parser_file is not None
+        extractor = content_aware(extractor, mask, parser_file)
+    return extractor
 
 
 def extract(

@@ -1,12 +1,9 @@
 """How close a picture is to the one it stands for, whole and inside the content of interest."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-Perceptual = Callable[[Tensor, Tensor], Tensor]
-"""Two image batches (N, 3, H, W) in [-1, 1] -> distance of each pair, (N,)."""
+from Evaluation.distances import Distance
 
 
 def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -28,14 +25,14 @@ def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def fidelity(real: Tensor, made: Tensor, mask: Tensor, perceptual: Perceptual) -> dict[str, Tensor]:
+def fidelity(real: Tensor, made: Tensor, mask: Tensor, perceptual: Distance) -> dict[str, Tensor]:
     """Distances of pictures to the real ones.
 
     Args:
         real: (N, 3, H, W) in [-1, 1].
         made: the same of a generator; values beyond are clamped.
         mask: (N, 1, H, W) in {0, 1}: the content of the real pictures.
-        perceptual: see `Perceptual`.
+        perceptual: see `Distance`.
 
     Returns:
         (N,) each: psnr (dB) and perceptual of the whole pictures; content_psnr (dB) over the

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from Evaluation.fidelity import Perceptual
+from Evaluation.distances import Distance
 from Evaluation.lbfgs import minimise
 from Evaluation.sampling import mean_latent
-from Model.files import atomic_path, read_npz
 from Model.generator import Generator
+from Util.files import atomic_path, read_npz
 
 LEARNING_RATE = {"lbfgs": 1.0, "adam": 0.1}
 """Default of each optimiser: the step first tried by L-BFGS's line search; Adam's step size."""
@@ -46,7 +46,7 @@ class Projection:
 def project(
     generator: Generator,
     images: Tensor,
-    perceptual: Perceptual,
+    perceptual: Distance,
     *,
     optimizer: str = "lbfgs",
     num_iters: int = 800,
@@ -66,7 +66,7 @@ def project(
     Args:
         generator: frozen, on the images' device.
         images: (N, 3, size, size) in [-1, 1].
-        perceptual: see `Perceptual`; differentiable.
+        perceptual: see `Distance`; differentiable.
         optimizer: "lbfgs" (strong Wolfe line search) or "adam" (cosine decay to 0).
         num_iters: search directions of L-BFGS, each with a line search of mostly one evaluation;
             steps of Adam.
@@ -178,7 +178,7 @@ def load_projection(path: str | PathLike[str], generator: Generator | None = Non
         arrays = read_npz(path)
         names = [f"noise_{i}" for i in range(arrays["w_plus"].shape[1] - 1)]
         fields = ("w_plus", "loss", "evaluations", *names)
-        device = generator.input.input.device if generator else "cpu"
+        device = generator.device if generator else "cpu"
         tensors = {name: torch.from_numpy(arrays[name]).to(device) for name in fields}
         noise = [tensors.pop(name) for name in names]
         projection = Projection(**tensors, noise=noise)

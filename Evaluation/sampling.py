@@ -36,12 +36,12 @@ def latents(generator: Generator, indices: Sequence[int], seed: int) -> Tensor:
         torch.randn(generator.style_dim, generator=stream(seed, index, LATENT, cpu))
         for index in indices
     ]
-    return torch.stack(z).to(generator.input.input.device)
+    return torch.stack(z).to(generator.device)
 
 
 def layer_noise(generator: Generator, indices: Sequence[int], seed: int) -> list[Tensor]:
     """Draw layer noise (len(indices), 1, h, w) per styled convolution; devices differ in it."""
-    device = generator.input.input.device
+    device = generator.device
     sides = [noise.shape[-1] for noise in generator.fixed_noise]
     areas = [side * side for side in sides]
     flat = [
@@ -57,7 +57,7 @@ def mean_latent(generator: Generator, seed: int, n: int = 4096) -> Tensor:
     """Mean w of ``n`` random z, (1, style_dim): the centre of truncation."""
     z = torch.randn(
         n, generator.style_dim, generator=stream(seed, 0, MEAN, torch.device("cpu"))
-    ).to(generator.input.input.device)
+    ).to(generator.device)
     return generator.mapping(z).mean(dim=0, keepdim=True)
 
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from Model.discriminator import Discriminator
 from Model.face_parser import BiSeNet
-from Model.files import atomic_path, unpacked_size
 from Model.generator import Generator
+from Util.files import atomic_path, unpacked_size
 
 PathOrDict = str | os.PathLike[str] | Mapping[str, Any]
 StateDict = dict[str, Tensor]

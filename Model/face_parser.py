@@ -23,6 +23,8 @@ from Model.ops import conv2d
 PUBLISHED_WIDTH = 64
 PUBLISHED_STEM_STRIDE = 4
 PUBLISHED_INPUT_SIZE = 512
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Conv2d(nn.Conv2d):
@@ -188,12 +190,15 @@ class BiSeNet(nn.Module):
         width: channels of the first stage. The stages have width, 2, 4 and 8 times width.
         stem_stride: 4 (published), 2 or 1. The logits are computed at 1 / (2 * stem_stride) of the
             input's side; 2 leaves out the pooling's stride, 1 also that of the second stage.
-        input_size: side in pixels of the square images that the network was trained for; kept for
-            those who use the network, it does not limit `forward`.
+        input_size: side in pixels of the square images that the network was trained for; `prepare`
+            resizes to it, `forward` is not limited to it.
 
     Raises:
         ValueError: for a number that is not positive or a stem stride other than 1, 2, 4.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -217,6 +222,8 @@ class BiSeNet(nn.Module):
         self.conv_out = OutputHead(4 * width, 4 * width, n_classes)
         self.conv_out16 = OutputHead(2 * width, width, n_classes)
         self.conv_out32 = OutputHead(2 * width, width, n_classes)
+        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -233,6 +240,21 @@ class BiSeNet(nn.Module):
             "stem_stride": self.stem_stride,
             "input_size": self.input_size,
         }
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """What the network is shown of a picture; differentiable in `images`.
+
+        Args:
+            images: (N, 3, H, W), nominally in [-1, 1].
+
+        Returns:
+            (N, 3, input_size, input_size), clamped to [0, 1] before the ImageNet normalisation.
+        """
+        size = (self.input_size, self.input_size)
+        images = images.add(1).mul(0.5).clamp(0, 1)
+        if images.shape[2:] != size:
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        return (images - self.mean) / self.std
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Computes the main and the two auxiliary outputs; the latter serve training only.
@@ -268,10 +290,6 @@ class BiSeNet(nn.Module):
         """The main output before its upsampling: (N, n_classes, h, w), h = H / 2 / stem_stride."""
         detail8, context8, _ = self.cp(images)
         return self.conv_out(self.ffm(detail8, context8))
-
-    def forward_main(self, images: Tensor) -> Tensor:
-        """`forward(images)[0]` without the cost of the two auxiliary heads."""
-        return self.upsample(self.main_logits(images), images.shape[2:])
 
     def trunk_features(self, images: Tensor) -> list[Tensor]:
         """The trunk's features, for losses that compare images by them.

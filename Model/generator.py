@@ -97,13 +97,18 @@ class Generator(nn.Module):
         return (self.input.input.shape[1], *outputs)
 
     @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.input.input.device
+
+    @property
     def fixed_noise(self) -> list[Tensor]:
         """The stored noise maps, (1, 1, h, w) each, in layer order."""
         return [getattr(self.noises, f"noise_{i}") for i in range(self.n_latent - 1)]
 
     def make_noise(self, n: int = 1) -> list[Tensor]:
         """Draw (n, 1, h, w) standard normal noise maps, one list entry per styled convolution."""
-        device = self.input.input.device
+        device = self.device
         sides = [4] + [2 ** (3 + i // 2) for i in range(self.n_latent - 2)]
         return [torch.randn(n, 1, side, side, device=device) for side in sides]
 
@@ -115,7 +120,7 @@ class Generator(nn.Module):
     @torch.no_grad()
     def mean_latent(self, n: int) -> Tensor:
         """Mean w of ``n`` random z, (1, style_dim): the centre of truncation."""
-        z = torch.randn(n, self.style_dim, device=self.input.input.device)
+        z = torch.randn(n, self.style_dim, device=self.device)
         return self.mapping(z).mean(dim=0, keepdim=True)
 
     def synthesis(

@@ -6,7 +6,7 @@ from os import PathLike
 import numpy as np
 from PIL import Image
 
-from Model.files import atomic_path
+from Util.files import atomic_path
 
 
 def shared_palette(frames: Sequence[np.ndarray], colours: int = 256) -> Image.Image:

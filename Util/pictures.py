@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from Model.files import atomic_path
+from Util.files import atomic_path
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -99,6 +99,25 @@ def captioned(blocks: Mapping[str, np.ndarray], gap: int = 4, margin: int = 0) -
         draw.text((pad, top + len(block) // 2), caption, fill="black", font=font, anchor="lm")
         top += height
     return np.asarray(picture)
+
+
+def side_by_side(rows: Mapping[str, Tensor], scale: int = 2, margin: int = 120) -> np.ndarray:
+    """One captioned row per network, one column per latent.
+
+    Args:
+        rows: caption -> (N, 3, H, W) images in [-1, 1], or (N, 1, H, W) masks in [0, 1].
+        scale: every pixel becomes this many, squared.
+        margin: width of the captions in pixels.
+
+    Returns:
+        (H', W', 3) bytes.
+    """
+    strips = {}
+    for caption, images in rows.items():
+        if images.shape[1] == 1:
+            images = images.mul(2).sub(1).expand(-1, 3, -1, -1)
+        strips[caption] = grid(images, columns=len(images)).repeat(scale, 0).repeat(scale, 1)
+    return captioned(strips, gap=2 * scale, margin=margin)
 
 
 def save_png(path: str | PathLike[str], pixels: np.ndarray) -> None:

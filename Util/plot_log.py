@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from Model.files import atomic_path
 from Util.cli import OneLineParser, check_writable, run_script
+from Util.files import atomic_path
 from Util.run_log import DISTANCES, read_metrics
 
 PANELS = (

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from Model import checkpoint
-from Model.files import atomic_path, lock_folder
+from Util.files import atomic_path, lock_folder
 from Util.pictures import save_png
 
 METRICS = "metrics.jsonl"
@@ -36,6 +35,7 @@ class RunLog:
     Args:
         folder: made if missing.
         config: the run's settings, plain values.
+        save: writes a checkpoint's content to a file, atomically.
         resume_at: iteration at which a run goes on; later lines of its metrics are dropped, since
             they will be written again. None starts a run.
         keep: newest checkpoints that stay; 0 keeps all.
@@ -49,10 +49,11 @@ class RunLog:
         self,
         folder: str | PathLike[str],
         config: Mapping[str, Any],
+        save: Callable[[Path, Mapping[str, Any]], None],
         resume_at: int | None = None,
         keep: int = 0,
     ) -> None:
-        self.folder, self.keep = Path(folder), keep
+        self.folder, self.keep, self._save = Path(folder), keep, save
         if resume_at is None and (self.folder / METRICS).exists():
             raise ValueError(
                 f"--out {folder} holds a run already; name another folder, or go on with that run"
@@ -105,7 +106,7 @@ class RunLog:
         """
         path = self.folder / "checkpoints" / f"{iteration:06d}.pt"
         try:
-            checkpoint.save(path, content)
+            self._save(path, content)
         except OSError as error:
             last = newest_checkpoint(self.folder)
             raise OSError(f"{error}; the last good checkpoint is {last or 'none'}") from None

@@ -15,20 +15,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 import prune
+from Compression.content import ContentParser, load_content_parser
 from Dataset.images import Images, in_order, load_batches
-from Evaluation import sampling, statistics
-from Evaluation.features import Extractor
+from Evaluation import feature_statistics, sampling
+from Evaluation.comparison import content_l1
+from Evaluation.distances import ParserDistance
+from Evaluation.feature_sets import sampled_features
+from Evaluation.feature_statistics import statistics_of
+from Evaluation.features import Extractor, make_extractor
 from Evaluation.ppl import PathPairs, pair_distances, perceptual_path_length
-from Evaluation.statistics import statistics_of
-from get_fid import make_extractor, sampled_features
 from Model import bundled
 from Model.checkpoint import load_generator
+from Model.complexity import macs, parameters
 from Model.generator import Generator
 from Util.cli import OneLineParser, at_least
-from Util.comparison import content_l1
-from Util.complexity import macs, parameters
-from Util.content import ContentParser, load_content_parser
-from Util.perceptual import ParserDistance
 
 Row = dict[str, str]
 
@@ -52,7 +52,7 @@ def to_teacher(
     student: Generator, teacher: Generator, parser: ContentParser, n: int
 ) -> tuple[float, float]:
     """Distance of a student's pictures to its teacher's inside the content: L1 and perceptual."""
-    perceptual = ParserDistance(parser)
+    perceptual = ParserDistance(parser.network)
     l1, distances = [], []
     for part in sampling.shares(n, 50):
         ours, target = (
@@ -76,7 +76,7 @@ def path_length(
 def frechet(generator: Generator, extractor: Extractor, file: Path, n: int) -> float:
     """Frechet distance to bundled statistics of the real images."""
     features = sampled_features(generator, extractor, n, batch_size=50, seed=0)
-    return statistics.distance(statistics_of(features, {}), statistics.load(file))
+    return feature_statistics.distance(statistics_of(features, {}), feature_statistics.load(file))
 
 
 def rows(networks: Mapping[str, Generator], n_sample: int, n_pairs: int) -> dict[str, Row]:
@@ -84,8 +84,8 @@ def rows(networks: Mapping[str, Generator], n_sample: int, n_pairs: int) -> dict
     device = torch.device("cpu")
     parser = load_content_parser(bundled.PARSER, device)
     extractors = [
-        make_extractor("parser", None, parser, bundled.PARSER, masked, device)
-        for masked in (False, True)
+        make_extractor("parser", None, parser.network, bundled.PARSER, mask, device)
+        for mask in (None, parser)
     ]
     per_second = speeds(networks, batch=16)
     teacher = next(iter(networks.values()))
@@ -94,7 +94,7 @@ def rows(networks: Mapping[str, Generator], n_sample: int, n_pairs: int) -> dict
         whole = frechet(network, extractors[0], bundled.STATISTICS, n_sample)
         content = frechet(network, extractors[1], bundled.CONTENT_STATISTICS, n_sample)
         l1, perceptual = to_teacher(network, teacher, parser, n=500)
-        path = path_length(network, ParserDistance(parser), n_pairs)
+        path = path_length(network, ParserDistance(parser.network), n_pairs)
         table[name] = {
             "parameters": f"{parameters(network):,}",
             "MACs": f"{macs(network):,}",

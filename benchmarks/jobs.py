@@ -22,20 +22,20 @@ from torch import Tensor, nn
 
 from benchmarks import textbook
 from benchmarks.timing import Timing, interleaved, machine, milliseconds, parser, table, write_json
+from Compression.content import ContentParser
+from Compression.scores import channel_scores
+from Compression.training import Teacher, Trainer
+from Evaluation.distances import ParserDistance
 from Evaluation.features import Extractor
 from Evaluation.inception import FIDInception
 from Evaluation.ppl import PathPairs, pair_distances
 from Evaluation.sampling import images
+from Model.complexity import macs
 from Model.discriminator import Discriminator
 from Model.face_parser import BiSeNet, fold_batch_norm
 from Model.generator import Generator, full_size_channels
 from train_hyperparams import TrainConfig
-from Util.complexity import macs
-from Util.content import ContentParser
 from Util.device import pick_device
-from Util.perceptual import ParserDistance
-from Util.scoring import channel_scores
-from Util.training import Teacher, Trainer
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,7 +135,11 @@ def training() -> Pairs:
     # R1 and path length once in two iterations: every phase, in minutes.
     settings = TrainConfig(batch_size=4, d_reg_every=2, g_reg_every=2)
     ours = Trainer(
-        student, discriminator, settings, CPU, Teacher(frozen(teacher), fast, ParserDistance(fast))
+        student,
+        discriminator,
+        settings,
+        CPU,
+        Teacher(frozen(teacher), fast, ParserDistance(fast.network)),
     )
     theirs = Trainer(
         textbook.textbook_generator(student),
@@ -145,7 +149,7 @@ def training() -> Pairs:
         Teacher(
             frozen(textbook.textbook_generator(teacher)),
             lambda x: textbook.content_masks(slow, x),
-            ParserDistance(slow),
+            ParserDistance(slow.network),
         ),
     )
     real = torch.rand(4, 3, 64, 64) * 2 - 1

@@ -15,9 +15,9 @@ import torch
 
 from benchmarks.jobs import frozen, generator
 from benchmarks.timing import Timing, interleaved, machine, parser, table, write_json
-from Model.files import atomic_path
-from Util.complexity import macs
+from Model.complexity import macs
 from Util.device import pick_device
+from Util.files import atomic_path
 
 Point = tuple[float, Timing, float]
 """Abscissa, seconds per image, multiply-accumulates per image."""

@@ -14,12 +14,12 @@ import torch
 
 import prune
 import train
+from Compression.content import load_content_parser
 from Evaluation import sampling
+from Evaluation.comparison import content_l1
 from Model import bundled, checkpoint
 from Model.generator import Generator
 from Util.cli import OneLineParser, at_least
-from Util.comparison import content_l1
-from Util.content import load_content_parser
 
 
 def noisy_teacher(strength: float, file: Path) -> Generator:

@@ -24,10 +24,10 @@ import torch
 from PIL import Image
 
 import train
+from Compression.training import Trainer
 from Model import bundled, checkpoint
 from Model.generator import Generator
 from Util.cli import OneLineParser, at_least, run_script
-from Util.training import Trainer
 
 WARM_UP = 0.2
 """Part of the run before the first measurements: caches and pools fill."""

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from Compression.content import ContentParser
 from Model.discriminator import ConvLayer, Discriminator, minibatch_stddev
 from Model.face_parser import BiSeNet, Conv2d
 from Model.generator import Generator
 from Model.layers import Blur, EqualConv2d, FusedLeakyReLU, ModulatedConv2d, StyledConv, ToRGB
-from Util.content import ContentParser
 
 
 def upfirdn2d(
@@ -174,7 +174,7 @@ def content_masks(parser: ContentParser, images: Tensor) -> Tensor:
     """Content masks (N, 1, H, W), one image at a time, by way of NumPy."""
     masks = []
     for image in images:
-        logits = parser.network(parser.network_input(image[None]))[0]
+        logits = parser.network(parser.network.prepare(image[None]))[0]
         parsing = logits[0].argmax(0).cpu().numpy()
         mask = np.ones(parsing.shape, dtype=np.float32)
         for excluded in np.flatnonzero(parser.is_content.cpu().numpy() == 0):

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 import train
-from Evaluation import statistics
+from Evaluation import feature_statistics
+from Evaluation.feature_statistics import Statistics
 from Evaluation.projection import Projection, save_projection
-from Evaluation.statistics import Statistics
 from Model import checkpoint
 from Model.discriminator import Discriminator
 from Model.face_parser import BiSeNet
@@ -36,7 +36,7 @@ def make_files(folder):
     parser = BiSeNet(19, width=4, stem_stride=1, input_size=32)
     parser.train()(torch.randn(4, 3, 32, 32))
     checkpoint.save(folder / "parser.pt", {"parser": parser, "config": parser.config})
-    statistics.save(folder / "stats.npz", Statistics(np.zeros(3), np.eye(3)))
+    feature_statistics.save(folder / "stats.npz", Statistics(np.zeros(3), np.eye(3)))
     found = Projection(torch.randn(1, 4, 8), generator.make_noise(), torch.ones(1), torch.ones(1))
     save_projection(folder / "latents.npz", found, generator, "model.pt", ["a"])
     rng = np.random.default_rng(0)

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from Model.complexity import layer_costs, macs, parameters
 from Model.generator import Generator, full_size_channels
 from Model.layers import Blur, ModulatedConv2d, Upsample
 from tests.golden_fill import load_golden
-from Util.complexity import layer_costs, macs, parameters
 
 MACS = {256: (45_124_673_536, 4_123_578_080), 1024: (74_266_894_336, 6_990_183_648)}
 PARAMETERS = {256: (30.03e6, 5.57e6), 1024: (30.37e6, 5.65e6)}

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from Compression.content import ContentParser
 from Model.face_parser import BiSeNet
-from Util.content import ContentParser
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_no_gradients_and_always_eval(network):
 
 def test_network_input_is_differentiable(network):
     images = (images_of(1) / 2).requires_grad_()
-    ContentParser(network).network_input(images).sum().backward()
+    network.prepare(images).sum().backward()
     assert (images.grad > 0).all()
 
 
@@ -90,7 +90,7 @@ def test_values_out_of_range_count_as_the_nearest(network):
     parser = ContentParser(network)
     images = images_of(1)
     torch.testing.assert_close(
-        parser.network_input(images), parser.network_input(images.clip(-1, 1))
+        parser.network.prepare(images), parser.network.prepare(images.clip(-1, 1))
     )
 
 

@@ -4,9 +4,9 @@ import torch
 from PIL import Image
 
 import demo
+from Evaluation.comparison import content_l1
 from Model.checkpoint import load_generator
-from Util.comparison import content_l1, side_by_side
-from Util.pictures import grid
+from Util.pictures import grid, side_by_side
 
 
 def test_the_main_job_runs_on_the_bundled_model(tmp_path, capsys):

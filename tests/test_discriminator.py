@@ -1,8 +1,8 @@
 import torch
 
+from Compression.losses import d_logistic_loss, g_nonsaturating_loss, r1_penalty
 from Model.discriminator import Discriminator, minibatch_stddev
 from tests.golden_fill import assert_golden, fill_from_numpy, load_golden
-from Util.losses import d_logistic_loss, g_nonsaturating_loss, r1_penalty
 
 
 def test_logits_and_losses_equal_the_original():

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing
 
+from Compression.training import Draws, Teacher, Trainer
 from Model.discriminator import Discriminator
 from Model.generator import Generator
 from train_hyperparams import TrainConfig
-from Util.training import Draws, Teacher, Trainer
 
 BATCH, ITERATIONS = 16, 5
 CPU = torch.device("cpu")

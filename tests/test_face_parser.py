@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from Compression.content import ContentParser
 from Model import checkpoint
 from Model.face_parser import BasicBlock, BiSeNet, fold_batch_norm
 from tests.golden_fill import assert_golden, fill_from_numpy, load_golden
-from Util.content import ContentParser
 
 
 @pytest.fixture(scope="module", params=["as it is", "batch norm folded"])
@@ -20,9 +20,9 @@ def golden(request):
 
 def test_golden_logits(golden):
     parser, arrays = golden
-    images = parser.network_input(torch.from_numpy(arrays["images"]))
+    images = parser.network.prepare(torch.from_numpy(arrays["images"]))
     with torch.no_grad():
-        logits = parser.network.forward_main(images)
+        logits = parser.network(images)[0]
     assert_golden(logits[:, :, ::32, ::32], arrays, "logits_16x16")
 
 
@@ -68,7 +68,8 @@ def test_stem_stride_sets_the_logits_side(stem_stride, side):
     assert network.main_logits(images).shape == (1, 5, side, side)
     outputs = network(images)
     assert [tuple(output.shape) for output in outputs] == [(1, 5, 64, 64)] * 3
-    torch.testing.assert_close(network.forward_main(images), outputs[0])
+    main = network.upsample(network.main_logits(images), images.shape[2:])
+    torch.testing.assert_close(main, outputs[0])
 
 
 def test_small_stem_strides_enlarge_evenly():

@@ -24,14 +24,15 @@ import train
 from Dataset import images, prepare_data, toon_faces
 from Dataset.images import DatasetError, EndlessBatches, Images
 from Dataset.prepare_data import Encoding, prepare
-from Evaluation import statistics
-from Evaluation.statistics import Statistics
-from Model import bundled, checkpoint, downloads, files
+from Evaluation import feature_statistics
+from Evaluation.distances import load_lpips
+from Evaluation.feature_statistics import Statistics
+from Model import bundled, checkpoint, downloads
 from Model.checkpoint import CheckpointError
-from Model.files import PREFIX, atomic_path, lock_folder
 from tests.hostile import make_files
+from Util import files
 from Util.animation import save_gif
-from Util.perceptual import load_lpips
+from Util.files import PREFIX, atomic_path, lock_folder
 from Util.pictures import save_png
 from Util.plot_log import plot
 from Util.run_log import RunLog, checkpoints, read_config, read_metrics
@@ -86,7 +87,7 @@ def of_checkpoint(path, version):
 def of_statistics(path, version):
     rng = np.random.default_rng(version)
     features = rng.standard_normal((80, 40)).astype(np.float32)
-    statistics.save(path, Statistics(np.full(40, float(version)), np.eye(40), features))
+    feature_statistics.save(path, Statistics(np.full(40, float(version)), np.eye(40), features))
 
 
 def of_png(path, version):
@@ -120,7 +121,7 @@ def version_of_picture(path):
 
 WRITERS = {
     "checkpoint.pt": (of_checkpoint, version_of_checkpoint),
-    "statistics.npz": (of_statistics, lambda path: int(statistics.load(path).mean[0])),
+    "statistics.npz": (of_statistics, lambda path: int(feature_statistics.load(path).mean[0])),
     "picture.png": (of_png, version_of_picture),
     "animation.gif": (of_gif, version_of_picture),
 }
@@ -183,7 +184,12 @@ def test_left_overs_that_are_no_files_are_left(tmp_path):
 
 
 def log_of(folder):
-    return RunLog(folder, {"seed": 1}, resume_at=2 if (folder / "metrics.jsonl").exists() else None)
+    return RunLog(
+        folder,
+        {"seed": 1},
+        checkpoint.save,
+        resume_at=2 if (folder / "metrics.jsonl").exists() else None,
+    )
 
 
 @pytest.mark.parametrize("killed", [True, False], ids=["killed", "disk full"])

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 import get_fid
-from Evaluation import sampling, statistics
+from Evaluation import feature_sets, feature_statistics, sampling
+from Evaluation.feature_statistics import Statistics, StatisticsError, statistics_of
 from Evaluation.features import Extractor
-from Evaluation.statistics import Statistics, StatisticsError, statistics_of
 from Model import bundled, checkpoint
 from Model.generator import Generator
 
@@ -83,13 +83,13 @@ def test_real_statistics_are_made_once_and_noticed_when_stale(files, capsys, mon
     flags = f"--path {files}/real --n_sample 120 --json"
     first = figures(run(files, flags, capsys))
     (cache,) = files.glob("real_8px_statistics_*.npz")
-    monkeypatch.setattr(get_fid, "image_features", None)  # would fail if called
+    monkeypatch.setattr(feature_sets, "image_features", None)  # would fail if called
     assert figures(run(files, flags, capsys)) == first
     monkeypatch.undo()
     (files / "real/000.png").unlink()
     assert figures(run(files, flags, capsys)) != first
     assert len(list(files.glob("real_8px_statistics_*.npz"))) == 2
-    assert statistics.load(cache).record["count"] == 140
+    assert feature_statistics.load(cache).record["count"] == 140
 
 
 def test_statistics_that_are_named_are_taken_and_never_overwritten(files, capsys, monkeypatch):
@@ -127,8 +127,12 @@ def test_content_aware_features_do_not_see_the_outside():
 def test_bundled_statistics_fit_the_bundled_parser(capsys):
     assert get_fid.main(["--n_sample", "120", "--device", "cpu", "--json"]) == 0
     assert 0 < figures(capsys.readouterr().out)["Frechet parser distance"] < 100
-    content = statistics.load(bundled.CONTENT_STATISTICS)
-    assert content.record["count"] == statistics.load(bundled.STATISTICS).record["count"] == 24_000
+    content = feature_statistics.load(bundled.CONTENT_STATISTICS)
+    assert (
+        content.record["count"]
+        == feature_statistics.load(bundled.STATISTICS).record["count"]
+        == 24_000
+    )
     assert "content mask" in content.record["protocol"]
 
 
@@ -171,9 +175,9 @@ def write_bad_statistics(folder):
 
     (folder / "evil.pkl").write_bytes(pickle.dumps({"mean": Evil()}))
     small = Statistics(np.zeros(3), np.eye(3))
-    statistics.save(folder / "small.npz", small)
+    feature_statistics.save(folder / "small.npz", small)
     other = Statistics(np.zeros(3), np.eye(3), None, {"protocol": "another network"})
-    statistics.save(folder / "other.npz", other)
+    feature_statistics.save(folder / "other.npz", other)
 
 
 def test_pickled_statistics_are_read_without_running_anything(tmp_path):
@@ -182,10 +186,10 @@ def test_pickled_statistics_are_read_without_running_anything(tmp_path):
     for protocol in (2, 4, 5):
         content = {"mean": mean, "cov": cov, "size": 256, "path": "ffhq.lmdb"}
         (tmp_path / "s.pkl").write_bytes(pickle.dumps(content, protocol))
-        np.testing.assert_array_equal(statistics.load(tmp_path / "s.pkl").mean, mean)
+        np.testing.assert_array_equal(feature_statistics.load(tmp_path / "s.pkl").mean, mean)
     write_bad_statistics(tmp_path)
     with pytest.raises(StatisticsError, match=r"would run builtins\.exec"):
-        statistics.load(tmp_path / "evil.pkl")
+        feature_statistics.load(tmp_path / "evil.pkl")
     assert not (tmp_path / "ran").exists()
 
 

@@ -20,9 +20,9 @@ from Dataset.images import DatasetError, Images
 from Dataset.label_maps import LabelMapDataset, LabelMapError
 from Dataset.prepare_data import Encoding as LmdbEncoding
 from Dataset.prepare_data import UnreadableImageError, prepare, read_image
-from Evaluation import statistics
+from Evaluation import feature_statistics
+from Evaluation.feature_statistics import StatisticsError
 from Evaluation.projection import load_projection
-from Evaluation.statistics import StatisticsError
 from Model import checkpoint
 from Model.checkpoint import CheckpointError, load_discriminator, load_face_parser, load_generator
 from tests.hostile import CHANNELS, KINDS, make_files
@@ -115,10 +115,10 @@ def test_no_reader_runs_or_chokes_on_it(files, tmp_path, capsys, monkeypatch, re
 def test_malicious_statistics_name_the_code(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StatisticsError, match=r"refused, it would run posix\.mkdir"):
-        statistics.load(files / "bad/pickle.file")
+        feature_statistics.load(files / "bad/pickle.file")
     for kind in ("bomb", "lie"):
         with pytest.raises(StatisticsError, match="would unpack to more than"):
-            statistics.load(files / f"bad/{kind}.file")
+            feature_statistics.load(files / f"bad/{kind}.file")
         with pytest.raises(CheckpointError, match="would unpack to more than its size"):
             checkpoint.read(files / f"bad/{kind}.file")
     assert not (tmp_path / "attacked").exists()
@@ -267,7 +267,7 @@ def test_unfit_statistics_are_named(files, tmp_path, changed, message):
     file = tmp_path / "s.npz"
     np.savez(file, **(arrays_of(files, "stats.npz") | changed))
     with pytest.raises(StatisticsError, match=message) as error:
-        statistics.load(file)
+        feature_statistics.load(file)
     assert str(file) in str(error.value)
 
 
@@ -275,7 +275,7 @@ def test_unfit_statistics_are_named(files, tmp_path, changed, message):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_statistics_of_other_precision_are_converted(files, tmp_path, dtype):
     np.savez(tmp_path / "s.npz", mean=np.ones(2, dtype), cov=np.eye(2, dtype=dtype))
-    assert statistics.load(tmp_path / "s.npz").mean.dtype == np.float64
+    assert feature_statistics.load(tmp_path / "s.npz").mean.dtype == np.float64
 
 
 @pytest.mark.parametrize(
@@ -555,7 +555,7 @@ def peak_after_reading(folder):
 
     before = peak()
     for kind in ("bomb", "lie", "huge_header"):
-        for read in (checkpoint.read, lambda f: statistics.load(f)):
+        for read in (checkpoint.read, lambda f: feature_statistics.load(f)):
             try:
                 from pathlib import Path
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from Compression.distillation import distillation_loss
+from Compression.losses import path_length_penalty
 from tests.golden_fill import assert_golden
-from Util.losses import distillation_loss, path_length_penalty
 
 
 def test_path_length_equals_the_original(golden):

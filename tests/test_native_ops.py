@@ -12,6 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from Compression.losses import path_length_penalty
 from Model.discriminator import Discriminator
 from Model.generator import Generator
 from Model.ops import (
@@ -25,7 +26,6 @@ from Model.ops import (
 )
 from Model.ops.upfirdn2d import filtered_size
 from tests.golden_fill import assert_golden
-from Util.losses import path_length_penalty
 
 GPU = pytest.param(
     "cuda",

@@ -2,10 +2,9 @@ import pytest
 import torch
 import torchvision
 
+from Evaluation.distances import LPIPS_TRUNKS, ParserDistance, load_lpips
 from Model.checkpoint import CheckpointError
 from Model.face_parser import BiSeNet
-from Util.content import ContentParser
-from Util.perceptual import LPIPS_TRUNKS, ParserDistance, load_lpips
 
 
 def images():
@@ -13,7 +12,7 @@ def images():
 
 
 def parser_distance():
-    return ParserDistance(ContentParser(BiSeNet(width=4, stem_stride=2, input_size=32)))
+    return ParserDistance(BiSeNet(width=4, stem_stride=2, input_size=32))
 
 
 def test_parser_distance_is_a_differentiable_distance():

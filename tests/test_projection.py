@@ -9,16 +9,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 import get_projected_image
-from Evaluation import sampling
+from Evaluation import command_line, sampling
+from Evaluation.distances import ParserDistance
 from Evaluation.fidelity import fidelity, psnr
 from Evaluation.lbfgs import minimise
 from Evaluation.projection import load_projection, project, save_projection
 from Model import bundled, checkpoint
 from Model.face_parser import BiSeNet
 from Model.generator import Generator
-from Util import evaluation_cli
-from Util.content import load_content_parser
-from Util.perceptual import ParserDistance
 
 
 @pytest.fixture
@@ -154,7 +152,7 @@ def test_projects_by_latent_and_noise(optimizer, iterations):
 
 def test_a_picture_that_the_bundled_model_made_is_found_again():
     generator = checkpoint.load_generator(bundled.MODEL).eval().requires_grad_(False)
-    distance = ParserDistance(load_content_parser(bundled.PARSER, torch.device("cpu")))
+    distance = ParserDistance(checkpoint.load_face_parser(bundled.PARSER))
     images = sampling.images(generator, range(2), seed=0)
     found = project(generator, images, distance, num_iters=60, perceptual_weight=0.1)
     made = generator.synthesis(found.w_plus, found.noise)
@@ -286,12 +284,12 @@ def test_the_picture_is_bounded(files, tmp_path):
 
 
 def test_the_perceptual_distance_fits_the_model(files, monkeypatch):
-    monkeypatch.setattr(evaluation_cli, "load_lpips", lambda *args: torch.nn.Identity())
+    monkeypatch.setattr(command_line, "load_lpips", lambda *args: torch.nn.Identity())
 
     def name(*flags):
         args = get_projected_image.build_parser().parse_args([str(flag) for flag in flags])
-        evaluation_cli.perceptual_for(args, args.ckpt, torch.device("cpu"))
-        return evaluation_cli.distance_name(args.perceptual)
+        command_line.perceptual_for(args, args.ckpt, torch.device("cpu"))
+        return command_line.distance_name(args.perceptual)
 
     assert name() == "parser distance"
     assert name("--ckpt", files / "model.pt") == "LPIPS-VGG"
@@ -306,9 +304,9 @@ def test_the_perceptual_distance_sees_256_px_at_most(monkeypatch):
             seen.extend((a.shape, b.shape))
             return mean_distance(a, b).view(-1, 1, 1, 1)
 
-    monkeypatch.setattr(evaluation_cli, "load_lpips", lambda *args: Recorder())
+    monkeypatch.setattr(command_line, "load_lpips", lambda *args: Recorder())
     args = get_projected_image.build_parser().parse_args(["--perceptual", "vgg"])
-    distance = evaluation_cli.perceptual_for(args, args.ckpt, torch.device("cpu"))
+    distance = command_line.perceptual_for(args, args.ckpt, torch.device("cpu"))
     images = torch.zeros(2, 3, 512, 512)
     assert distance(images, images).shape == (2,)
     assert seen == [(2, 3, 256, 256)] * 2

@@ -17,18 +17,19 @@ from PIL import Image
 import get_fid
 import prune
 import train
+from Compression.scores import weight_gradient_score
+from Compression.selection import kept_count, select_channels
+from Compression.surgery import prune_generator
 from Dataset.images import EndlessBatches
 from Dataset.label_maps import LabelMapDataset, LabelMapError
 from Dataset.prepare_data import UnreadableImageError, fit_square, read_image
-from Evaluation import sampling, statistics
-from Evaluation.statistics import Statistics, StatisticsError
+from Evaluation import feature_statistics, sampling
+from Evaluation.feature_statistics import Statistics, StatisticsError
 from Model import checkpoint
 from Model.checkpoint import CheckpointError, load_generator
 from Model.generator import Generator
 from Model.ops import make_kernel, upfirdn2d
 from train_hyperparams import TrainConfig, check_ranges, known_settings
-from Util.pruning import kept_count, prune_generator, select_channels
-from Util.scoring import weight_gradient_score
 
 QUICK = settings(
     derandomize=True,
@@ -67,7 +68,7 @@ def samples(tmp_path_factory):
         folder / "old.pt",
         _use_new_zipfile_serialization=False,
     )
-    statistics.save(folder / "s.npz", Statistics(np.zeros(3), np.eye(3)))
+    feature_statistics.save(folder / "s.npz", Statistics(np.zeros(3), np.eye(3)))
     (folder / "s.pkl").write_bytes(pickle.dumps({"mean": np.zeros(3), "cov": np.eye(3)}))
     pixels = np.random.default_rng(0).integers(0, 19, (8, 8), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "label.png")
@@ -129,7 +130,7 @@ def test_damaged_checkpoints_are_read_or_refused(samples, name, change):
 @given(data=st.binary(max_size=200))
 def test_any_bytes_are_no_checkpoint_and_no_statistics(data):
     assert read_or_refuse(load_generator, CheckpointError, data, ".pt") is None
-    assert read_or_refuse(statistics.load, StatisticsError, data, ".pkl") is None
+    assert read_or_refuse(feature_statistics.load, StatisticsError, data, ".pkl") is None
 
 
 @settings(QUICK, max_examples=120)
@@ -137,7 +138,7 @@ def test_any_bytes_are_no_checkpoint_and_no_statistics(data):
 @pytest.mark.parametrize("name", ["s.npz", "s.pkl"])
 def test_damaged_statistics_are_read_or_refused(samples, name, change):
     found = read_or_refuse(
-        statistics.load, StatisticsError, change(samples[name]), Path(name).suffix
+        feature_statistics.load, StatisticsError, change(samples[name]), Path(name).suffix
     )
     if found is not None:
         assert found.cov.shape == (len(found.mean), len(found.mean))
@@ -235,10 +236,10 @@ def test_saving_and_loading_a_generator_is_the_identity(widths, seed):
 @given(d=st.integers(1, 9), seed=st.integers(0, 99), note=st.text(max_size=9))
 def test_saving_and_loading_statistics_is_the_identity(d, seed, note):
     features = np.random.default_rng(seed).standard_normal((d + 3, d)).astype(np.float32)
-    made = statistics.statistics_of(features, {"note": note}, keep_features=True)
+    made = feature_statistics.statistics_of(features, {"note": note}, keep_features=True)
     with tempfile.TemporaryDirectory() as folder:
-        statistics.save(Path(folder) / "s.npz", made)
-        found = statistics.load(Path(folder) / "s.npz")
+        feature_statistics.save(Path(folder) / "s.npz", made)
+        found = feature_statistics.load(Path(folder) / "s.npz")
     for name in ("mean", "cov", "features"):
         np.testing.assert_array_equal(getattr(found, name), getattr(made, name))
     assert found.record == made.record

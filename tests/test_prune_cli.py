@@ -193,7 +193,7 @@ def test_help(capsys):
         prune.main(["--help"])
     assert info.value.code == 0
     text = capsys.readouterr().out
-    for metric in prune.METRICS:
+    for metric in prune.SCORES:
         assert re.search(rf"^  {metric} +\w", text, re.MULTILINE)
     assert "python3 prune.py" in text
 

@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 
+from Compression.selection import select_channels
+from Compression.surgery import prune_generator
+from Model.complexity import macs
 from Model.generator import Generator
 from tests.golden_fill import assert_golden, fill_from_numpy, load_golden
-from Util.complexity import macs
-from Util.pruning import prune_generator, select_channels
 
 NAMES = ["generator_32px", "generator_64px"]
 

@@ -4,16 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from Model.generator import Generator
-from tests.golden_fill import assert_golden, fill_from_numpy, load_golden
-from Util import scoring
-from Util.scoring import (
-    METRICS,
+from Compression.scores import (
+    SCORES,
     EmptyContentError,
     channel_scores,
     salt_and_pepper,
+    sampling,
     weight_gradient_score,
 )
+from Compression.scores.activations import _Spread
+from Model.generator import Generator
+from tests.golden_fill import assert_golden, fill_from_numpy, load_golden
+from Util.streams import stream
 
 NAMES = ["generator_32px", "generator_64px"]
 CHANNELS = (6, 5, 5, 4)
@@ -126,9 +128,9 @@ def test_score_by_its_definition(small):
 
 def slow_content_aware(network, n_sample, batch_size, seed, prob):
     """Whole batches, ordinary backward, one seeded draw after another."""
-    z = torch.randn(n_sample, 8, generator=scoring.random_stream(seed, scoring.LATENTS))
-    layer = scoring.random_stream(seed, scoring.LAYER_NOISE)
-    pixel = scoring.random_stream(seed, scoring.PIXEL_NOISE)
+    z = torch.randn(n_sample, 8, generator=stream(seed, sampling.LATENTS))
+    layer = stream(seed, sampling.LAYER_NOISE)
+    pixel = stream(seed, sampling.PIXEL_NOISE)
     total = [torch.zeros(width) for width in network.channels]
     for batch in z.split(batch_size):
         maps = torch.randn(len(batch), 4**2 + 8**2 + 8**2, generator=layer).split([16, 64, 64], 1)
@@ -147,7 +149,7 @@ def slow_content_aware(network, n_sample, batch_size, seed, prob):
 
 @pytest.mark.parametrize("images_at_once", [1, 2, 100])
 def test_content_aware_with_a_smaller_last_batch(small, images_at_once, monkeypatch):
-    monkeypatch.setattr(scoring, "PIXELS_AT_ONCE", images_at_once * 8**2)
+    monkeypatch.setattr(sampling, "PIXELS_AT_ONCE", images_at_once * 8**2)
     done = []
     scores = channel_scores(
         small,
@@ -169,7 +171,7 @@ def test_batch_size_is_part_of_the_content_score_alone(small):
             small, metric, parser=left_half, n_sample=6, batch_size=batch_size, noise_prob=0.3
         )
 
-    for metric in METRICS:
+    for metric in SCORES:
         one, all_at_once = scores(metric, 1), scores(metric, 6)
         if metric == "content_aware":
             # |a + b| <= |a| + |b|: gradients of different images cancel within a batch.
@@ -179,7 +181,7 @@ def test_batch_size_is_part_of_the_content_score_alone(small):
             assert_scores(one, all_at_once)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", SCORES)
 def test_seed(small, metric):
     def scores(seed):
         torch.rand(3)  # the global random state must not matter
@@ -195,7 +197,7 @@ def test_seed(small, metric):
     assert any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", SCORES)
 def test_the_generator_comes_back_as_it_was(small, metric):
     small.style.requires_grad_(False)
     small.conv1.conv.weight.grad = torch.ones_like(small.conv1.conv.weight)
@@ -214,7 +216,7 @@ def test_the_generator_comes_back_as_it_was(small, metric):
 
 
 def test_a_dead_map_scores_zero():
-    spread = scoring._Spread(torch.zeros(2, 3, 4, 4))
+    spread = _Spread(torch.zeros(2, 3, 4, 4))
     spread.add(torch.zeros(2, 3, 4, 4))
     for score in (spread.asv(), spread.l1_norm_asv(), spread.l2_norm_asv()):
         assert (score == 0).all()

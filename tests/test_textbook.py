@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from benchmarks import textbook
+from Compression.content import ContentParser
+from Compression.scores import weight_gradient_score
 from Model.discriminator import Discriminator
 from Model.face_parser import BiSeNet
 from Model.generator import Generator
 from Model.ops import make_kernel, upfirdn2d
 from tests.golden_fill import assert_golden
-from Util.content import ContentParser
-from Util.scoring import weight_gradient_score
 
 
 def test_images_equal_the_original(golden):

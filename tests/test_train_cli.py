@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 import train
+from Compression.training import Trainer
 from Dataset.images import Images
+from Evaluation.feature_statistics import distance, statistics_of
 from Evaluation.features import Extractor
-from Evaluation.statistics import distance, statistics_of
 from get_fid import sampled_features
 from Model import checkpoint
 from Model.bundled import PARSER
@@ -24,7 +25,6 @@ from Model.generator import Generator
 from train_hyperparams import TrainConfig
 from Util.plot_log import main as plot_main
 from Util.run_log import BEST, DISTANCES, TIMING, checkpoints, newest_checkpoint, read_metrics
-from Util.training import Trainer
 
 DISTANCE = DISTANCES[1]
 SMALL = (
@@ -214,7 +214,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(folder, monkeypatch, number):
 
 def test_the_state_before_a_loss_that_is_not_finite_is_kept(folder, monkeypatch, capsys):
     monkeypatch.setattr(
-        "Util.losses.g_nonsaturating_loss", lambda logits: logits.mean() * torch.inf
+        "Compression.losses.g_nonsaturating_loss", lambda logits: logits.mean() * torch.inf
     )
     assert run(folder, f"{SMALL} --iter 5") == 2
     kept = folder / "run/before_non_finite_000000.pt"

@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import train_parser
+from Compression import parser_training
+from Compression.parser_training import Augmentation
 from Dataset.label_maps import LabelMapDataset, LabelMapError
 from Model import checkpoint
-from Util import segmentation
-from Util.segmentation import Augmentation
 
 
 def make_folder(path, count, side=32, seed=0):
@@ -48,8 +48,8 @@ def test_flip_swaps_classes():
     images = torch.arange(2 * 3 * 2 * 4.0).view(2, 3, 2, 4)
     labels = torch.tensor([[[0, 2, 3, 1], [4, 4, 5, 18]]]).repeat(2, 1, 1)
     chosen = torch.tensor([True, False])
-    flipped, mirrored = segmentation.flip(
-        images, labels, chosen, segmentation.CELEBAMASK_FLIP_PAIRS
+    flipped, mirrored = parser_training.flip(
+        images, labels, chosen, parser_training.CELEBAMASK_FLIP_PAIRS
     )
     assert mirrored[0].tolist() == [[1, 2, 3, 0], [18, 4, 5, 5]]
     torch.testing.assert_close(mirrored[1], labels[1])
@@ -63,7 +63,7 @@ def test_augmentation_keeps_picture_and_labels_together(folder):
         torch.stack(part) for part in zip(*(dataset[i] for i in range(8)), strict=True)
     )
     how = Augmentation(colour=0.0, noise=0.0)
-    varied, moved = segmentation.augment(images, labels, how, torch.Generator().manual_seed(0))
+    varied, moved = parser_training.augment(images, labels, how, torch.Generator().manual_seed(0))
     assert (moved != labels).any()
     # Red is class 1, green class 2, blue class 0; only the blurred edges may disagree.
     seen = torch.tensor([1, 2, 0])[varied.argmax(1)]
@@ -73,15 +73,15 @@ def test_augmentation_keeps_picture_and_labels_together(folder):
 def test_augmentation_reduces_pictures_only():
     images, labels = torch.zeros(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.int64)
     how = Augmentation(image_size=16)
-    images, labels = segmentation.augment(images, labels, how, torch.Generator())
+    images, labels = parser_training.augment(images, labels, how, torch.Generator())
     assert (images.shape, labels.shape) == ((2, 3, 16, 16), (2, 32, 32))
 
 
 def test_scores_against_closed_form():
     labels = torch.tensor([[[0, 0, 1, 1], [2, 2, 2, 2]]])
     predicted = torch.tensor([[[0, 1, 1, 1], [2, 2, 0, 3]]])
-    confusion = segmentation.confusion_matrix(predicted, labels, 5)
-    scores = segmentation.scores_of(confusion, torch.tensor([False, True, True, True, True]))
+    confusion = parser_training.confusion_matrix(predicted, labels, 5)
+    scores = parser_training.scores_of(confusion, torch.tensor([False, True, True, True, True]))
     assert scores.occurs.tolist() == [True, True, True, False, False]
     expected = torch.tensor([1 / 3, 2 / 3, 2 / 4], dtype=torch.float64)
     torch.testing.assert_close(scores.class_iou[:3], expected)
@@ -95,14 +95,14 @@ def test_loss_adds_the_auxiliary_outputs():
     labels = torch.randint(0, 3, (2, 8, 8), generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     main, same, small = (torch.randn(2, 3, n, n, generator=generator) for n in (8, 8, 4))
-    loss = segmentation.segmentation_loss((main, same, small), labels, 0.25)
+    loss = parser_training.segmentation_loss((main, same, small), labels, 0.25)
     terms = [F.cross_entropy(*pair) for pair in ((same, labels), (small, labels[:, ::2, ::2]))]
     torch.testing.assert_close(loss, F.cross_entropy(main, labels) + 0.25 * sum(terms))
 
 
 def test_learning_rate_rises_then_falls():
-    plan = segmentation.TrainingPlan(100, warm_up=0.1)
-    factors = [segmentation.learning_rate_factor(step, plan) for step in range(100)]
+    plan = parser_training.TrainingPlan(100, warm_up=0.1)
+    factors = [parser_training.learning_rate_factor(step, plan) for step in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert max(factors) == factors[9] == factors[10] == 1
     assert sorted(factors[10:], reverse=True) == factors[10:]
@@ -111,7 +111,7 @@ def test_learning_rate_rises_then_falls():
 
 def test_training_learns_and_saves(folder, tmp_path, capsys):
     losses = []
-    plain = segmentation.train
+    plain = parser_training.train
 
     def recording(network, batches, plan, generator, after_step):
         def both(step, loss):
@@ -121,7 +121,7 @@ def test_training_learns_and_saves(folder, tmp_path, capsys):
         plain(network, batches, plan, generator, both)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segmentation, "train", recording)
+        patch.setattr(parser_training, "train", recording)
         assert train_parser.main(flags(folder, tmp_path, "--iter", "60", "--eval_every", "40")) == 0
     assert len(losses) == 60
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])

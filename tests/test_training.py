@@ -4,10 +4,18 @@ import itertools
 import pytest
 import torch
 
+from Compression.training import (
+    Averages,
+    NonFiniteError,
+    Teacher,
+    Trainer,
+    accumulate,
+    lazy_adam,
+    train,
+)
 from Model.discriminator import Discriminator
 from Model.generator import Generator
 from train_hyperparams import TrainConfig
-from Util.training import Averages, NonFiniteError, Teacher, Trainer, accumulate, lazy_adam, train
 
 CPU = torch.device("cpu")
 

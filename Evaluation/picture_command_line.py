@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from Evaluation.command_line import evaluation_parser, load_evaluated
+from Model.complexity import macs, parameters
 from Model.generator import Generator
 from Util.cli import OneLineParser, at_least, check_writable, fraction
-from Util.complexity import macs, parameters
-from Util.evaluation_cli import evaluation_parser, load_evaluated
 
 PICTURE_SIDE = 128
 """Side in px of one picture where --scale does not say otherwise."""

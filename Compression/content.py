@@ -2,16 +2,16 @@
 
 from collections.abc import Iterable
 from os import PathLike
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from Model import bundled
 from Model.checkpoint import load_face_parser
 from Model.face_parser import BiSeNet, fold_batch_norm
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from Util.cli import blame
 
 
 class ContentParser(nn.Module):
@@ -32,8 +32,6 @@ class ContentParser(nn.Module):
         ValueError: if a class to exclude is not one of the network's, or `chunk` is not positive.
     """
 
-    mean: Tensor
-    std: Tensor
     is_content: Tensor
 
     def __init__(
@@ -57,9 +55,6 @@ class ContentParser(nn.Module):
         is_content[list(excluded)] = 0
         self.network = network
         self.chunk = chunk
-        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-            constant = torch.tensor(values, device=device).view(1, 3, 1, 1)
-            self.register_buffer(name, constant, persistent=False)
         self.register_buffer("is_content", is_content.to(device), persistent=False)
         self.eval()
 
@@ -67,28 +62,13 @@ class ContentParser(nn.Module):
         """Stays in eval mode: the masks must not depend on what else is in the batch."""
         return super().train(False)
 
-    def network_input(self, images: Tensor) -> Tensor:
-        """What the parser is shown; differentiable in `images`.
-
-        Args:
-            images: (N, 3, H, W), nominally in [-1, 1].
-
-        Returns:
-            (N, 3, input_size, input_size), clamped to [0, 1] before the ImageNet normalisation.
-        """
-        size = (self.network.input_size, self.network.input_size)
-        images = images.add(1).mul(0.5).clamp(0, 1)
-        if images.shape[2:] != size:
-            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
-        return (images - self.mean) / self.std
-
     def _parse_chunk(self, images: Tensor) -> Tensor:
         # Channels last from the start: the convolutions are faster on it, and the maximum is then
         # taken over contiguous values, several times faster than over strided planes. (PyTorch's
         # argmax takes twice as long as its max.)
         images = images.float().contiguous(memory_format=torch.channels_last)
         size = (self.network.input_size, self.network.input_size)
-        logits = self.network.main_logits(self.network_input(images))
+        logits = self.network.main_logits(self.network.prepare(images))
         logits = self.network.upsample(logits, size)
         return logits.permute(0, 2, 3, 1).max(dim=3).indices
 
@@ -142,6 +122,17 @@ def load_content_parser(path: str | PathLike[str], device: torch.device) -> Cont
     """
     network = fold_batch_norm(load_face_parser(path, device))
     return ContentParser(network, usual_exclusions(network.n_classes))
+
+
+def parser_for(parser_ckpt: Path | None, model: Path, device: torch.device) -> ContentParser:
+    """The content parser of --parser_ckpt, by default the one that fits the model.
+
+    Raises:
+        ValueError: names the flag and what is wrong.
+    """
+    file = parser_ckpt or bundled.default_parser(model)
+    with blame("--parser_ckpt"):
+        return load_content_parser(file, device)
 
 
 def _check_images(images: Tensor) -> None:

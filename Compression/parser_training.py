@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from Compression.content import ContentParser
 from Model.face_parser import BiSeNet
-from Util.content import ContentParser
 
 CELEBAMASK_NAMES = (
     *("background", "skin", "l_brow", "r_brow", "l_eye", "r_eye", "eye_g", "l_ear", "r_ear"),
@@ -236,7 +236,7 @@ def evaluate(
         image_size: as for `Augmentation`.
     """
     parser.eval()
-    n_classes, device = parser.network.n_classes, parser.mean.device
+    n_classes, device = parser.network.n_classes, parser.is_content.device
     confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64, device=device)
     for images, labels in batches:
         predicted = parser.parse(reduce_images(images.to(device), image_size))
@@ -297,10 +297,10 @@ def train(
         optimiser, lambda step: learning_rate_factor(step, plan)
     )
     for step in range(1, plan.iterations + 1):
-        images, labels = (part.to(parser.mean.device) for part in next(batches))
+        images, labels = (part.to(parser.is_content.device) for part in next(batches))
         images, labels = augment(images, labels, plan.augmentation, generator)
         network.train()
-        images = parser.network_input(images).contiguous(memory_format=torch.channels_last)
+        images = network.prepare(images).contiguous(memory_format=torch.channels_last)
         main, *others = network.all_logits(images)
         # The auxiliary outputs only guide the lower layers; small maps do, and are far cheaper.
         outputs = (network.upsample(main, images.shape[2:]), *others)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from Model.complexity import LayerCost, layer_costs, macs, parameters
 from Model.generator import Generator
-from Util.complexity import LayerCost, layer_costs, macs, parameters
 
 
 def _factor(before: int, after: int) -> str:

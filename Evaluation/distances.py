@@ -3,6 +3,7 @@
 import contextlib
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 
 from Model.checkpoint import CheckpointError, load_strict, read
 from Model.downloads import downloaded
-from Util.content import ContentParser
+from Model.face_parser import BiSeNet
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Two image batches (N, 3, H, W) in [-1, 1] -> perceptual distance of each pair, (N,)."""
 
 LPIPS_TRUNKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
 
@@ -25,15 +29,15 @@ class ParserDistance(nn.Module):
     2018, eq. 1 with w = 1). It needs no download and knows the content it was trained on.
 
     Args:
-        parser: shows the images to its network as it does for a mask; frozen.
+        parser: a face parser; frozen.
     """
 
-    def __init__(self, parser: ContentParser) -> None:
+    def __init__(self, parser: BiSeNet) -> None:
         super().__init__()
-        self.parser = parser.requires_grad_(False)
+        self.parser = parser.eval().requires_grad_(False)
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        features = self.parser.network.trunk_features(self.parser.network_input(images))
+        features = self.parser.trunk_features(self.parser.prepare(images))
         return [F.normalize(f, dim=1) for f in features]
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -83,3 +87,10 @@ def _fill_trunk(net: nn.Module, weights: dict[str, Tensor], file: str, arch: str
             raise CheckpointError(f"{file}: no fitting {source}; expected torchvision's {arch}")
         state[key] = weights[source]
     load_strict(net, state, file)
+
+
+def at_most(images: Tensor, side: int) -> Tensor:
+    """Reduce images (N, 3, H, W) bilinearly to ``side`` px where they are larger."""
+    if images.shape[-1] <= side:
+        return images
+    return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)

@@ -2,23 +2,19 @@
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from Evaluation.distances import LPIPS_TRUNKS, Distance, ParserDistance, at_most, load_lpips
 from Model import bundled
-from Model.checkpoint import load_generator
+from Model.checkpoint import load_face_parser, load_generator
+from Model.face_parser import fold_batch_norm
 from Model.generator import Generator
 from Util.cli import OneLineParser, at_least, blame, file_path
-from Util.content import ContentParser, load_content_parser
-from Util.losses import at_most
-from Util.perceptual import LPIPS_TRUNKS, ParserDistance, load_lpips
-
-Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Two image batches (N, 3, H, W) in [-1, 1] -> distance of each pair, (N,)."""
 
 
 def evaluation_parser(
@@ -96,17 +92,6 @@ def load_evaluated(path: Path, size: int, device: torch.device) -> Generator:
     return generator.eval().requires_grad_(False)
 
 
-def parser_for(parser_ckpt: Path | None, model: Path, device: torch.device) -> ContentParser:
-    """The content parser of --parser_ckpt, by default the one that fits the model.
-
-    Raises:
-        ValueError: names the flag and what is wrong.
-    """
-    file = parser_ckpt or bundled.default_parser(model)
-    with blame("--parser_ckpt"):
-        return load_content_parser(file, device)
-
-
 def perceptual_for(args: argparse.Namespace, model: Path, device: torch.device) -> Distance:
     """The perceptual distance of --perceptual, whose default it fills in.
 
@@ -118,7 +103,9 @@ def perceptual_for(args: argparse.Namespace, model: Path, device: torch.device) 
     """
     args.perceptual = args.perceptual or ("parser" if bundled.is_bundled(model) else "vgg")
     if args.perceptual == "parser":
-        network: Distance = ParserDistance(parser_for(args.parser_ckpt, model, device))
+        file = args.parser_ckpt or bundled.default_parser(model)
+        with blame("--parser_ckpt"):
+            network: Distance = ParserDistance(fold_batch_norm(load_face_parser(file, device)))
     else:
         with blame("--perceptual_ckpt") if args.perceptual_ckpt else nullcontext():
             network = load_lpips(args.perceptual, args.perceptual_ckpt).to(device)

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from Compression import losses
+from Compression.distillation import distillation_loss
+from Evaluation.distances import Distance
 from Model.discriminator import Discriminator
 from Model.generator import Generator
-from Util import distributed, losses
+from Util import distributed
 
 
 class Settings(Protocol):
@@ -54,7 +57,7 @@ class Teacher:
 
     generator: Generator
     content_mask: Callable[[Tensor], Tensor] | None = None
-    perceptual: losses.Perceptual | None = None
+    perceptual: Distance | None = None
 
 
 class NonFiniteError(RuntimeError):
@@ -253,7 +256,7 @@ class Trainer:
         perceptual = teacher.perceptual if self.settings.kd_lpips_lambda else None
         if self.settings.kd_mode == "Output_Only":
             rgbs, target = rgbs[-1:], target[-1:]
-        return losses.distillation_loss(rgbs, target, mask, perceptual)
+        return distillation_loss(rgbs, target, mask, perceptual)
 
     def _path_phase(self, n: int) -> dict[str, Tensor]:
         w_plus = self._latents(n)

@@ -1,8 +1,8 @@
-"""Channel selection and surgery: from scores to keep masks, from keep masks to a smaller generator.
+"""Surgery: from keep masks to a smaller generator.
 
 A channel group is the constant input's or one styled convolution's output (`Generator.channels`).
 Who reads a group is fixed by the architecture: the next convolution, and a ToRGB where the
-resolution ends. Scores come from elsewhere (`Util.scoring`), so any metric goes with any surgery.
+resolution ends.
 """
 
 from collections.abc import Sequence
@@ -12,41 +12,6 @@ from torch import Tensor
 
 from Model.generator import Generator
 from Model.layers import ModulatedConv2d, StyledConv, ToRGB
-
-
-def kept_count(channels: int, remove_ratio: float) -> int:
-    """Channels that stay of a group, at least one for a ratio in [0, 1)."""
-    return channels - int(channels * remove_ratio)
-
-
-def select_channels(scores: Sequence[Tensor], remove_ratio: float) -> list[Tensor]:
-    """Choose the channels that stay: in every group the lowest scores go.
-
-    All groups lose the same fraction. Of equal scores the lower index goes first (stable sorting).
-
-    Args:
-        scores: one 1-D tensor per channel group.
-        remove_ratio: fraction of every group that goes, in [0, 1).
-
-    Returns:
-        One bool tensor per group, on the scores' device, True where the channel stays.
-
-    Raises:
-        ValueError: the ratio is out of range, or scores are not 1-D or not finite.
-    """
-    if not 0 <= remove_ratio < 1:
-        raise ValueError(f"remove_ratio is {remove_ratio}; it must be at least 0 and below 1")
-    keep = []
-    for group, score in enumerate(scores):
-        if score.ndim != 1 or score.numel() == 0:
-            raise ValueError(f"scores of group {group} have shape {tuple(score.shape)}, not (C,)")
-        if not score.isfinite().all():
-            raise ValueError(f"scores of group {group} are not all finite; nothing can be ranked")
-        removed = score.numel() - kept_count(score.numel(), remove_ratio)
-        mask = torch.ones_like(score, dtype=torch.bool)
-        mask[score.argsort(stable=True)[:removed]] = False
-        keep.append(mask)
-    return keep
 
 
 def _check_keep(generator: Generator, keep: Sequence[Tensor]) -> None:
@@ -112,7 +77,7 @@ def prune_generator(generator: Generator, keep: Sequence[Tensor]) -> Generator:
         ValueError: the masks do not fit the generator or keep nothing of a group.
     """
     _check_keep(generator, keep)
-    keep = [mask.to(generator.input.input.device) for mask in keep]
+    keep = [mask.to(generator.device) for mask in keep]
     with torch.random.fork_rng(devices=[]):  # the initial values are all overwritten
         widths = [int(mask.sum()) for mask in keep]
         pruned = Generator(generator.size, generator.style_dim, generator.n_mlp, widths)

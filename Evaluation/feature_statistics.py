@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from Evaluation.fid import frechet_distance, mean_and_covariance
-from Model.files import atomic_path, read_npz
+from Util.files import atomic_path, read_npz
 
 Array = NDArray[np.float64]
 LARGEST_PICKLE = 2**30

@@ -1,0 +1,1 @@
+"""The method: content mask, scores, selection, surgery, distillation, training."""

@@ -1,0 +1,86 @@
+"""What scores draw on: latents, layer noise, the content mask, and which weights stand for a group.
+
+All random numbers are drawn on the CPU from one seed, so that a seed means the same images on
+every device. Latents, layer noise and pixel noise come from streams of their own: the images do not
+depend on the batch size.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from Model.generator import Generator
+from Model.layers import StyledConv, ToRGB
+from Util.streams import stream
+
+Scores = list[Tensor]
+"""One 1-D tensor per channel group; higher is more important."""
+
+ContentMask = Callable[[Tensor], Tensor]
+"""Images (N, 3, H, W) in [-1, 1] -> content mask (N, 1, H, W) of 0 and 1."""
+
+LATENTS, LAYER_NOISE, PIXEL_NOISE, CHANCE = range(4)
+"""What a random stream is for."""
+
+PIXELS_AT_ONCE = 2**18
+"""Four images of 256 px: about 2 GB for scoring the full-size generator."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a score may draw on besides the generator.
+
+    Attributes:
+        latents: z of all images, (n, style_dim), on the CPU.
+        batch_size: images whose gradients are summed before their absolute value is taken.
+        noise_prob: probability that a pixel inside the content mask is noised.
+        seed: seed of the random streams.
+        parser: see `ContentMask`; None where there is no face parser.
+        progress: called with the number of images done since the last call.
+        options: the score's own settings, of the type that its entry in the table names.
+    """
+
+    latents: Tensor
+    batch_size: int
+    noise_prob: float
+    seed: int
+    parser: ContentMask | None
+    progress: Callable[[int], None]
+    options: Any = None
+
+    def stream(self, purpose: int) -> torch.Generator:
+        """Return the random stream for a purpose (LATENTS, ...), from its start."""
+        return stream(self.seed, purpose)
+
+
+def readers(generator: Generator) -> list[StyledConv | ToRGB]:
+    """The layer per channel group whose weights stand for the group.
+
+    A group of channels enters the next styled convolution; the last one enters only the last ToRGB.
+    The other ToRGBs also read channels, but do not take part in scores.
+    """
+    return [*generator.styled_convs, generator.to_rgbs[-1]]  # type: ignore[list-item]
+
+
+def chunks(generator: Generator, sampling: Sampling) -> Iterator[tuple[Tensor, list[Tensor], bool]]:
+    """Inputs of the generator, few enough images at a time for the memory.
+
+    Yields:
+        z (n, style_dim), layer noise (n, 1, h, w) per layer, and whether a batch ends here.
+    """
+    stream = sampling.stream(LAYER_NOISE)
+    device = generator.device
+    sides = [noise.shape[-1] for noise in generator.fixed_noise]
+    at_once = max(1, PIXELS_AT_ONCE // generator.size**2)
+    for batch in sampling.latents.split(sampling.batch_size):
+        parts = batch.split(at_once)
+        for i, z in enumerate(parts):
+            # One row per image holds its noise for all layers, so the batch size changes nothing.
+            rows = torch.randn(len(z), sum(side**2 for side in sides), generator=stream).to(device)
+            maps = rows.split([side**2 for side in sides], dim=1)
+            noise = [m.view(-1, 1, s, s) for m, s in zip(maps, sides, strict=True)]
+            yield z.to(device), noise, i == len(parts) - 1
+            sampling.progress(len(z))

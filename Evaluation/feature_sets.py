@@ -1,0 +1,128 @@
+"""Features of whole sets of images, generated or real, shared by the processes."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from Dataset.images import Images, in_order, load_batches
+from Evaluation import feature_statistics, sampling
+from Evaluation.feature_statistics import Statistics, statistics_of
+from Evaluation.features import Extractor, extract
+from Model.generator import Generator
+from Util import distributed
+
+
+def all_features(
+    extractor: Extractor, batches: Iterable[Tensor], device: torch.device, n: int, what: str
+) -> NDArray[np.float32]:
+    """Features (n, D) of every process's batches, in order, under a progress bar."""
+    quiet = distributed.rank() != 0
+    with tqdm(total=n, desc=what, unit="img", leave=False, disable=quiet) as bar:
+        step = distributed.world_size()
+        own = extract(extractor, batches, device, lambda k: bar.update(min(k * step, n - bar.n)))
+    return torch.cat(distributed.gather_in_turn(own)).numpy()
+
+
+def sampled_features(
+    generator: Generator,
+    extractor: Extractor,
+    n: int,
+    batch_size: int,
+    seed: int,
+    truncation: float = 1.0,
+) -> NDArray[np.float32]:
+    """Features (n, D) of images 0 to n - 1 of a generator, shared by the processes."""
+    centre = sampling.mean_latent(generator, seed) if truncation < 1 else None
+    shares = sampling.shares(n, batch_size, distributed.rank(), distributed.world_size())
+    batches = (sampling.images(generator, s, seed, truncation, centre) for s in shares)
+    device = generator.device
+    return all_features(extractor, batches, device, n, "generated images")
+
+
+def image_features(
+    images: Images, extractor: Extractor, batch_size: int, workers: int, device: torch.device
+) -> NDArray[np.float32]:
+    """Features (N, D) of all images of a data set, shared by the processes."""
+    own = in_order(len(images), batch_size, distributed.rank(), distributed.world_size())
+    batches = load_batches(images, own, workers, device.type == "cuda")
+    return all_features(extractor, batches, device, len(images), f"images of {images.path}")
+
+
+def read_statistics(file: Path, extractor: Extractor, need_features: bool) -> Statistics:
+    """Statistics that the user names.
+
+    Raises:
+        ValueError: no statistics, those of other features, or without the features themselves.
+    """
+    found = feature_statistics.load(file)
+    made_by = found.record.get("protocol", extractor.protocol)
+    if made_by != extractor.protocol:
+        raise ValueError(
+            f"{file} was made by: {made_by}; these flags mean: {extractor.protocol}; change the"
+            " flags, or name another file"
+        )
+    if need_features and found.features is None:
+        raise ValueError(
+            f"{file} has only mean and covariance; --metrics kid and pr need the real images"
+            " themselves: give --path without this file"
+        )
+    return found
+
+
+def real_statistics(
+    images: Images,
+    file: Path | None,
+    extractor: Extractor,
+    device: torch.device,
+    batch_size: int = 64,
+    workers: int = 0,
+    need_features: bool = False,
+) -> Statistics:
+    """Statistics of real images, made once and kept; all processes take part.
+
+    Args:
+        images: the data set.
+        file: taken if it is there, else where they are kept; None: beside the images, and made
+            again when these have changed.
+        extractor: the features.
+        device: where the features are computed.
+        batch_size: images at a time.
+        workers: processes that load the images.
+        need_features: the features themselves are needed, not only their mean and covariance.
+
+    Raises:
+        ValueError: see `read_statistics`; too few images for the features, or non-finite ones.
+    """
+    if file is not None and not distributed.any_process(not file.is_file(), device):
+        return read_statistics(file, extractor, need_features)
+    record = {
+        "images": str(images.path),
+        "count": len(images),
+        "size": images.size,
+        "files": images.fingerprint(),
+        "protocol": extractor.protocol,
+    }
+    if file is None:
+        digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:8]
+        file = images.path.with_name(f"{images.path.name}_{images.size}px_statistics_{digest}.npz")
+    found = feature_statistics.find(file, record, need_features)
+    if not distributed.any_process(found is None, device):
+        assert found is not None
+        return found
+    feature_statistics.check_enough(len(images), extractor.dimensions(images.size, device))
+    features = image_features(images, extractor, batch_size, workers, device)
+    made = statistics_of(features, record, need_features)
+    if distributed.rank() == 0:
+        try:
+            feature_statistics.save(file, made)
+        except OSError as error:
+            print(f"warning: {file} could not be written ({error})", file=sys.stderr)
+    return made
