@@ -22,10 +22,11 @@ from Model import bundled
 from Model.checkpoint import load_generator
 from Model.complexity import macs, parameters
 from Model.generator import Generator
-from Util.cli import OneLineParser, at_least, check_writable, file_path, run_script
+from Util.cli import OneLineParser, check_writable, run_script
 from Util.files import atomic_path
 from Util.pictures import save_png, side_by_side
 from Util.plot_log import plot
+from Util.settings import at_least, file_path
 
 TEACHER = os.path.relpath(bundled.MODEL)
 LATENTS = 64
@@ -74,7 +75,7 @@ def compare(networks: dict[str, Generator], out: Path) -> str:
 def run(args: argparse.Namespace) -> None:
     """Run all steps and print the result."""
     out, start = args.out, time.perf_counter()
-    check_writable("--out", out / "table.txt")
+    check_writable("out", out / "table.txt")
     data, pruned, run = out / "toon_faces_64px", out / "pruned.pt", out / "run"
 
     step(

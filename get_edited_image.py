@@ -32,9 +32,10 @@ from Evaluation.picture_command_line import (
 from Evaluation.projection import load_projection
 from Model.generator import Generator
 from Util.animation import save_gif
-from Util.cli import OneLineParser, at_least, blame, file_path, integers, run_script
+from Util.cli import OneLineParser, run_script
 from Util.device import pick_device
 from Util.pictures import captioned, framed, grid, rescale, save_png
+from Util.settings import at_least, blame, file_path, integers
 
 EXAMPLES = """Every face of A is edited towards faces of B. Mixing shows A in the first column, B in
 the first row, and between them A with the styles of B in some layers. Morphing shows one row from
@@ -125,7 +126,7 @@ class Faces:
         if args.mode == "morphing":
             self._check_morph()
         else:
-            with blame("--layers"):
+            with blame("layers"):
                 n_latent = next(iter(models.values())).n_latent
                 self.layers = editing.style_layers(args.layers, n_latent)
 
@@ -137,10 +138,10 @@ class Faces:
             raise ValueError("--space z: projected pictures have no z; take --space w")
 
     def _projected(self, side: str) -> dict[str, Latents]:
-        flag, files = f"--projection_{side}", vars(self.args)[f"projection_{side}"] or []
+        flag, files = f"projection_{side}", vars(self.args)[f"projection_{side}"] or []
         if files and len(files) != len(self.models):
             raise ValueError(
-                f"{flag}: {len(files)} files for {len(self.models)} checkpoints; a projection"
+                f"--{flag}: {len(files)} files for {len(self.models)} checkpoints; a projection"
                 " belongs to one model, so give one each"
             )
         with blame(flag):

@@ -29,8 +29,9 @@ from Evaluation.precision_recall import precision_recall
 from Model import bundled
 from Model.generator import Generator
 from Util import distributed
-from Util.cli import OneLineParser, at_least, blame, file_path, fraction, run_script
+from Util.cli import OneLineParser, run_script
 from Util.device import pick_device
+from Util.settings import at_least, blame, file_path, fraction
 
 METRICS = ("fid", "kid", "pr")
 EXAMPLES = """examples:
@@ -104,14 +105,14 @@ def reference(
         raise ValueError(f"--stats {args.stats} is a folder; name a file")
     if args.path:
         how = (device, args.batch_size, args.workers, need_features)
-        with blame("--stats" if args.stats and args.stats.is_file() else "--path"):
+        with blame("stats" if args.stats and args.stats.is_file() else "path"):
             return real_statistics(Images(args.path, size), args.stats, extractor, *how)
     file = args.stats
     if file is None and bundled.is_bundled(args.ckpt):
         file = bundled.CONTENT_STATISTICS if args.content_aware else bundled.STATISTICS
     if file is None:
         raise ValueError("--path is missing; give the real images, or their statistics as --stats")
-    with blame("--stats"):
+    with blame("stats"):
         return read_statistics(file, extractor, need_features)
 
 
@@ -188,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
     size = generator.size if generator else args.generated_img_size
     extractor = extractor_of(args, device)
     if generator:
-        with blame("--n_sample"):
+        with blame("n_sample"):
             feature_statistics.check_enough(args.n_sample, extractor.dimensions(size, device))
     real = reference(args, size, extractor, device)
     features = generated_features(args, extractor, generator, device)

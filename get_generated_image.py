@@ -23,9 +23,10 @@ from Evaluation.picture_command_line import (
 from Model.complexity import macs
 from Model.generator import Generator
 from Util.animation import save_gif
-from Util.cli import OneLineParser, at_least, file_path, run_script
+from Util.cli import OneLineParser, run_script
 from Util.device import pick_device
 from Util.pictures import captioned, grid, rescale, save_png
+from Util.settings import at_least, file_path
 
 EXAMPLES = """examples:
   python3 get_generated_image.py

@@ -18,8 +18,9 @@ from Evaluation.command_line import (
 from Evaluation.ppl import PROTOCOLS, PathPairs, pair_distances, perceptual_path_length
 from Evaluation.sampling import shares
 from Util import distributed
-from Util.cli import OneLineParser, at_least, run_script
+from Util.cli import OneLineParser, run_script
 from Util.device import pick_device
+from Util.settings import at_least
 
 EXAMPLES = """examples:
   the bundled model, with parser features, no download:

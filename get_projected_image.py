@@ -34,10 +34,11 @@ from Evaluation.distances import Distance
 from Evaluation.fidelity import fidelity
 from Evaluation.projection import LEARNING_RATE, Projection, project, save_projection
 from Model.generator import Generator
-from Util.cli import OneLineParser, at_least, check_writable, file_path, run_script
+from Util.cli import OneLineParser, check_writable, run_script
 from Util.device import pick_device
 from Util.files import atomic_path
 from Util.pictures import save_png, side_by_side
+from Util.settings import at_least, file_path
 
 PICTURE = "Image_Projection_Visualization.png"
 TABLE = "projection.csv"
@@ -353,7 +354,7 @@ def run(args: argparse.Namespace) -> None:
         targets = own_pictures(args, generator)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is no folder; name another")
-    check_writable("--out", args.out / PICTURE)
+    check_writable("out", args.out / PICTURE)
     print(targets.origin)
     rows = project_and_save(args, generator, targets, parser, perceptual)
     print(table(rows, distance))

@@ -17,9 +17,10 @@ from Compression.selection import select_channels
 from Compression.surgery import prune_generator
 from Model import bundled, checkpoint
 from Model.generator import Generator
-from Util.cli import OneLineParser, at_least, blame, check_writable, file_path, fraction, run_script
+from Util.cli import OneLineParser, check_writable, run_script
 from Util.device import pick_device
 from Util.files import folder_lock
+from Util.settings import at_least, blame, file_path, fraction
 
 EPILOG = """metrics (higher scores stay):
 {metrics}
@@ -142,7 +143,7 @@ def load_full_size(args: argparse.Namespace) -> tuple[Generator, Mapping[str, An
     Raises:
         ValueError: naming the flag.
     """
-    with blame("--ckpt"):
+    with blame("ckpt"):
         content = checkpoint.read(args.ckpt)
         generator = checkpoint.load_generator(args.ckpt, device=args.device)
     if args.generated_img_size not in (None, generator.size):
@@ -163,7 +164,7 @@ def parser_of(args: argparse.Namespace) -> ContentParser | None:
         return None
     if args.parser_ckpt is None:
         args.parser_ckpt = bundled.default_parser(args.ckpt)
-    with blame("--parser_ckpt"):
+    with blame("parser_ckpt"):
         return load_content_parser(args.parser_ckpt, args.device)
 
 
@@ -179,7 +180,7 @@ def target_path(args: argparse.Namespace, size: int) -> Path:
         target = target / name
     if target.resolve() == args.ckpt.resolve():
         raise ValueError(f"--out {target} is the checkpoint to prune; name another file")
-    check_writable("--out", target)
+    check_writable("out", target)
     return target
 
 

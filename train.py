@@ -30,9 +30,10 @@ from Model.face_parser import fold_batch_norm
 from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig, add_flags, check_ranges, known_settings
 from Util import distributed, pictures
-from Util.cli import OneLineParser, blame, check_writable, run_script
+from Util.cli import OneLineParser, check_writable, run_script
 from Util.device import peak_memory_gib, pick_device, set_tf32
 from Util.run_log import TIMING, RunLog, newest_checkpoint, read_config, read_metrics
+from Util.settings import blame
 from Util.stopping import StopRequest
 
 EXAMPLES = """examples:
@@ -70,7 +71,7 @@ def parse_config(argv: Sequence[str] | None) -> TrainConfig:
     args = parser.parse_args(argv)
     if args.resume:
         folder = run_folder(args.resume)
-        with blame("--resume"):
+        with blame("resume"):
             saved = known_settings(read_config(folder))
         parser.set_defaults(**saved)
         parser.set_defaults(out=str(folder))
@@ -99,7 +100,7 @@ def check_config(config: TrainConfig) -> None:
         resolution_log2(config.size)
     if config.fid_stats and Path(config.fid_stats).is_dir():
         raise ValueError(f"--fid_stats {config.fid_stats} is a folder; name a file")
-    check_writable("--out", Path(config.out or "runs") / "config.json")
+    check_writable("out", Path(config.out or "runs") / "config.json")
     if config.load_train_state and not config.ckpt:
         raise ValueError("--load_train_state goes with --ckpt; name the checkpoint to go on from")
     processes = distributed.launched_processes()
@@ -140,12 +141,12 @@ def make_teacher(config: TrainConfig, size: int, device: torch.device) -> Teache
     """The full-size generator with its mask and perceptual distance, or None without --teacher."""
     if not config.teacher_ckpt:
         return None
-    with blame("--teacher_ckpt"):
+    with blame("teacher_ckpt"):
         generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
     parser = None
     if config.content_aware_KD or config.perceptual == "parser":
         file = config.parser_ckpt or default_parser(config.teacher_ckpt)
-        with blame("--parser_ckpt"):
+        with blame("parser_ckpt"):
             parser = load_content_parser(file, device)
     return Teacher(
         generator.eval().requires_grad_(False),
@@ -163,7 +164,7 @@ def make_trainer(config: TrainConfig, device: torch.device) -> Trainer:
         # A run that was ended before its first checkpoint starts again as it did.
         source, resume = (str(newest), True) if newest else (source, resume)
     torch.manual_seed(config.seed)
-    with blame("--ckpt" if source else "--size and --channels:"):
+    with blame("ckpt" if source else "--size and --channels:"):
         content = checkpoint.read(source) if source else {}
         if content and "d" not in content and config.teacher_ckpt:
             content["d"] = checkpoint.read(config.teacher_ckpt).get("d")
@@ -173,7 +174,7 @@ def make_trainer(config: TrainConfig, device: torch.device) -> Trainer:
     if distributed.world_size() > 1:
         torch.manual_seed(config.seed * distributed.world_size() + distributed.rank() + 1)
     if resume:
-        with blame(f"--ckpt {source}:"):
+        with blame(f"ckpt {source}:"):
             trainer.load_state(content)
     return trainer
 
@@ -189,19 +190,19 @@ def make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> Ev
     parser, parser_file = None, None
     if config.fid_features == "parser":
         parser_file = Path(config.parser_ckpt or default_parser(config.teacher_ckpt))
-        with blame("--parser_ckpt"):
+        with blame("parser_ckpt"):
             parser = fold_batch_norm(checkpoint.load_face_parser(parser_file, trainer.device))
     inception = Path(config.inception_ckpt) if config.inception_ckpt else None
     extractor = make_extractor(
         config.fid_features, inception, parser, parser_file, None, trainer.device
     )
-    with blame("--fid_n_sample"):
+    with blame("fid_n_sample"):
         width = extractor.dimensions(trainer.generator.size, trainer.device)
         feature_statistics.check_enough(config.fid_n_sample, width)
     if config.dry_run:
         return None
     stats = Path(config.fid_stats) if config.fid_stats else None
-    with blame("--fid_stats" if stats and stats.is_file() else "--path"):
+    with blame("fid_stats" if stats and stats.is_file() else "path"):
         real = real_statistics(
             images, stats, extractor, trainer.device, config.fid_batch, config.workers
         )

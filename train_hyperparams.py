@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
-from Util.cli import boolean, integers
+from Util.settings import boolean, integers
 
 
 def setting(

@@ -15,17 +15,9 @@ from Compression.parser_training import Augmentation, Batch, Scores, TrainingPla
 from Dataset.label_maps import LabelMapDataset
 from Model import checkpoint
 from Model.face_parser import BiSeNet
-from Util.cli import (
-    OneLineParser,
-    at_least,
-    blame,
-    check_writable,
-    fraction,
-    integers,
-    positive,
-    run_script,
-)
+from Util.cli import OneLineParser, check_writable, run_script
 from Util.device import pick_device
+from Util.settings import at_least, blame, fraction, integers, positive
 
 EXAMPLE = """example:
   python3 train_parser.py --path Dataset/toon_faces_128px --val_path Dataset/toon_faces_128px_val \\
@@ -186,7 +178,7 @@ def check(args: argparse.Namespace) -> None:
         complete_classes(args, args.n_classes)
         if Path(args.out).is_dir():
             raise ValueError(f"--out {args.out} is a folder; name a file in it")
-        check_writable("--out", Path(args.out))
+        check_writable("out", Path(args.out))
 
 
 def complete_classes(args: argparse.Namespace, n_classes: int) -> None:
@@ -223,9 +215,9 @@ def open_both(args: argparse.Namespace) -> tuple[Dataset[Batch], Dataset[Batch]]
     Raises:
         ValueError: naming the flag.
     """
-    everything = open_dataset("--path", args.path, args.size, args.n_classes)
+    everything = open_dataset("path", args.path, args.size, args.n_classes)
     if args.val_path is not None:
-        return everything, open_dataset("--val_path", args.val_path, args.size, args.n_classes)
+        return everything, open_dataset("val_path", args.val_path, args.size, args.n_classes)
     order = torch.randperm(
         len(everything), generator=torch.Generator().manual_seed(args.seed)
     ).tolist()
@@ -249,10 +241,10 @@ def report(scores: Scores) -> str:
 
 def run_evaluation(args: argparse.Namespace) -> None:
     """Scores a parser from a file."""
-    with blame("--eval_only"):
+    with blame("eval_only"):
         network = checkpoint.load_face_parser(args.eval_only, args.device)
     complete_classes(args, network.n_classes)
-    flag, path = ("--val_path", args.val_path) if args.val_path else ("--path", args.path)
+    flag, path = ("val_path", args.val_path) if args.val_path else ("path", args.path)
     dataset = open_dataset(flag, path, network.input_size, network.n_classes)
     batches = DataLoader(dataset, args.batch_size, num_workers=args.workers)
     parser = ContentParser(network, args.classes_excluded)

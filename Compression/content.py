@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from Model import bundled
 from Model.checkpoint import load_face_parser
 from Model.face_parser import BiSeNet, fold_batch_norm
-from Util.cli import blame
+from Util.settings import blame
 
 
 class ContentParser(nn.Module):
@@ -131,7 +131,7 @@ def parser_for(parser_ckpt: Path | None, model: Path, device: torch.device) -> C
         ValueError: names the flag and what is wrong.
     """
     file = parser_ckpt or bundled.default_parser(model)
-    with blame("--parser_ckpt"):
+    with blame("parser_ckpt"):
         return load_content_parser(file, device)
 
 

@@ -42,7 +42,8 @@ from Dataset.prepare_data import (
     read_image,
     sizes_held,
 )
-from Util.cli import OneLineParser, at_least, run_script
+from Util.cli import OneLineParser, run_script
+from Util.settings import at_least
 
 
 class Images(Dataset[Tensor]):

@@ -27,7 +27,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from Util.cli import OneLineParser, at_least, check_writable, integers, run_script
+from Util.cli import OneLineParser, check_writable, run_script
+from Util.settings import at_least, integers
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LENGTH_KEY = b"length"
@@ -476,7 +477,7 @@ def _run(args: argparse.Namespace) -> int:
         raise DatasetError("--size must be one or more positive integers separated by commas")
     if args.quality and (args.format != "jpeg" or args.quality > 100):
         raise DatasetError(f"--quality {args.quality}: is 1 to 100 and goes with --format jpeg")
-    check_writable("--out", Path(args.out) / "data.mdb")
+    check_writable("out", Path(args.out) / "data.mdb")
     quality = args.quality or 100 if args.format == "jpeg" else None
     encoding = Encoding(tuple(sorted(set(args.size))), args.format, quality)
     try:

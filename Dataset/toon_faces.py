@@ -35,8 +35,9 @@ from numpy.random import Generator
 from PIL import Image
 from tqdm import tqdm
 
-from Util.cli import OneLineParser, at_least, check_writable, run_script
+from Util.cli import OneLineParser, check_writable, run_script
 from Util.files import atomic_path
+from Util.settings import at_least
 
 VERSION = 1
 CANVAS = 256.0
@@ -397,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run(args: argparse.Namespace) -> None:
         labels = not args.no_labels
-        check_writable("--out", Path(args.out) / "images")
+        check_writable("out", Path(args.out) / "images")
         render_dataset(args.out, args.n, args.size, args.seed, args.workers, labels, args.start)
         print(f"{args.n} pictures of {args.size} px in {args.out}")
 

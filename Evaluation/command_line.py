@@ -14,7 +14,8 @@ from Model import bundled
 from Model.checkpoint import load_face_parser, load_generator
 from Model.face_parser import fold_batch_norm
 from Model.generator import Generator
-from Util.cli import OneLineParser, at_least, blame, file_path
+from Util.cli import OneLineParser
+from Util.settings import at_least, blame, file_path
 
 
 def evaluation_parser(
@@ -87,7 +88,7 @@ def load_evaluated(path: Path, size: int, device: torch.device) -> Generator:
     Raises:
         ValueError: names the flag and what is wrong with the file or the size.
     """
-    with blame("--ckpt"):
+    with blame("ckpt"):
         generator = load_generator(path, device=device, size=size or None)
     return generator.eval().requires_grad_(False)
 
@@ -104,10 +105,10 @@ def perceptual_for(args: argparse.Namespace, model: Path, device: torch.device) 
     args.perceptual = args.perceptual or ("parser" if bundled.is_bundled(model) else "vgg")
     if args.perceptual == "parser":
         file = args.parser_ckpt or bundled.default_parser(model)
-        with blame("--parser_ckpt"):
+        with blame("parser_ckpt"):
             network: Distance = ParserDistance(fold_batch_norm(load_face_parser(file, device)))
     else:
-        with blame("--perceptual_ckpt") if args.perceptual_ckpt else nullcontext():
+        with blame("perceptual_ckpt") if args.perceptual_ckpt else nullcontext():
             network = load_lpips(args.perceptual, args.perceptual_ckpt).to(device)
     return lambda a, b: network(at_most(a, 256), at_most(b, 256)).flatten()
 

@@ -8,7 +8,8 @@ import torch
 from Evaluation.command_line import evaluation_parser, load_evaluated
 from Model.complexity import macs, parameters
 from Model.generator import Generator
-from Util.cli import OneLineParser, at_least, check_writable, fraction
+from Util.cli import OneLineParser, check_writable
+from Util.settings import at_least, fraction
 
 PICTURE_SIDE = 128
 """Side in px of one picture where --scale does not say otherwise."""
@@ -134,7 +135,7 @@ def target_stem(out: Path, default: str) -> Path:
     stem = out / default if out.is_dir() else out
     if stem.suffix in (".png", ".gif"):
         stem = stem.with_suffix("")
-    check_writable("--out", stem)
+    check_writable("out", stem)
     return stem
 
 

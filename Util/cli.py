@@ -1,13 +1,13 @@
 """What the scripts' command lines share."""
 
 import argparse
-import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from Util.settings import SettingError
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -70,89 +70,24 @@ def _explains_itself(error: Exception) -> bool:
 def _explanation(error: Exception) -> str:
     if _lacks_memory(error):
         return f"out of memory ({one_line(error)[:200]}); take smaller batches or a smaller --size"
-    return one_line(error) or type(error).__name__
+    flag = "--" if isinstance(error, SettingError) else ""
+    return flag + one_line(error) or type(error).__name__
 
 
-@contextmanager
-def blame(flag: str) -> Iterator[None]:
-    """Put a flag's name before the message of any ValueError from the block."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{flag} {error}") from None
-
-
-def file_path(text: str) -> Path:
-    """Argument type: a path; an empty one, as of an unset variable, would be the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty; name a file or folder")
-    return Path(text)
-
-
-def check_writable(flag: str, target: Path) -> None:
-    """Find out before the work that its result could not be written.
+def check_writable(name: str, target: Path) -> None:
+    """Find out before the work that the result of a setting could not be written.
 
     Raises:
-        ValueError: names the flag and the folder.
+        SettingError: names the setting and the folder.
     """
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     if not parent.is_dir():
-        raise ValueError(f"{flag} {target}: {parent} is no folder; name another place")
+        raise SettingError(name, f"{target}: {parent} is no folder; name another place")
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(
-            f"{flag} {target}: nothing can be written in {parent} ({reason}); name another place"
+        raise SettingError(
+            name, f"{target}: nothing can be written in {parent} ({reason}); name another place"
         ) from None
-
-
-def at_least(low: int) -> Callable[[str], int]:
-    """Argument type: an integer that is not below a limit."""
-
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value} is not at least {low}")
-        return value
-
-    return integer
-
-
-def fraction(low_open: bool = False, high_open: bool = False) -> Callable[[str], float]:
-    """Argument type: a number in [0, 1], without 0 or 1 where the end is open."""
-    interval = f"{'(' if low_open else '['}0, 1{')' if high_open else ']'}"
-
-    def number(text: str) -> float:
-        value = float(text)
-        inside = 0 <= value <= 1 and not ((low_open and value == 0) or (high_open and value == 1))
-        if not inside:
-            raise argparse.ArgumentTypeError(f"{text} is not in {interval}")
-        return value
-
-    return number
-
-
-def positive(text: str) -> float:
-    """Argument type: a finite number above 0."""
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def boolean(text: str) -> bool:
-    """Argument type: True or False; ``bool("False")`` would be true."""
-    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return known[text.lower()]
-
-
-def integers(text: str) -> tuple[int, ...]:
-    """Argument type: integers separated by commas."""
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not integers separated by commas") from None

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="training_curve.png", help="default: %(default)s")
 
     def run(args: argparse.Namespace) -> None:
-        check_writable("--out", Path(args.out))
+        check_writable("out", Path(args.out))
         plot(args.runs, args.out)
         print(f"saved {args.out}")
 

@@ -28,7 +28,8 @@ from Model import bundled
 from Model.checkpoint import load_generator
 from Model.complexity import macs, parameters
 from Model.generator import Generator
-from Util.cli import OneLineParser, at_least
+from Util.cli import OneLineParser
+from Util.settings import at_least
 
 Row = dict[str, str]
 

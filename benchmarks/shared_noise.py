@@ -19,7 +19,8 @@ from Evaluation import sampling
 from Evaluation.comparison import content_l1
 from Model import bundled, checkpoint
 from Model.generator import Generator
-from Util.cli import OneLineParser, at_least
+from Util.cli import OneLineParser
+from Util.settings import at_least
 
 
 def noisy_teacher(strength: float, file: Path) -> Generator:

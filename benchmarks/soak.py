@@ -27,7 +27,8 @@ import train
 from Compression.training import Trainer
 from Model import bundled, checkpoint
 from Model.generator import Generator
-from Util.cli import OneLineParser, at_least, run_script
+from Util.cli import OneLineParser, run_script
+from Util.settings import at_least
 
 WARM_UP = 0.2
 """Part of the run before the first measurements: caches and pools fill."""

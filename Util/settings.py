@@ -1,0 +1,292 @@
+"""Settings: a dataclass whose every field is a flag of a script, with its help text and its range.
+
+    @dataclass(frozen=True, kw_only=True)
+    class PruneSettings(Settings):
+        ckpt: Path = setting(bundled.MODEL, "full-size checkpoint", metavar="FILE")
+        n_sample: int = setting(400, "images to score by", low=1)
+
+    settings = parse_flags(parser, argv, PruneSettings)     # or PruneSettings(n_sample=100)
+
+The library takes settings, scripts make them from flags. What is wrong with one is a `SettingError`
+that knows which; a script puts the two dashes before its name.
+"""
+
+import argparse
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+
+class SettingError(ValueError):
+    """A setting cannot be used; the message says what was found and what to do.
+
+    Attributes:
+        name: the setting's.
+    """
+
+    def __init__(self, name: str, message: object) -> None:
+        super().__init__(f"{name} {message}")
+        self.name = name
+
+
+@contextmanager
+def blame(name: str) -> Iterator[None]:
+    """Make any ValueError from the block one of a setting; one that is blamed already stays so."""
+    try:
+        yield
+    except SettingError:
+        raise
+    except ValueError as error:
+        raise SettingError(name, error) from None
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    metavar: str | None = None,
+    nargs: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+) -> Any:
+    """A dataclass field that is a flag.
+
+    Args:
+        default: its value where the flag is not given; ``...`` makes it required.
+        help: what it is, with unit and range; the default is added.
+        choices: the values it may have.
+        low: smallest value.
+        high: largest value.
+        above: a value that it must exceed.
+        below: a value that it must not reach.
+        metavar: what stands for a value in the help text.
+        nargs: "+" for values separated by spaces; a tuple is else separated by commas.
+        parse: makes the value of a text; None follows the field's type.
+    """
+    limits = {"low": low, "high": high, "above": above, "below": below}
+    flag = {"choices": choices, "metavar": metavar, "nargs": nargs, "parse": parse}
+    metadata = {"help": help, "limits": limits, **flag}
+    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of all settings: values out of their range are refused when an object is made.
+
+    Raises:
+        SettingError: names the setting, the value and the limit.
+    """
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if "help" in item.metadata:
+                _check(item.name, getattr(self, item.name), item.metadata)
+
+
+Kind = TypeVar("Kind")
+
+
+def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    """Refuse a value that is not among the choices or out of the range of its setting."""
+    choices, limits = metadata["choices"], metadata["limits"]
+    if choices is not None and value is not None:
+        for part in value if isinstance(value, tuple) else (value,):
+            if part not in choices:
+                raise SettingError(name, f"{part}: unknown; take {', '.join(map(str, choices))}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if not math.isfinite(value):
+        raise SettingError(name, f"must be a finite number, not {value}")
+    problems = (
+        ("at least", limits["low"], lambda limit: value < limit),
+        ("at most", limits["high"], lambda limit: value > limit),
+        ("above", limits["above"], lambda limit: value <= limit),
+        ("below", limits["below"], lambda limit: value >= limit),
+    )
+    for words_, limit, broken in problems:
+        if limit is not None and broken(limit):
+            raise SettingError(name, f"must be {words_} {limit}, not {value}")
+
+
+def _without_none(kind: Any) -> Any:
+    """``int | None`` -> int."""
+    if get_origin(kind) in (types.UnionType, Union):
+        (kind,) = (part for part in get_args(kind) if part is not type(None))
+    return kind
+
+
+def _parse_of(kind: Any, nargs: str | None) -> dict[str, Any]:
+    """What argparse needs to know of a field's type."""
+    if kind is bool:
+        return {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}
+    if get_origin(kind) is tuple:
+        kind = get_args(kind)[0]
+        if not nargs:
+            several, letter = (integers, "N") if kind is int else (words, "NAME")
+            return {"type": several, "metavar": f"{letter},{letter},..."}
+    return {"type": file_path if kind is Path else kind}
+
+
+def add_flags(parser: argparse.ArgumentParser, *kinds: type) -> None:
+    """Add one flag for each field of dataclasses that is made with `setting`.
+
+    A field of type bool becomes ``--flag``, ``--flag True`` or ``--flag False``.
+    """
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        for item in fields(kind):
+            if "help" in item.metadata:
+                parser.add_argument(
+                    f"--{item.name}", **_flag(item, _without_none(hints[item.name]))
+                )
+
+
+def _flag(item: Any, kind: Any) -> dict[str, Any]:
+    metadata = item.metadata
+    required = item.default is MISSING
+    untold = required or item.default in (None, "", ()) or "default" in metadata["help"]
+    options = {
+        **({"required": True} if required else {"default": item.default}),
+        "help": metadata["help"] + ("" if untold else " (default: %(default)s)"),
+        **_parse_of(kind, metadata["nargs"]),
+    }
+    given = {"type": metadata["parse"], "metavar": metadata["metavar"], "nargs": metadata["nargs"]}
+    options |= {key: value for key, value in given.items() if value is not None}
+    if metadata["choices"] is not None:
+        names = [str(choice) for choice in metadata["choices"]]
+        options.setdefault("metavar", "{" + ",".join(names) + "}")
+    return options
+
+
+def from_flags(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+    """Make settings of parsed flags, which may hold those of other settings too.
+
+    Raises:
+        SettingError: a value is out of its range.
+    """
+    chosen = {}
+    for item in fields(kind):  # type: ignore[arg-type]
+        if item.name in values and "help" in item.metadata:
+            value = values[item.name]
+            chosen[item.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**chosen)
+
+
+def known_settings(saved: Mapping[str, Any], *kinds: type) -> dict[str, Any]:
+    """Those of stored values that are still settings, each of its type.
+
+    Raises:
+        ValueError: one is of another type; names it.
+    """
+    found: dict[str, Any] = {}
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        for item in fields(kind):
+            if item.name in saved and "help" in item.metadata:
+                found[item.name] = _typed(item.name, saved[item.name], hints[item.name])
+    return found
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """A stored value in its field's type; JSON has no tuples, no paths and integers for 1.0."""
+    kind = _without_none(hint)
+    if get_origin(kind) is tuple:
+        value = tuple(value) if isinstance(value, list) else value
+        fits = isinstance(value, tuple) and all(type(v) is get_args(kind)[0] for v in value)
+    elif kind is Path and isinstance(value, str):
+        return Path(value)
+    else:
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        fits = fits or (value is None and kind is not hint)
+    if not fits:
+        raise ValueError(f"config.json: {name} is {value!r}, not {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def parse_flags(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, kind: type[Kind]
+) -> Kind:
+    """Parse a command line whose flags were made of one kind of settings."""
+    return from_flags(kind, vars(parser.parse_args(argv)))
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """Settings as values that JSON holds, by name."""
+    values = {item.name: getattr(settings, item.name) for item in fields(settings)}
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def file_path(text: str) -> Path:
+    """Argument type: a path; an empty one, as of an unset variable, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    return Path(text)
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """Argument type: an integer that is not below a limit."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is not at least {low}")
+        return value
+
+    return integer
+
+
+def fraction(low_open: bool = False, high_open: bool = False) -> Callable[[str], float]:
+    """Argument type: a number in [0, 1], without 0 or 1 where the end is open."""
+    interval = f"{'(' if low_open else '['}0, 1{')' if high_open else ']'}"
+
+    def number(text: str) -> float:
+        value = float(text)
+        inside = 0 <= value <= 1 and not ((low_open and value == 0) or (high_open and value == 1))
+        if not inside:
+            raise argparse.ArgumentTypeError(f"{text} is not in {interval}")
+        return value
+
+    return number
+
+
+def positive(text: str) -> float:
+    """Argument type: a finite number above 0."""
+    value = float(text)
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def boolean(text: str) -> bool:
+    """Argument type: True or False; ``bool("False")`` would be true."""
+    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return known[text.lower()]
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Argument type: integers separated by commas."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not integers separated by commas") from None
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Argument type: names separated by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
