@@ -4,6 +4,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from Model.checkpoint import CheckpointError, load_strict, read
+from Model.checkpoint import CheckpointError, load_face_parser, load_strict, read
 from Model.downloads import downloaded
-from Model.face_parser import BiSeNet
+from Model.face_parser import BiSeNet, fold_batch_norm
+from Util.settings import blame
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Two image batches (N, 3, H, W) in [-1, 1] -> perceptual distance of each pair, (N,)."""
@@ -94,3 +96,27 @@ def at_most(images: Tensor, side: int) -> Tensor:
     if images.shape[-1] <= side:
         return images
     return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
+
+
+def load_distance(
+    name: str,
+    trunk: str | Path | None,
+    parser: Callable[[], str | Path],
+    device: torch.device,
+) -> Distance:
+    """Load a perceptual distance.
+
+    Args:
+        name: parser (features of a face parser), vgg, alex or squeeze (LPIPS).
+        trunk: see `load_lpips`.
+        parser: names the face parser's file; asked only where it is needed.
+        device: where it runs.
+
+    Raises:
+        SettingError: a file does not fit; names the setting parser_ckpt or perceptual_ckpt.
+    """
+    if name == "parser":
+        with blame("parser_ckpt"):
+            return ParserDistance(fold_batch_norm(load_face_parser(parser(), device)))
+    with blame("perceptual_ckpt") if trunk else nullcontext():
+        return load_lpips(name, trunk).to(device)

@@ -28,7 +28,7 @@ def default_parser(model: str | PathLike[str]) -> Path:
         return PARSER
     if not PUBLISHED_PARSER.is_file():
         raise ValueError(
-            f"--parser_ckpt: the face parser {PUBLISHED_PARSER} is missing; put 79999_iter.pth of"
-            " github.com/zllrunning/face-parsing.PyTorch there, or name another parser"
+            f"{PUBLISHED_PARSER} is missing; put the face parser 79999_iter.pth of"
+            " github.com/zllrunning/face-parsing.PyTorch there, or name another one"
         )
     return PUBLISHED_PARSER

@@ -29,7 +29,8 @@ from Model import checkpoint
 from Model.checkpoint import CheckpointError, load_generator
 from Model.generator import Generator
 from Model.ops import make_kernel, upfirdn2d
-from train_hyperparams import TrainConfig, check_ranges, known_settings
+from train_hyperparams import TrainConfig
+from Util.settings import known_settings
 
 QUICK = settings(
     derandomize=True,
@@ -448,8 +449,7 @@ def test_any_command_line_is_parsed_or_refused_in_one_line(script, data):
 )
 def test_any_stored_settings_are_taken_or_named(saved):
     try:
-        config, refusal = TrainConfig(**known_settings(saved)), ""
-        check_ranges(config)
+        config, refusal = TrainConfig(**known_settings(saved, TrainConfig)), ""
     except ValueError as error:
         refusal = str(error)
     if refusal:
