@@ -67,12 +67,16 @@ class EqualConv2d(nn.Module):
     """Bias-free convolution with equalised learning rate: weight / sqrt(in_channels * k * k)."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
-        self.stride = stride
-        self.padding = 0
+        self.stride, self.padding = stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, I, H, W) to (N, O, H', W')."""
