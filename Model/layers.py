@@ -225,9 +225,8 @@ class StyledConv(nn.Module):
         weight = self.conv.weight[0]
         if not self.conv.upsample:
             return bounded(styled_conv3x3(x, weight, style, epilogue))
-        x = x * style[:, :, None, None].to(x.dtype)
-        y = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
-        blur = self.conv.blur
+        style, blur = style[:, :, None, None].to(x.dtype), self.conv.blur
+        y = F.conv_transpose2d(x * style, weight.transpose(0, 1), stride=2)
         return bounded(filtered_leaky_relu(y, blur.kernel, blur.pad, epilogue.to(y.dtype)))
 
 
