@@ -205,12 +205,11 @@ class Trainer:
     def _latents(self, n: int) -> Tensor:
         """Draw w+ (n, n_latent, style_dim) of the generator, mixed as configured."""
         g = self.generator
-        w = [g.mapping(z) for z in self.draws.styles(n)]
-        return g.broadcast_latents(w, self.draws.layer(g.n_latent))
+        return g.w_plus(self.draws.styles(n), inject_index=self.draws.layer(g.n_latent))
 
     def _d_phase(self, real: Tensor) -> dict[str, Tensor]:
         with torch.no_grad(), self._autocast():
-            fake = self.generator.synthesis(self._latents(real.shape[0]))
+            fake = self.generator.synthesis(self._latents(real.shape[0])).image
         with self._autocast():
             fake_logits, real_logits = self.discriminator(fake), self.discriminator(real)
         loss = losses.d_logistic_loss(real_logits, fake_logits)
@@ -233,16 +232,15 @@ class Trainer:
         z, layer = self.draws.styles(n), self.draws.layer(g.n_latent)
         noise = g.make_noise(n) if s.kd_shared_noise and self.teacher else None
         with self._autocast():
-            rgbs = g(z, inject_index=layer, noise=noise, return_rgbs=True)
-            logits = self.discriminator(rgbs[-1])
+            made = g.synthesis(g.w_plus(z, inject_index=layer), noise)
+            logits = self.discriminator(made.image)
         loss = losses.g_nonsaturating_loss(logits)
         metrics = {"g_loss": loss.detach()}
         if self.teacher is not None:
             with torch.no_grad(), self._autocast():
-                target = self.teacher.generator(
-                    z, inject_index=layer, noise=noise, return_rgbs=True
-                )
-            l1, perceptual = self._distillation(self.teacher, rgbs, target)
+                t = self.teacher.generator
+                target = t.synthesis(t.w_plus(z, inject_index=layer), noise)
+            l1, perceptual = self._distillation(self.teacher, made.rgbs, target.rgbs)
             loss = loss + s.kd_l1_lambda * l1 + s.kd_lpips_lambda * perceptual
             metrics |= {"kd_l1": l1.detach(), "kd_lpips": perceptual.detach()}
         self._step(self.g_optim, "generator", loss)
@@ -260,8 +258,7 @@ class Trainer:
 
     def _path_phase(self, n: int) -> dict[str, Tensor]:
         w_plus = self._latents(n)
-        images = self.generator.synthesis(w_plus)
-        assert isinstance(images, Tensor)
+        images = self.generator.synthesis(w_plus).image
         penalty, mean_length, lengths = losses.path_length_penalty(
             images,
             w_plus,

@@ -328,9 +328,9 @@ def test_golden_images_and_path_lengths(golden, monkeypatch, mode):
     z = torch.as_tensor(arrays["z1"])
     assert_golden(generator([z], randomize_noise=False), arrays, "image")
     conv1 = generator.conv1.conv.weight.requires_grad_()
-    w_plus = generator.broadcast_latents([generator.mapping(z)]).detach().requires_grad_()
+    w_plus = generator.w_plus([z]).detach().requires_grad_()
     penalty, _, _ = path_length_penalty(
-        generator.synthesis(w_plus, "fixed"), w_plus, torch.tensor(0.3), decay=0.01,
+        generator.synthesis(w_plus, "fixed").image, w_plus, torch.tensor(0.3), decay=0.01,
         noise=torch.as_tensor(arrays["path_noise"]),
     )  # fmt: skip
     assert_golden(torch.autograd.grad(penalty, conv1)[0], arrays, "path_penalty_grad_conv1")
