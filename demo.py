@@ -114,7 +114,7 @@ def run(settings: DemoSettings) -> None:
     with step(command("python3 train.py", config)):
         trained = train(config, print).checkpoint
 
-    files = {"teacher": TEACHER, "pruned": small.path, "retrained": trained}
+    files: dict[str, str | Path] = {"teacher": TEACHER, "pruned": small.path, "retrained": trained}
     table = compare({name: load_generator(file) for name, file in files.items()}, out)
     with atomic_path(out / "table.txt") as temporary:
         temporary.write_text(table + "\n")

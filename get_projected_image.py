@@ -275,8 +275,7 @@ def project_and_save(
     shown: dict[str, list[Tensor]] = {"real": [], "projected": [], "content": []}
     for names, real, projection in project_all(args, generator, targets, perceptual):
         with torch.no_grad():
-            made = generator.synthesis(projection.w_plus, projection.noise)
-        assert isinstance(made, Tensor)
+            made = generator.synthesis(projection.w_plus, projection.noise).image
         mask = parser(real)
         figures = fidelity(real, made, mask, perceptual)
         figures |= {"loss": projection.loss, "evaluations": projection.evaluations}

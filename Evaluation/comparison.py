@@ -9,8 +9,7 @@ from Model.generator import Generator
 @torch.no_grad()
 def render(generator: Generator, z: Tensor, batch: int = 25) -> Tensor:
     """Images (N, 3, size, size) of z (N, style_dim) with the stored layer noise."""
-    images = [generator([part], randomize_noise=False) for part in z.split(batch)]
-    return torch.cat([i for i in images if isinstance(i, Tensor)])
+    return torch.cat([generator([part], randomize_noise=False) for part in z.split(batch)])
 
 
 def content_l1(student: Tensor, teacher: Tensor, mask: Tensor) -> float:

@@ -56,20 +56,15 @@ def from_z(
         centre: (1, style_dim), the generator's own: see `Evaluation.sampling.mean_latent`.
         noise: (1 or N, 1, h, w) per styled convolution; None takes the stored maps.
     """
-    w = generator.mapping(z)
-    if truncation < 1:
-        if centre is None:
-            raise ValueError("truncation below 1 needs centre, e.g. mean_latent(generator, seed)")
-        w = torch.lerp(centre, w, truncation)
-    return Latents(generator.broadcast_latents([w]), noise or generator.fixed_noise)
+    w_plus = generator.w_plus([z], truncation=truncation, truncation_latent=centre)
+    return Latents(w_plus, noise or generator.fixed_noise)
 
 
 @torch.no_grad()
 def synthesise(generator: Generator, latents: Latents, batch: int = 16) -> Tensor:
     """Pictures (N, 3, size, size) of latents, ``batch`` at a time."""
     parts = [latents[part] for part in shares(len(latents), batch)]
-    images = [generator.synthesis(part.w_plus, part.noise) for part in parts]
-    return torch.cat([i for i in images if isinstance(i, Tensor)])
+    return torch.cat([generator.synthesis(part.w_plus, part.noise).image for part in parts])
 
 
 def circle(a: Tensor, b: Tensor, turn: float) -> Tensor:

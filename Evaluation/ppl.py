@@ -51,7 +51,6 @@ class PathPairs:
         second = first if self.shared_noise else layer_noise(g, ends[1], self.seed)
         noise = [torch.cat(pair) for pair in zip(first, second, strict=True)]
         images = g([w], input_is_latent=True, noise=noise)
-        assert isinstance(images, Tensor)
         return images[:n], images[n:]
 
     def _positions(self, indices: Sequence[int]) -> Tensor:

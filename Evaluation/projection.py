@@ -83,8 +83,7 @@ def project(
         raise ValueError(f"images {tuple(images.shape)}; expected (N, 3, {generator.size}, same)")
 
     def objective(x: Tensor, rows: Tensor) -> Tensor:
-        made = generator.synthesis(*_unflatten(generator, x))
-        assert isinstance(made, Tensor)
+        made = generator.synthesis(*_unflatten(generator, x)).image
         error = (made - images[rows]).square().mean(dim=(1, 2, 3))
         return mse_weight * error + perceptual_weight * perceptual(made, images[rows])
 

@@ -90,12 +90,10 @@ def images(
         (len(indices), 3, size, size), nominally in [-1, 1].
     """
     noise = None if fixed_noise else layer_noise(generator, indices, seed)
-    result = generator(
+    return generator(
         [latents(generator, indices, seed)],
         truncation=truncation,
         truncation_latent=centre,
         noise=noise,
         randomize_noise=False,
     )
-    assert isinstance(result, Tensor)
-    return result

@@ -61,16 +61,14 @@ def layer_costs(generator: Generator) -> list[LayerCost]:
         LayerCost("style", 0, dim, dim, mapping, _parameters(generator.style)),
         LayerCost("input", 4, 0, width, 0, _parameters(generator.input)),
     ]
-    rgb_layers = [("to_rgb1", generator.to_rgb1)]
-    rgb_layers += [(f"to_rgbs.{i}", layer) for i, layer in enumerate(generator.to_rgbs)]  # type: ignore[misc]
     side = 4
     for i, layer in enumerate(generator.styled_convs):
         in_side = side
         side *= 2 if layer.conv.upsample else 1
-        name = "conv1" if i == 0 else f"convs.{i - 1}"
+        name = f"convs.{i - 1}" if i else "conv1"
         costs.append(_convolution_cost(name, layer, layer.conv, in_side, side))
         if i % 2 == 0:  # the last convolution of a resolution
-            name, to_rgb = rgb_layers[i // 2]
+            name, to_rgb = f"to_rgbs.{i // 2 - 1}" if i else "to_rgb1", generator.rgb_layers[i // 2]
             costs.append(_convolution_cost(name, to_rgb, to_rgb.conv, side, side))
     return costs
 

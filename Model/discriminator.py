@@ -23,17 +23,16 @@ class ConvLayer(nn.Sequential):
         downsample: bool = False,
         activate: bool = True,
     ) -> None:
-        conv = EqualConv2d(in_channels, out_channels, kernel_size)
-        layers: list[nn.Module] = [conv]
-        if not downsample:
-            conv.padding = kernel_size // 2
-        elif kernel_size == 1:
+        layers: list[nn.Module] = []
+        stride, padding = 1, kernel_size // 2
+        if downsample and kernel_size == 1:
             # A strided 1x1 convolution reads only every other sample, so the blur makes no others.
-            layers.insert(0, Blur(pad=(1, 1), down=2))
-        else:
+            layers.append(Blur(pad=(1, 1), down=2))
+        elif downsample:
             pad = (kernel_size + 1) // 2
-            conv.stride = 2
-            layers.insert(0, Blur(pad=(pad, pad)))
+            layers.append(Blur(pad=(pad, pad)))
+            stride, padding = 2, 0
+        layers.append(EqualConv2d(in_channels, out_channels, kernel_size, stride, padding))
         if activate:
             layers.append(FusedLeakyReLU(out_channels))
         super().__init__(*layers)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from Model.ops import (
+    Epilogue,
     conv2d,
     filtered_leaky_relu,
     fused_leaky_relu,
@@ -66,12 +67,16 @@ class EqualConv2d(nn.Module):
     """Bias-free convolution with equalised learning rate: weight / sqrt(in_channels * k * k)."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
-        self.stride = stride
-        self.padding = 0
+        self.stride, self.padding = stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, I, H, W) to (N, O, H', W')."""
@@ -107,25 +112,6 @@ class Blur(nn.Module):
         return upfirdn2d(x, self.kernel, down=self.down, pad=self.pad)
 
 
-class ActivatedBlur(Blur):
-    """A blur and what follows an upsampling convolution, in one pass over memory."""
-
-    def forward(
-        self,
-        x: Tensor,
-        bias: Tensor | None = None,
-        noise: Tensor | None = None,
-        noise_strength: Tensor | None = None,
-        gain: Tensor | None = None,
-    ) -> Tensor:
-        """Filter (N, C, H, W); then, if there is a bias, see `filtered_leaky_relu`."""
-        if bias is None:
-            return super().forward(x)
-        return filtered_leaky_relu(
-            x, self.kernel, self.pad, bias, noise=noise, noise_strength=noise_strength, gain=gain
-        )
-
-
 class Upsample(nn.Module):
     """Upsample twofold with the filter [1, 3, 3, 1] x [1, 3, 3, 1]."""
 
@@ -142,10 +128,11 @@ class Upsample(nn.Module):
 
 
 class ModulatedConv2d(nn.Module):
-    """Convolution whose input channels are scaled by a style (StyleGAN2, section 2.2, eq. 1 and 3).
+    """Weights of a convolution whose input channels are scaled by a style (StyleGAN2, section 2.2).
 
     Scaling the activations instead of the weights gives the same values with one shared weight:
-    y = demodulation * conv(style * x), and demodulation needs only a matrix product.
+    y = demodulation * conv(style * x), and demodulation needs only a matrix product. `StyledConv`
+    and `ToRGB` compute the convolution, each with what follows it.
 
     Args:
         in_channels: I.
@@ -173,7 +160,7 @@ class ModulatedConv2d(nn.Module):
         self.demodulate = demodulate
         self.upsample = upsample
         if upsample:
-            self.blur = ActivatedBlur(pad=(1, 1), gain=4.0)
+            self.blur = Blur(pad=(1, 1), gain=4.0)
 
     @property
     def scale(self) -> float:
@@ -182,39 +169,21 @@ class ModulatedConv2d(nn.Module):
 
     @in_float32
     def style(self, w: Tensor) -> Tensor:
-        """Per-channel scale of the input, (N, style_dim) -> (N, I); includes `scale`."""
+        """Return each input channel's scale s (eq. 1) times `scale`: (N, style_dim) -> (N, I)."""
         return self.modulation(w) * self.scale
 
     @in_float32
     def demodulation(self, style: Tensor) -> Tensor:
-        """Per-channel scale of the output for a scaled style, (N, I) -> (N, O) (eq. 3)."""
+        """Return each output channel's 1 / sqrt(sum (s W)^2) (eq. 3): (N, I) -> (N, O).
+
+        Ones where the layer does not demodulate.
+        """
+        if not self.demodulate:
+            return style.new_ones(len(style), self.weight.shape[1])
         # The product sums over inputs and taps at once; a sum over the taps first would cost more.
         power = self.weight[0].flatten(1).square()
         taps = power.shape[1] // style.shape[1]
         return torch.rsqrt(F.linear(style.square().repeat_interleave(taps, 1), power) + 1e-8)
-
-    def convolve(self, x: Tensor, style: Tensor) -> Tensor:
-        """Modulate and convolve; no demodulation, no blur: (N, I, H, W) -> (N, O, H', W')."""
-        weight = self.weight[0]
-        if weight.shape[-1] == 1:
-            # Few output channels: scaling the (N, O, I) weights spares a pass over the activations.
-            per_sample = (weight[:, :, 0, 0] * style[:, None]).transpose(1, 2)
-            pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
-            return torch.bmm(pixels, per_sample).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-        x = x * style[:, :, None, None].to(x.dtype)
-        if self.upsample:
-            return F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
-        return conv2d(x, weight, padding=weight.shape[-1] // 2)
-
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        """Convolve (N, I, H, W) under latents (N, style_dim)."""
-        style = self.style(w)
-        y = self.convolve(x, style)
-        if self.upsample:
-            y = self.blur(y)
-        if not self.demodulate:
-            return y
-        return y * self.demodulation(style)[:, :, None, None].to(y.dtype)
 
 
 class NoiseInjection(nn.Module):
@@ -248,19 +217,17 @@ class StyledConv(nn.Module):
             (N, O, H', W') activations.
         """
         style = self.conv.style(w)
-        gain = self.conv.demodulation(style)
         if noise is None:
             up = 2 if self.conv.upsample else 1
             noise = torch.randn(len(x), 1, x.shape[2] * up, x.shape[3] * up, device=x.device)
-        bias, strength = self.activate.bias, self.noise.weight
-        if self.conv.upsample:
-            y = self.conv.convolve(x, style)
-            y = self.conv.blur(y, *(t.to(y.dtype) for t in (bias, noise, strength, gain)))
-        else:
-            y = styled_conv3x3(
-                x, self.conv.weight[0], style, bias, noise=noise, noise_strength=strength, gain=gain
-            )
-        return bounded(y)
+        gain = self.conv.demodulation(style)
+        epilogue = Epilogue(self.activate.bias, noise, self.noise.weight, gain)
+        weight = self.conv.weight[0]
+        if not self.conv.upsample:
+            return bounded(styled_conv3x3(x, weight, style, epilogue))
+        style, blur = style[:, :, None, None].to(x.dtype), self.conv.blur
+        y = F.conv_transpose2d(x * style, weight.transpose(0, 1), stride=2)
+        return bounded(filtered_leaky_relu(y, blur.kernel, blur.pad, epilogue.to(y.dtype)))
 
 
 class ToRGB(nn.Module):
@@ -280,7 +247,10 @@ class ToRGB(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, rgb: Tensor | None = None) -> Tensor:
         """Return (N, 3, H, W) from activations (N, I, H, W) and the last RGB (N, 3, H/2, W/2)."""
-        y = self.conv(x, w) + self.bias
+        # With three outputs, modulating the weights (N, 3, I) spares a pass over the activations.
+        weight = self.conv.weight[0, :, :, 0, 0] * self.conv.style(w)[:, None]
+        y = torch.bmm(x.permute(0, 2, 3, 1).flatten(1, 2), weight.transpose(1, 2))
+        y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2) + self.bias
         return y if rgb is None else y + self.upsample(rgb)
 
 

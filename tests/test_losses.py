@@ -7,8 +7,7 @@ from tests.golden_fill import assert_golden
 def test_path_length_equals_the_original(golden):
     generator, arrays = golden
     conv1 = generator.conv1.conv.weight.requires_grad_()
-    w = generator.mapping(torch.as_tensor(arrays["z1"]))
-    w_plus = generator.broadcast_latents([w]).detach().requires_grad_()
+    w_plus = generator.w_plus([torch.as_tensor(arrays["z1"])]).detach().requires_grad_()
     images = generator.synthesis(w_plus, "fixed").image
     noise = torch.as_tensor(arrays["path_noise"])
     penalty, mean, lengths = path_length_penalty(

@@ -345,8 +345,12 @@ def test_a_generator_of_any_widths_makes_its_shapes(log2, n, style_dim, data, no
     generator = Generator(2**log2, style_dim, 1, widths).requires_grad_(False)
     assert generator.channels == tuple(widths)
     assert load_generator({"g_ema": generator.state_dict()}).channels == tuple(widths)
-    rgbs = generator.synthesis(torch.randn(n, n_latent, style_dim), noise, return_rgbs=True)
-    assert [tuple(x.shape) for x in rgbs] == [(n, 3, 2**i, 2**i) for i in range(2, log2 + 1)]
+    w_plus = torch.randn(n, n_latent, style_dim)
+    made = generator.synthesis(w_plus, noise, features=True)
+    assert [tuple(x.shape) for x in made.rgbs] == [(n, 3, 2**i, 2**i) for i in range(2, log2 + 1)]
+    sides = [2 ** (2 + (i + 1) // 2) for i in range(n_latent - 1)]
+    shapes = [(n, width, side, side) for width, side in zip(widths[1:], sides, strict=True)]
+    assert [tuple(x.shape) for x in made.features] == shapes
 
 
 @QUICK
