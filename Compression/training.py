@@ -171,6 +171,7 @@ class Trainer:
             )
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        _fill_gradients(optimizer)
         for group in optimizer.param_groups:
             # Before they are unscaled, so that all processes leave out the same steps.
             distributed.average_gradients(group["params"])
@@ -287,22 +288,32 @@ class Trainer:
             },
         }
 
-    def load_state(self, content: Mapping[str, Any]) -> None:
+    def load_state(self, content: Mapping[str, Any], iteration: int | None = None) -> None:
         """Go on from `state`; the networks have been loaded already.
 
         The learning rates stay those of the settings. The random streams go on where they were if
         the number of processes is the same; otherwise each process keeps its own fresh one.
 
+        Args:
+            content: the checkpoint.
+            iteration: where to go on if it has optimisers but no ``train_state``, as the original
+                code writes it; the mean path length then starts at 0.
+
         Raises:
             ValueError: the checkpoint has no training state, or of another architecture.
         """
-        missing = [k for k in ("g_optim", "d_optim", "train_state") if k not in content]
+        needed = ["g_optim", "d_optim", *(["train_state"] if iteration is None else [])]
+        missing = [k for k in needed if k not in content]
         if missing:
             raise ValueError(f"no {missing[0]!r} in the checkpoint, so training cannot go on")
         try:
             for name in ("g_optim", "d_optim"):
                 _restore(getattr(self, name), content[name])
-            self._load_progress(content["train_state"])
+            if "train_state" in content:
+                self._load_progress(content["train_state"])
+            else:
+                self.iteration = iteration or 0
+                self.images_seen = self.iteration * self.settings.batch_size
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(
@@ -322,6 +333,18 @@ class Trainer:
             torch.set_rng_state(streams["cpu"])
             if self.device.type == "cuda" and "cuda" in streams:
                 torch.cuda.set_rng_state(streams["cuda"], self.device)
+
+
+def _fill_gradients(optimizer: Optimizer) -> None:
+    """Give every trained parameter that the loss did not reach a gradient of zero.
+
+    The regularisers do not reach the last biases. Adam passes over parameters without a gradient;
+    with a zero one their averages decay and the step counts, as in the original.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 def _restore(optimizer: Optimizer, saved: dict[str, Any]) -> None:
