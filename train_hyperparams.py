@@ -22,7 +22,11 @@ class TrainConfig(Settings):
     path: str = setting("", "training images: a folder, or an LMDB with keys like 256-00000")
     size: int = setting(0, "image side in px; 0: as the checkpoint has it (64 without one)", low=0)
     ckpt: str = setting("", "checkpoint to start from, e.g. a pruned one; empty: from scratch")
-    teacher_ckpt: str = setting("", "full-size checkpoint to distil from; empty: GAN loss only")
+    teacher_ckpt: str = setting(
+        "",
+        "full-size checkpoint to distil from; empty or none: GAN loss only, which a pruned --ckpt"
+        " asks to be said by none",
+    )
     resume: str = setting(
         "", "go on with a run: its folder (newest checkpoint), or one of its checkpoints"
     )
@@ -35,7 +39,10 @@ class TrainConfig(Settings):
     channels: tuple[int, ...] = setting(
         (), "generator widths a,b,... (constant input, conv1, convs.0, ...); empty: full size"
     )
-    style_dim: int = setting(512, "size of z and w", low=1)
+    channel_multiplier: int = setting(
+        2, "width of the full-size networks above 32 px: 2, or 1 for the small ones", low=1
+    )
+    style_dim: int = setting(512, "size of z and w", low=1, aliases=("latent",))
     n_mlp: int = setting(8, "layers of the mapping network", low=1)
 
     # Length and batch. The paper: 450,000 iterations of 16 images at 256 px.
@@ -154,3 +161,8 @@ class TrainConfig(Settings):
     workers: int = setting(2, "data loading processes; 0: load in the training process", low=0)
     seed: int = setting(0, "seed of networks, latents and data order")
     options: tuple[Settings, ...] = ()
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher to distil from."""
+        return self.teacher_ckpt not in ("", "none")

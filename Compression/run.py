@@ -90,7 +90,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     """
     check(config)
     set_tf32(config.tf32)
-    trainer = _make_trainer(config, distributed.join(_device(config)))
+    trainer = _make_trainer(config, distributed.join(_device(config)), announce)
     if config.dry_run:
         config = replace(config, iter=trainer.iteration + 2, log_freq=1)
     config = replace(config, size=trainer.generator.size, channels=trainer.generator.channels)
@@ -153,7 +153,13 @@ def _make_networks(
 ) -> tuple[Generator, Generator | None, Discriminator]:
     """Generator, its moving average if there is one, and discriminator, loaded or new."""
     if not content:
-        new = Generator(config.size or 64, config.style_dim, config.n_mlp, config.channels)
+        new = Generator(
+            config.size or 64,
+            config.style_dim,
+            config.n_mlp,
+            config.channels,
+            config.channel_multiplier,
+        )
         # The discriminator is as wide as the generator's last convolution at each resolution.
         return new, None, Discriminator(new.size, channels=new.channels[1::2])
     size = config.size or None
@@ -164,7 +170,7 @@ def _make_networks(
 
 def _make_teacher(config: TrainConfig, size: int, device: torch.device) -> Teacher | None:
     """The full-size generator with its mask and the terms, or None without a teacher."""
-    if not config.teacher_ckpt:
+    if not config.has_teacher:
         return None
     with blame("teacher_ckpt"):
         generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
@@ -176,7 +182,9 @@ def _make_teacher(config: TrainConfig, size: int, device: torch.device) -> Teach
     return Teacher(generator, mask, terms)
 
 
-def _make_trainer(config: TrainConfig, device: torch.device) -> Trainer:
+def _make_trainer(
+    config: TrainConfig, device: torch.device, announce: Callable[[str], None]
+) -> Trainer:
     """Build networks, teacher and optimisers, and take up a saved state if asked."""
     source, resume = config.ckpt, config.load_train_state
     if config.resume:
@@ -187,7 +195,8 @@ def _make_trainer(config: TrainConfig, device: torch.device) -> Trainer:
     torch.manual_seed(config.seed)
     with blame("ckpt" if source else "size and --channels:"):
         content = checkpoint.read(source) if source else {}
-        if content and "d" not in content and config.teacher_ckpt:
+        _check_teacher(config, source, content)
+        if content and "d" not in content and config.has_teacher:
             content["d"] = checkpoint.read(config.teacher_ckpt).get("d")
         generator, g_ema, discriminator = _make_networks(config, content)
     teacher = _make_teacher(config, generator.size, device)
@@ -195,9 +204,27 @@ def _make_trainer(config: TrainConfig, device: torch.device) -> Trainer:
     if distributed.world_size() > 1:
         torch.manual_seed(config.seed * distributed.world_size() + distributed.rank() + 1)
     if resume:
+        name = Path(source).stem
+        iteration = int(name) if name.isdecimal() else None
         with blame(f"ckpt {source}:"):
-            trainer.load_state(content)
+            trainer.load_state(content, iteration)
+        if "train_state" not in content:
+            announce(
+                f"{source}: written by the original code; going on at iteration {iteration}, as its"
+                " name says, with the mean path length at 0 and new random streams"
+            )
     return trainer
+
+
+def _check_teacher(config: TrainConfig, source: str, content: Mapping[str, Any]) -> None:
+    """Ask for the teacher of a checkpoint that says it was pruned."""
+    made = content.get("config")
+    if isinstance(made, Mapping) and "channels_after" in made and not config.teacher_ckpt:
+        raise SettingError(
+            "teacher_ckpt",
+            f"is missing; {source} was pruned and learns from its full-size teacher"
+            f" ({made.get('source', 'unknown')}): name it, or none for the GAN losses alone",
+        )
 
 
 def _make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> Evaluation | None:
