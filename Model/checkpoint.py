@@ -7,6 +7,7 @@ holds before memory is taken for it.
 """
 
 import contextlib
+import itertools
 import os
 import pickle
 import pickletools
@@ -132,12 +133,9 @@ def _shape(state: StateDict, key: str, dims: int, name: str) -> torch.Size:
     return state[key].shape
 
 
-def _count(state: StateDict, pattern: str) -> int:
-    """Number of consecutive indices i = 0, 1, ... for which ``pattern.format(i)`` is a tensor."""
-    count = 0
-    while pattern.format(count) in state:
-        count += 1
-    return count
+def _count(state: StateDict, pattern: str, start: int = 0) -> int:
+    """Count the indices from ``start`` on, without a gap, whose ``pattern`` names a tensor."""
+    return next(n for n in itertools.count() if pattern.format(start + n) not in state)
 
 
 def _check_tensors(own: Mapping[str, Tensor], state: StateDict, name: str, kind: str) -> None:
@@ -234,11 +232,7 @@ def load_generator(
         raise CheckpointError(f"{name} claims images of {found_size} px, more than {LARGEST_SIZE}")
     if size is not None and size != found_size:
         raise CheckpointError(f"{name} makes {found_size} px images, but {size} px were asked for")
-    n_mlp = max(
-        _count({k: v for k, v in state.items()} | {"style.0.weight": Tensor()}, "style.{}.weight")
-        - 1,
-        0,
-    )
+    n_mlp = _count(state, "style.{}.weight", start=1)
     style_dim = _shape(state, "style.1.weight", 2, name)[0]
     network = _build(
         lambda: Generator(found_size, style_dim, n_mlp, widths), state, name, optional="noises."
@@ -255,7 +249,7 @@ def load_discriminator(
         CheckpointError: see the module.
     """
     state, name = _state_dict(source, key)
-    n_blocks = _count({**state, "convs.0.conv1.0.weight": Tensor()}, "convs.{}.conv1.0.weight") - 1
+    n_blocks = _count(state, "convs.{}.conv1.0.weight", start=1)
     widths = [_shape(state, "convs.0.0.weight", 4, name)[0]]
     for i in range(1, n_blocks + 1):
         widths.append(_shape(state, f"convs.{i}.conv2.1.weight", 4, name)[0])
