@@ -1,4 +1,4 @@
-"""Reading and writing network checkpoints: strict, safe, atomic.
+"""Read and write network checkpoints: strictly, safely, atomically.
 
 This is the only place where networks meet ``torch.load`` and ``torch.save``. Architectures are read
 off the tensors, so a checkpoint needs no side file. Files are opened with ``weights_only=True``: a
@@ -74,14 +74,14 @@ def read(path: PathOrDict) -> dict[str, Any]:
 
 
 def _unsafe_name(path: PathOrDict, error: Exception) -> str:
-    """The offending global in PyTorch's long message, else the pickle's first one."""
+    """Return the offending global of PyTorch's long message, else the pickle's first one."""
     text = str(error)
     match = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"class '?([\w.]+)", text)
     return match.group(1) if match else _first_global(Path(str(path))) or text.splitlines()[0][:120]
 
 
 def _first_global(path: Path) -> str:
-    """What a bare pickle would import first; only looked at, not run."""
+    """Return what a bare pickle would import first, without running it."""
     words: list[str] = []
     with open(path, "rb") as file, contextlib.suppress(ValueError):
         for code, argument, _ in pickletools.genops(file):
@@ -113,7 +113,7 @@ def _state_dict(source: PathOrDict, key: str, name: str = "") -> tuple[StateDict
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor with all its values in memory."""
+    """Return whether it is a tensor with all its values in memory."""
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
@@ -125,7 +125,7 @@ def _check_claims(state: StateDict, name: str) -> None:
 
 
 def _shape(state: StateDict, key: str, dims: int, name: str) -> torch.Size:
-    """Shape of a tensor that the architecture is read from."""
+    """Return the shape of a tensor that the architecture is read off."""
     if key not in state:
         raise CheckpointError(f"{name} has no tensor {key}; is this the right kind of network?")
     if state[key].ndim != dims:
@@ -139,7 +139,7 @@ def _count(state: StateDict, pattern: str, start: int = 0) -> int:
 
 
 def _check_tensors(own: Mapping[str, Tensor], state: StateDict, name: str, kind: str) -> None:
-    """Say which tensor is missing, unexpected, of another shape or of another type."""
+    """Refuse tensors that are missing, unexpected, of another shape or type, or not finite."""
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
     for problem, keys in (("lacks", missing), ("has an unexpected", unexpected)):
@@ -175,7 +175,7 @@ def _build(
 ) -> Network:
     """Make the network that a state dict describes, and fill it.
 
-    It is first made without memory: what a file only claims to hold never takes any.
+    It is made without memory first: what a file only claims to hold never takes any.
 
     Args:
         make: constructor with the sizes that were read off the tensors.
