@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from Util.settings import SettingError
+from Util.settings import Kind, SettingError, add_flags, from_flags
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -54,6 +54,35 @@ def run_script(
             raise
         print(f"{parser.prog}: error: {_explanation(error)}", file=sys.stderr)
         return 2
+
+
+def run_settings(
+    kind: type[Kind],
+    run: Callable[[Kind], int | None],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str | None,
+    epilog: str = "",
+) -> int:
+    """`run_script` for a command line that is made of settings alone.
+
+    Args:
+        kind: dataclass whose fields are the flags.
+        run: the script; returns its exit code, None for 0.
+        argv: the command line; None takes that of the process.
+        prog: the script's name.
+        description: what it does.
+        epilog: examples.
+    """
+    parser = OneLineParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_flags(parser, kind)
+    return run_script(parser, lambda args: run(from_flags(kind, vars(args))), argv)
 
 
 def _lacks_memory(error: Exception) -> bool:
