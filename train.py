@@ -16,7 +16,10 @@ from tqdm import tqdm
 
 from Compression.content import ContentParser, load_content_parser
 from Compression.training import NonFiniteError, Teacher, Trainer, train
-from Dataset.images import DatasetError, EndlessBatches, Images, load_batches
+from Dataset import DatasetError
+from Dataset.batches import EndlessBatches
+from Dataset.images import Images
+from Dataset.loading import load_batches
 from Evaluation import feature_statistics
 from Evaluation.comparison import render
 from Evaluation.distances import Distance, ParserDistance, load_lpips
@@ -367,7 +370,8 @@ def run(config: TrainConfig) -> int:
         channels=trainer.generator.channels,
     )
     # What can be refused is, before a folder is made.
-    images = Images(config.path, config.size, config.max_bad)
+    with blame("path"):
+        images = Images(config.path, config.size, config.max_bad)
     with torch.random.fork_rng(devices=()):  # new networks draw weights before they are loaded
         evaluate = make_evaluation(config, trainer, images)
     config = replace(config, out=config.out or distributed.gather(default_folder())[0])
