@@ -251,7 +251,7 @@ MORE = [
     ("Dataset.prepare_data", "--quality 101 --format jpeg", "at most 100"),
     ("Dataset.prepare_data", "--size 8,0", "--size must be"),
     ("Dataset.prepare_data", "--size ,", "--size must be"),
-    ("Dataset.toon_faces", "--size 7", "7 is not at least 8"),
+    ("Dataset.toon_faces", "--size 7", "--size must be at least 8, not 7"),
     ("Util.plot_log", "run --out model.pt/x", "--out"),
     ("Util.plot_log", "run --out /proc/none/x", "--out"),
     ("Util.plot_log", "--out x", "required: RUN"),

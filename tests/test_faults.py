@@ -352,7 +352,7 @@ def test_a_killed_renderer_is_one_line(tmp_path, monkeypatch, capfd):
 
     monkeypatch.setattr(toon_faces, "ProcessPoolExecutor", Broken)
     with pytest.raises(toon_faces.ToonFacesError, match="a worker was killed"):
-        toon_faces.render_dataset(tmp_path, 1, 8, progress=False)
+        toon_faces.render_dataset(toon_faces.ToonFacesSettings(out=tmp_path, n=1), progress=False)
 
 
 # Two at once

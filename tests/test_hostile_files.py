@@ -537,8 +537,9 @@ def test_a_record_of_a_set_that_is_damaged_is_named(tmp_path):
 
     for text in ("", "[1]", "\x00"):
         (tmp_path / "dataset.json").write_text(text)
-        with pytest.raises(toon_faces.ToonFacesError, match=r"dataset\.json is damaged"):
-            toon_faces.render_dataset(tmp_path, 1, 8, progress=False)
+        settings = toon_faces.ToonFacesSettings(out=tmp_path, n=1)
+        with pytest.raises(SettingError, match=rf"^out {tmp_path}/dataset\.json: is damaged"):
+            toon_faces.render_dataset(settings, progress=False)
 
 
 def test_bombs_take_no_memory(files):
