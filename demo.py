@@ -101,8 +101,9 @@ def run(settings: DemoSettings) -> None:
     check_writable("out", out / "table.txt")
     data, run = out / "toon_faces_64px", out / "run"
 
-    with step(f"python3 -m Dataset.toon_faces --out {data} --n {settings.n} --size 64 --no_labels"):
-        toon_faces.render_dataset(data, settings.n, 64, labels=False, progress=True)
+    faces = toon_faces.ToonFacesSettings(out=data, n=settings.n, no_labels=True)
+    with step(command("python3 -m Dataset.toon_faces", faces)):
+        toon_faces.render_dataset(faces, progress=True)
 
     pruning = PruneSettings(remove_ratio=0.7, out=out / "pruned.pt")
     with step(command("python3 prune.py", pruning)):

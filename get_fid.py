@@ -105,8 +105,10 @@ def reference(
         raise ValueError(f"--stats {args.stats} is a folder; name a file")
     if args.path:
         how = (device, args.batch_size, args.workers, need_features)
+        with blame("path"):
+            images = Images(args.path, size)
         with blame("stats" if args.stats and args.stats.is_file() else "path"):
-            return real_statistics(Images(args.path, size), args.stats, extractor, *how)
+            return real_statistics(images, args.stats, extractor, *how)
     file = args.stats
     if file is None and bundled.is_bundled(args.ckpt):
         file = bundled.CONTENT_STATISTICS if args.content_aware else bundled.STATISTICS
@@ -162,15 +164,15 @@ def extractor_of(args: argparse.Namespace, device: torch.device) -> Extractor:
 def generated_features(
     args: argparse.Namespace,
     extractor: Extractor,
-    generator: Generator | None,
+    generated: Generator | Images,
     device: torch.device,
 ) -> NDArray[np.float32]:
     """Features of --ckpt's samples, or of the pictures of --images."""
-    if generator is None:
-        images = Images(args.images, args.generated_img_size)
-        return image_features(images, extractor, args.batch_size, args.workers, device)
+    if isinstance(generated, Images):
+        with blame("images"):
+            return image_features(generated, extractor, args.batch_size, args.workers, device)
     return sampled_features(
-        generator, extractor, args.n_sample, args.batch_size, args.seed, args.truncation
+        generated, extractor, args.n_sample, args.batch_size, args.seed, args.truncation
     )
 
 
@@ -185,14 +187,19 @@ def run(args: argparse.Namespace) -> None:
     args.features = args.features or ("parser" if is_bundled else "inception")
     if args.images and not args.generated_img_size:
         raise ValueError("--generated_img_size is missing; --images goes with it")
-    generator = None if args.images else load_evaluated(args.ckpt, args.generated_img_size, device)
-    size = generator.size if generator else args.generated_img_size
+    generated: Generator | Images
+    if args.images:
+        with blame("images"):
+            generated = Images(args.images, args.generated_img_size)
+    else:
+        generated = load_evaluated(args.ckpt, args.generated_img_size, device)
+    size = generated.size
     extractor = extractor_of(args, device)
-    if generator:
+    if isinstance(generated, Generator):
         with blame("n_sample"):
             feature_statistics.check_enough(args.n_sample, extractor.dimensions(size, device))
     real = reference(args, size, extractor, device)
-    features = generated_features(args, extractor, generator, device)
+    features = generated_features(args, extractor, generated, device)
     if distributed.rank() != 0:
         return
     figures = compare(args.metrics, features, real, extractor.name, args.seed)

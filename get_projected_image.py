@@ -14,13 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from Compression.content import ContentParser, parser_for
-from Dataset.prepare_data import (
-    SUFFIXES,
-    UnreadableImageError,
-    fit_square,
-    image_files,
-    read_image,
-)
+from Dataset.pictures import UnreadableImageError, fit_square, read_image
+from Dataset.sources.folder import SUFFIXES, image_files
 from Evaluation import sampling
 from Evaluation.command_line import (
     add_perceptual_flags,

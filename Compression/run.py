@@ -17,7 +17,10 @@ from tqdm import tqdm
 from Compression import distillation
 from Compression.content import parser_for
 from Compression.training import Event, NonFiniteError, Teacher, Trainer, iterate
-from Dataset.images import DatasetError, EndlessBatches, Images, load_batches
+from Dataset import DatasetError
+from Dataset.batches import EndlessBatches
+from Dataset.images import Images
+from Dataset.loading import load_batches
 from Evaluation import feature_statistics
 from Evaluation.comparison import render
 from Evaluation.feature_sets import real_statistics, sampled_features

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from Dataset.images import Images, in_order, load_batches
+from Dataset.batches import in_order
+from Dataset.images import Images
+from Dataset.loading import load_batches
 from Evaluation import feature_statistics, sampling
 from Evaluation.feature_statistics import Statistics, statistics_of
 from Evaluation.features import Extractor, extract

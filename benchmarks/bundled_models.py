@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 import prune
 from Compression.content import ContentParser, load_content_parser
-from Dataset.images import Images, in_order, load_batches
+from Dataset.batches import in_order
+from Dataset.images import Images
+from Dataset.loading import load_batches
 from Evaluation import feature_statistics, sampling
 from Evaluation.comparison import content_l1
 from Evaluation.distances import ParserDistance

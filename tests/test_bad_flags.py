@@ -16,7 +16,7 @@ import get_projected_image
 import prune
 import train
 import train_parser
-from Dataset import images, prepare_data, toon_faces
+from Dataset import loading, prepare_data, toon_faces
 from tests.hostile import make_files
 from Util import plot_log
 
@@ -50,7 +50,7 @@ SCRIPTS = {
         "--device cpu --ckpt model.pt --perceptual parser --parser_ckpt parser.pt --out new"
         " --num_iters 1 --n_sample 1",
     ),
-    "Dataset.images": (images, "--path data --size 8 --n_batches 1 --runs 1 --workers 0"),
+    "Dataset.images": (loading, "--path data --size 8 --n_batches 1 --runs 1 --workers 0"),
     "Dataset.prepare_data": (prepare_data, "--path data --out new --size 8 --workers 1"),
     "Dataset.toon_faces": (toon_faces, "--out new --n 1 --size 8 --workers 1"),
     "Util.plot_log": (plot_log, "--out new/curve.png"),
@@ -215,7 +215,7 @@ MORE = [
     ("train_parser", "--flip_pairs 1,2,3", "no pair of classes"),
     ("train_parser", "--flip_pairs 1,99", "no class 99"),
     ("train_parser", "--classes_excluded 99", "no class 99"),
-    ("train_parser", "--path data", "no folder data/images"),
+    ("train_parser", "--path data", "--path data: no folder images"),
     ("get_fid", "--n_sample 1", "1 is not at least 2"),
     ("get_fid", "--generated_img_size 16", "makes 8 px images"),
     ("get_fid", "--images data", "--generated_img_size is missing"),
@@ -247,11 +247,11 @@ MORE = [
     ("Dataset.images", "--path data none", "none: no such folder"),
     ("Dataset.prepare_data", "--path empty", "holds no images"),
     ("Dataset.prepare_data", "--out data", "holds other files"),
-    ("Dataset.prepare_data", "--quality 90", "goes with --format jpeg"),
-    ("Dataset.prepare_data", "--quality 101 --format jpeg", "1 to 100"),
-    ("Dataset.prepare_data", "--size 8,0", "--size"),
-    ("Dataset.prepare_data", "--size ,", "--size"),
-    ("Dataset.toon_faces", "--size 7", "7 is not at least 8"),
+    ("Dataset.prepare_data", "--quality 90", "goes with the format jpeg"),
+    ("Dataset.prepare_data", "--quality 101 --format jpeg", "at most 100"),
+    ("Dataset.prepare_data", "--size 8,0", "--size must be"),
+    ("Dataset.prepare_data", "--size ,", "--size must be"),
+    ("Dataset.toon_faces", "--size 7", "--size must be at least 8, not 7"),
     ("Util.plot_log", "run --out model.pt/x", "--out"),
     ("Util.plot_log", "run --out /proc/none/x", "--out"),
     ("Util.plot_log", "--out x", "required: RUN"),
@@ -309,6 +309,23 @@ def check_refused(files, capsys, name, flags):
 def test_a_value_that_cannot_be(files, capsys, name, flag, value):
     line = check_refused(files, capsys, name, [f"--{flag}={value}"])
     assert flag in line or (value and value in line), line
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "more"),
+    [
+        ("train", "path", ""),
+        ("train_parser", "path", ""),
+        ("train_parser", "val_path", ""),
+        ("get_fid", "path", ""),
+        ("get_fid", "images", "--generated_img_size=8"),
+        ("Dataset.images", "path", ""),
+        ("Dataset.prepare_data", "path", ""),
+    ],
+)
+def test_a_folder_is_named_with_its_own_flag_once(files, capsys, name, flag, more):
+    line = check_refused(files, capsys, name, [f"--{flag}=none", *more.split()])
+    assert re.fullmatch(rf"[^:]+: error: --{flag} none: no (such )?folder((?!--{flag}).)+", line)
 
 
 @pytest.mark.parametrize(("name", "flags", "message"), MORE)

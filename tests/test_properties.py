@@ -20,9 +20,9 @@ import train
 from Compression.scores import weight_gradient_score
 from Compression.selection import kept_count, select_channels
 from Compression.surgery import prune_generator
-from Dataset.images import EndlessBatches
+from Dataset.batches import EndlessBatches
 from Dataset.label_maps import LabelMapDataset, LabelMapError
-from Dataset.prepare_data import UnreadableImageError, fit_square, read_image
+from Dataset.pictures import UnreadableImageError, fit_square, read_image
 from Evaluation import feature_statistics, sampling
 from Evaluation.feature_statistics import Statistics, StatisticsError
 from Model import checkpoint

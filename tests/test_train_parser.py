@@ -150,8 +150,8 @@ def test_the_seed_decides_the_run(folder, tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--path", "/nowhere"], "--path no folder /nowhere/images"),
-        (["--val_path", "/nowhere"], "--val_path no folder /nowhere/images"),
+        (["--path", "/nowhere"], "--path /nowhere: no folder images"),
+        (["--val_path", "/nowhere"], "--val_path /nowhere: no folder images"),
         (["--batch_size", "1"], "--batch_size: 1 is not at least 2"),
         (["--batch_size", "64"], "--batch_size 64: more than"),
         (["--batch_size", "none"], "--batch_size"),
