@@ -39,17 +39,19 @@ NAMES: Mapping[str, tuple[str, Kind]] = {
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a file as `Model.checkpoint.read` does; what is not quite the same is a warning.
 
+    A clamp is looked for on one image; a conversion, which happens once, takes more.
+
     Raises:
         CheckpointError: see `import_networks`.
     """
-    content, notes = import_networks(path)
+    content, notes = import_networks(path, n_sample=1)
     for note in notes:
         warnings.warn(f"{path}: {note}", stacklevel=3)
     return content
 
 
 def import_networks(
-    path: str | os.PathLike[str], n_sample: int = 2
+    path: str | os.PathLike[str], n_sample: int = 2, discriminator: bool = True
 ) -> tuple[dict[str, Any], list[str]]:
     """Convert a file.
 
@@ -57,6 +59,7 @@ def import_networks(
         path: NVIDIA's pickle.
         n_sample: images by which it is found out whether a clamp of half precision, which our
             format has no place for, ever acts. Only made where the file has one.
+        discriminator: convert it too; False for a file where it alone is unsupported.
 
     Returns:
         A checkpoint: state dicts ``g``, ``g_ema``, ``d``, as far as there, and ``latent_avg``
@@ -70,6 +73,8 @@ def import_networks(
     facts: dict[str, Facts] = {}
     for theirs, network in _networks(path).items():
         ours, kind = NAMES[theirs]
+        if kind == "discriminator" and not discriminator:
+            continue
         try:
             state, facts[ours], latent_avg = convert_network(network, kind)
         except UnsupportedError as error:

@@ -32,6 +32,9 @@ class ConvertSettings(Settings):
         low=0,
         metavar="N",
     )
+    discriminator: bool = setting(
+        True, "convert the discriminator too; False for a file where it alone is unsupported"
+    )
 
 
 def build_parser() -> OneLineParser:
@@ -63,7 +66,7 @@ def convert(source: Path, target: Path, settings: ConvertSettings) -> list[str]:
         raise ValueError(f"{source}: no pickle of NVIDIA's; a .pt needs no conversion")
     if target.is_dir() or target.resolve() == source.resolve():
         raise ValueError(f"{target}: cannot be the result; name another file")
-    content, notes = nvidia.import_networks(source, settings.n_sample)
+    content, notes = nvidia.import_networks(source, settings.n_sample, settings.discriminator)
     try:
         lines = summary(content)
     except CheckpointError as error:
