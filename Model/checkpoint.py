@@ -42,7 +42,7 @@ def read(path: PathOrDict) -> dict[str, Any]:
     """Read a checkpoint into CPU memory without running any code from it.
 
     Args:
-        path: a file, or a dict that is returned as it is.
+        path: a file, ours or NVIDIA's (`Model.nvidia`), or a dict that is returned as it is.
 
     Raises:
         CheckpointError: no such file, not a PyTorch file, damaged, or holding objects other than
@@ -52,6 +52,10 @@ def read(path: PathOrDict) -> dict[str, Any]:
         return dict(path)
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file; give the path of a checkpoint (.pt)")
+    from Model import nvidia  # not before: it checks what it imports by this module's loaders
+
+    if nvidia.is_pickle(path):
+        return nvidia.read(path)
     try:
         if zipfile.is_zipfile(path) and unpacked_size(Path(path)) > Path(path).stat().st_size:
             raise ValueError("it would unpack to more than its size, but checkpoints are stored")
