@@ -188,9 +188,10 @@ def _watch(module: nn.Module, peaks: list[float]) -> None:
     if isinstance(module, StyledConv | FusedLeakyReLU):
         module.register_forward_hook(lambda _, __, y: peaks.append(y.abs().max().item()))
     elif isinstance(module, ToRGB):
-        bias = module.bias
 
-        def note(_: nn.Module, __: Any, y: Tensor) -> None:
-            peaks.append((y + bias).abs().max().item())
+        def note(layer: ToRGB, inputs: tuple[Any, ...], y: Tensor) -> None:
+            rgb = inputs[2]
+            own = y if rgb is None else y - layer.upsample(rgb)
+            peaks.append(own.abs().max().item())
 
-        module.conv.register_forward_hook(note)
+        module.register_forward_hook(note)
