@@ -17,7 +17,8 @@ import prune
 import train
 from Compression.content import load_content_parser
 from Dataset import toon_faces
-from Evaluation.comparison import content_l1, render
+from Evaluation import sampling
+from Evaluation.comparison import content_l1
 from Model import bundled
 from Model.checkpoint import load_generator
 from Model.complexity import macs, parameters
@@ -61,7 +62,10 @@ def retraining_flags(data: Path, pruned: Path, iterations: int, run: Path) -> li
 def compare(networks: dict[str, Generator], out: Path) -> str:
     """Write the pictures; return the table."""
     z = torch.randn(LATENTS, 128, generator=torch.Generator().manual_seed(7))
-    images = {name: render(network.eval(), z) for name, network in networks.items()}
+    images = {
+        name: sampling.render(network, sampling.from_z(network, z))
+        for name, network in networks.items()
+    }
     mask = load_content_parser(bundled.PARSER, torch.device("cpu"))(images["teacher"])
     rows = {name: x[:SHOWN] for name, x in images.items()} | {"content mask": mask[:SHOWN]}
     save_png(out / "comparison.png", side_by_side(rows))

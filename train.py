@@ -17,16 +17,14 @@ from tqdm import tqdm
 from Compression.content import ContentParser, load_content_parser
 from Compression.training import NonFiniteError, Teacher, Trainer, train
 from Dataset.images import DatasetError, EndlessBatches, Images, load_batches
-from Evaluation import feature_statistics
-from Evaluation.comparison import render
+from Evaluation import feature_statistics, sampling
 from Evaluation.distances import Distance, ParserDistance, load_lpips
 from Evaluation.feature_sets import real_statistics, sampled_features
-from Evaluation.feature_statistics import statistics_of
 from Evaluation.features import make_extractor
+from Evaluation.metrics import evaluate as evaluate_metrics
 from Model import checkpoint
 from Model.bundled import default_parser
 from Model.discriminator import Discriminator
-from Model.face_parser import fold_batch_norm
 from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig, add_flags, check_ranges, known_settings
 from Util import distributed, pictures
@@ -187,15 +185,11 @@ def make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> Ev
     """
     if not config.fid_n_sample:
         return None
-    parser, parser_file = None, None
+    parser_file = None
     if config.fid_features == "parser":
         parser_file = Path(config.parser_ckpt or default_parser(config.teacher_ckpt))
-        with blame("parser_ckpt"):
-            parser = fold_batch_norm(checkpoint.load_face_parser(parser_file, trainer.device))
     inception = Path(config.inception_ckpt) if config.inception_ckpt else None
-    extractor = make_extractor(
-        config.fid_features, inception, parser, parser_file, None, trainer.device
-    )
+    extractor = make_extractor(config.fid_features, inception, parser_file, None, trainer.device)
     with blame("fid_n_sample"):
         width = extractor.dimensions(trainer.generator.size, trainer.device)
         feature_statistics.check_enough(config.fid_n_sample, width)
@@ -206,13 +200,13 @@ def make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> Ev
         real = real_statistics(
             images, stats, extractor, trainer.device, config.fid_batch, config.workers
         )
-    name = extractor.name.lower().replace(" ", "_")
 
     def evaluate() -> dict[str, float]:
         features = sampled_features(
             trainer.g_ema, extractor, config.fid_n_sample, config.fid_batch, config.seed
         )
-        return {name: feature_statistics.distance(statistics_of(features, {}), real)}
+        figures = evaluate_metrics(["fid"], extractor, features, real, config.seed)
+        return {name.lower().replace(" ", "_"): value for name, value in figures.items()}
 
     return evaluate
 
@@ -275,7 +269,8 @@ class Events:
     def sample(self) -> None:
         """Write a grid of g_ema's images, always of the same latents."""
         if self.run_log:
-            samples = render(self.trainer.g_ema, self.z)
+            g_ema = self.trainer.g_ema
+            samples = sampling.render(g_ema, sampling.from_z(g_ema, self.z))
             self.run_log.samples(self.trainer.iteration, pictures.grid(samples))
 
     def evaluate(self) -> None:
