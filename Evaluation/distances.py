@@ -11,14 +11,44 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from Model.checkpoint import CheckpointError, load_strict, read
+from Model.checkpoint import CheckpointError, load_face_parser, load_strict, read
 from Model.downloads import downloaded
-from Model.face_parser import BiSeNet
+from Model.face_parser import BiSeNet, fold_batch_norm
+from Util.settings import blame
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Two image batches (N, 3, H, W) in [-1, 1] -> perceptual distance of each pair, (N,)."""
 
 LPIPS_TRUNKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
+
+
+def load_distance(
+    name: str, weights: Path | None, parser_file: Path | None, device: torch.device
+) -> Distance:
+    """Load a perceptual distance.
+
+    Args:
+        name: vgg, alex or squeeze (LPIPS with that trunk), or parser (`ParserDistance`).
+        weights: torchvision's file of the trunk; None downloads it.
+        parser_file: the face parser's checkpoint, for its features alone.
+        device: where it runs.
+
+    Returns:
+        See `Distance`; larger images are reduced to 256 px first, as LPIPS is meant to be used.
+
+    Raises:
+        SettingError: the file is missing or does not fit; names perceptual_ckpt or parser_ckpt.
+    """
+    network: nn.Module
+    if name == "parser":
+        with blame("parser_ckpt"):
+            if parser_file is None:
+                raise ValueError("is missing; name the face parser whose features are compared")
+            network = ParserDistance(fold_batch_norm(load_face_parser(parser_file, device)))
+    else:
+        with blame("perceptual_ckpt"):
+            network = load_lpips(name, weights).to(device)
+    return lambda a, b: network(at_most(a, 256), at_most(b, 256)).flatten()
 
 
 class ParserDistance(nn.Module):
@@ -64,7 +94,7 @@ def load_lpips(name: str, trunk: str | Path | None = None) -> nn.Module:
 
     file = trunk or _published_trunk(name)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        # The package announces itself, and calls torchvision in an outdated way.
+        # The package prints a greeting, and calls torchvision in an outdated way.
         warnings.simplefilter("ignore")
         network = lpips.LPIPS(net=name, pnet_rand=True, verbose=False)
     _fill_trunk(network.net, read(file), str(file), LPIPS_TRUNKS[name])
@@ -75,7 +105,7 @@ def _published_trunk(name: str) -> Path:
     """Torchvision's ImageNet weights."""
     url = torchvision.models.get_model_weights(LPIPS_TRUNKS[name]).IMAGENET1K_V1.url
     file = f"torchvision's {LPIPS_TRUNKS[name]} file"
-    return downloaded(url, f"give {file} as --perceptual_ckpt, or take --perceptual parser")
+    return downloaded(url, f"name {file} by the setting perceptual_ckpt, or take perceptual parser")
 
 
 def _fill_trunk(net: nn.Module, weights: dict[str, Tensor], file: str, arch: str) -> None:
