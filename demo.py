@@ -3,19 +3,21 @@
 Every step is one of the project's commands; the demo prints it before it runs it.
 """
 
-import argparse
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-import prune
-import train
 from Compression.content import load_content_parser
+from Compression.pruning import PruneSettings, prune
+from Compression.report import summary
+from Compression.run import train
 from Dataset import toon_faces
 from Evaluation import sampling
 from Evaluation.comparison import content_l1
@@ -23,40 +25,61 @@ from Model import bundled
 from Model.checkpoint import load_generator
 from Model.complexity import macs, parameters
 from Model.generator import Generator
-from Util.cli import OneLineParser, check_writable, run_script
+from train_hyperparams import TrainConfig
+from Util.cli import check_writable, run_settings
 from Util.files import atomic_path
 from Util.pictures import save_png, side_by_side
 from Util.plot_log import plot
-from Util.settings import at_least, file_path
+from Util.settings import Settings, command, setting
 
 TEACHER = os.path.relpath(bundled.MODEL)
 LATENTS = 64
 SHOWN = 8
 
 
-def step(name: str, main: Callable[[list[str]], int], argv: list[str]) -> None:
-    """Print a command, run it, and stop the demo where it fails."""
-    print(f"\n$ {name} {' '.join(argv)}", flush=True)
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings(Settings):
+    """Settings of the demo; one flag each."""
+
+    out: Path = setting(Path("demo"), "folder of the results")
+    n: int = setting(5000, "pictures to render", low=1)
+    iter: int = setting(1800, "retraining iterations", low=1)
+
+
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    """Print the command that means what the block does, and how long it took."""
+    print(f"\n$ {name}", flush=True)
     start = time.perf_counter()
-    code = main(argv)
-    if code:
-        sys.exit(code)
+    yield
     print(f"[{time.perf_counter() - start:.0f} s]", flush=True)
 
 
-def retraining_flags(data: Path, pruned: Path, iterations: int, run: Path) -> list[str]:
+def retraining(data: Path, pruned: Path, iterations: int, run: Path) -> TrainConfig:
     """A short retraining of the bundled model.
 
     Too short for mixed styles; the teacher has next to no layer noise; R1's 10 is for 256 px. In so
     few iterations the paper's weight of 3 hardly brings the colours back.
     """
-    return (
-        f"--path {data}/images --ckpt {pruned} --teacher_ckpt {TEACHER} --perceptual parser"
-        f" --freeze_noise --mixing 0 --path_regularize 0 --r1 0.1 --kd_l1_lambda 15 --lr 0.005"
-        f" --batch_size 16"
-        f" --iter {iterations} --log_freq 20 --val_sample_freq 250 --model_save_freq 0 --workers 1"
-        f" --out {run}"
-    ).split()
+    return TrainConfig(
+        path=f"{data}/images",
+        ckpt=str(pruned),
+        teacher_ckpt=TEACHER,
+        perceptual="parser",
+        freeze_noise=True,
+        mixing=0.0,
+        path_regularize=0.0,
+        r1=0.1,
+        kd_l1_lambda=15.0,
+        lr=0.005,
+        batch_size=16,
+        iter=iterations,
+        log_freq=20,
+        val_sample_freq=250,
+        model_save_freq=0,
+        workers=1,
+        out=str(run),
+    )
 
 
 def compare(networks: dict[str, Generator], out: Path) -> str:
@@ -76,23 +99,26 @@ def compare(networks: dict[str, Generator], out: Path) -> str:
     return "\n".join(lines)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(settings: DemoSettings) -> None:
     """Run all steps and print the result."""
-    out, start = args.out, time.perf_counter()
+    out, start = settings.out, time.perf_counter()
     check_writable("out", out / "table.txt")
-    data, pruned, run = out / "toon_faces_64px", out / "pruned.pt", out / "run"
+    data, run = out / "toon_faces_64px", out / "run"
 
-    step(
-        "python3 -m Dataset.toon_faces",
-        toon_faces.main,
-        ["--out", str(data), "--n", str(args.n), "--size", "64", "--no_labels"],
-    )
-    step("python3 prune.py", prune.main, ["--remove_ratio", "0.7", "--out", str(pruned)])
+    with step(f"python3 -m Dataset.toon_faces --out {data} --n {settings.n} --size 64 --no_labels"):
+        toon_faces.render_dataset(data, settings.n, 64, labels=False, progress=True)
+
+    pruning = PruneSettings(remove_ratio=0.7, out=out / "pruned.pt")
+    with step(command("python3 prune.py", pruning)):
+        small = prune(pruning)
+        print(f"{summary(small.full, small.pruned)}\nsaved {small.path}")
+
     shutil.rmtree(run, ignore_errors=True)
-    step("python3 train.py", train.main, retraining_flags(data, pruned, args.iter, run))
+    config = retraining(data, small.path, settings.iter, run)
+    with step(command("python3 train.py", config)):
+        trained = train(config, print).checkpoint
 
-    trained = run / "checkpoints" / f"{args.iter:06d}.pt"
-    files = {"teacher": TEACHER, "pruned": pruned, "retrained": trained}
+    files: dict[str, str | Path] = {"teacher": TEACHER, "pruned": small.path, "retrained": trained}
     table = compare({name: load_generator(file) for name, file in files.items()}, out)
     with atomic_path(out / "table.txt") as temporary:
         temporary.write_text(table + "\n")
@@ -110,12 +136,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry."""
-    parser = OneLineParser(prog="demo.py", description=__doc__)
-    parser.add_argument("--out", type=file_path, default=Path("demo"), help="default: %(default)s")
-    parser.add_argument("--n", type=at_least(1), default=5000, help="pictures to render")
-    parser.add_argument("--iter", type=at_least(1), default=1800, help="retraining iterations")
-    return run_script(parser, run, argv)
+    """Run the demo; returns the exit code."""
+    return run_settings(DemoSettings, run, argv, prog="demo.py", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
-"""Edits faces in the latent space of several generators: style mixing, or morphing."""
+"""Edit faces in the latent space of several generators: style mixing, or morphing."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from Compression.content import load_content_parser
 from Evaluation.edited import EditedSettings, show_edited
-from Evaluation.settings import evaluation_parser
-from Util.cli import OneLineParser, run_script
-from Util.settings import from_flags
+from Util.cli import run_settings
 
 EXAMPLES = """Every face of A is edited towards faces of B. Mixing shows A in the first column, B in
 the first row, and between them A with the styles of B in some layers. Morphing shows one row from
@@ -30,19 +27,21 @@ examples:
 """
 
 
-def build_parser() -> OneLineParser:
-    """Declare the command line."""
-    return evaluation_parser("get_edited_image.py", __doc__, EXAMPLES, EditedSettings)
-
-
-def run(args: argparse.Namespace) -> None:
+def run(settings: EditedSettings) -> None:
     """Edit and print."""
-    print(show_edited(from_flags(EditedSettings, vars(args)), load_content_parser).output)
+    print(show_edited(settings, load_content_parser).output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    return run_script(build_parser(), run, argv)
+    return run_settings(
+        EditedSettings,
+        run,
+        argv,
+        prog="get_edited_image.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+    )
 
 
 if __name__ == "__main__":

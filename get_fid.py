@@ -1,15 +1,12 @@
 """Distances of a generator's images to real ones: Frechet, kernel, precision and recall."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from Compression.content import load_content_parser
 from Evaluation.measure import MeasureSettings, measure
-from Evaluation.settings import evaluation_parser
 from Util import distributed
-from Util.cli import OneLineParser, run_script
-from Util.settings import from_flags
+from Util.cli import run_settings
 
 EXAMPLES = """examples:
   the bundled model, with the bundled parser's features and real statistics, no download:
@@ -22,14 +19,9 @@ EXAMPLES = """examples:
     torchrun --nproc_per_node=4 get_fid.py --ckpt MODEL.pt --path FFHQ_LMDB"""
 
 
-def build_parser() -> OneLineParser:
-    """Declare the command line."""
-    return evaluation_parser("get_fid.py", __doc__, EXAMPLES, MeasureSettings)
-
-
-def run(args: argparse.Namespace) -> None:
+def run(settings: MeasureSettings) -> None:
     """Measure and print."""
-    result = measure(from_flags(MeasureSettings, vars(args)), load_content_parser)
+    result = measure(settings, load_content_parser)
     if distributed.rank() == 0:
         print(result.output)
 
@@ -37,7 +29,9 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
     try:
-        return run_script(build_parser(), run, argv)
+        return run_settings(
+            MeasureSettings, run, argv, prog="get_fid.py", description=__doc__, epilog=EXAMPLES
+        )
     finally:
         distributed.leave()
 

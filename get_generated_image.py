@@ -1,13 +1,10 @@
-"""Shows what several generators make of the same latents: a picture, and an animated walk."""
+"""Show what several generators make of the same latents: a picture, and an animated walk."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from Evaluation.generated import GeneratedSettings, show_generated
-from Evaluation.settings import evaluation_parser
-from Util.cli import OneLineParser, run_script
-from Util.settings import from_flags
+from Util.cli import run_settings
 
 EXAMPLES = """examples:
   python3 get_generated_image.py
@@ -18,19 +15,17 @@ EXAMPLES = """examples:
 """
 
 
-def build_parser() -> OneLineParser:
-    """Declare the command line."""
-    return evaluation_parser("get_generated_image.py", __doc__, EXAMPLES, GeneratedSettings)
-
-
-def run(args: argparse.Namespace) -> None:
+def run(settings: GeneratedSettings) -> None:
     """Make the pictures and print."""
-    print(show_generated(from_flags(GeneratedSettings, vars(args))).output)
+    print(show_generated(settings).output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    return run_script(build_parser(), run, argv)
+    prog = "get_generated_image.py"
+    return run_settings(
+        GeneratedSettings, run, argv, prog=prog, description=__doc__, epilog=EXAMPLES
+    )
 
 
 if __name__ == "__main__":

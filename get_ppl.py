@@ -1,14 +1,11 @@
 """Perceptual path length of a generator, by the paper's and by the standard protocol."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from Evaluation.ppl import PathSettings, measure
-from Evaluation.settings import evaluation_parser
 from Util import distributed
-from Util.cli import OneLineParser, run_script
-from Util.settings import from_flags
+from Util.cli import run_settings
 
 EXAMPLES = """examples:
   the bundled model, with parser features, no download:
@@ -17,14 +14,9 @@ EXAMPLES = """examples:
     python3 get_ppl.py --generated_img_size 256 --ckpt MODEL.pt"""
 
 
-def build_parser() -> OneLineParser:
-    """Declare the command line."""
-    return evaluation_parser("get_ppl.py", __doc__, EXAMPLES, PathSettings)
-
-
-def run(args: argparse.Namespace) -> None:
+def run(settings: PathSettings) -> None:
     """Measure and print."""
-    result = measure(from_flags(PathSettings, vars(args)))
+    result = measure(settings)
     if distributed.rank() == 0:
         print(result.output)
 
@@ -32,7 +24,9 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
     try:
-        return run_script(build_parser(), run, argv)
+        return run_settings(
+            PathSettings, run, argv, prog="get_ppl.py", description=__doc__, epilog=EXAMPLES
+        )
     finally:
         distributed.leave()
 

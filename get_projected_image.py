@@ -1,14 +1,11 @@
 """Find the latents and layer noise from which a generator makes given pictures, and how close."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from Compression.content import load_content_parser
 from Evaluation.projecting import PICTURE, TABLE, ProjectionSettings, project_pictures
-from Evaluation.settings import evaluation_parser
-from Util.cli import OneLineParser, run_script
-from Util.settings import from_flags
+from Util.cli import run_settings
 
 EXAMPLES = f"""writes into --out: {PICTURE}, {TABLE}, and for every
 picture NAME.npz (w_plus, noise_0, noise_1, ...), which get_edited_image.py takes
@@ -23,19 +20,17 @@ examples:
 """
 
 
-def build_parser() -> OneLineParser:
-    """Declare the command line."""
-    return evaluation_parser("get_projected_image.py", __doc__, EXAMPLES, ProjectionSettings)
-
-
-def run(args: argparse.Namespace) -> None:
+def run(settings: ProjectionSettings) -> None:
     """Project and print."""
-    print(project_pictures(from_flags(ProjectionSettings, vars(args)), load_content_parser).output)
+    print(project_pictures(settings, load_content_parser).output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    return run_script(build_parser(), run, argv)
+    prog = "get_projected_image.py"
+    return run_settings(
+        ProjectionSettings, run, argv, prog=prog, description=__doc__, epilog=EXAMPLES
+    )
 
 
 if __name__ == "__main__":

@@ -5,36 +5,28 @@ wants other defaults changes them here. Where no other reason is given, the valu
 (Liu et al., "Content-Aware GAN Compression", CVPR 2021) or StyleGAN2's own.
 """
 
-import argparse
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
 
-from Util.settings import boolean, integers
+from Util.settings import Settings, setting
 
 
-def setting(
-    default: Any,
-    help: str,
-    choices: Sequence[str] | None = None,
-    low: float | None = None,
-    high: float | None = None,
-) -> Any:
-    """A dataclass field with the help text, the choices and the range of its flag."""
-    limits = {"choices": choices, "low": low, "high": high}
-    return field(default=default, metadata={"help": help, **limits})
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Settings):
+    """Settings of train.py; one flag each.
 
-
-@dataclass
-class TrainConfig:
-    """Settings of train.py; one flag each."""
+    Attributes:
+        options: settings of distillation terms that have any, flags too.
+    """
 
     # What is trained on what.
     path: str = setting("", "training images: a folder, or an LMDB with keys like 256-00000")
     size: int = setting(0, "image side in px; 0: as the checkpoint has it (64 without one)", low=0)
     ckpt: str = setting("", "checkpoint to start from, e.g. a pruned one; empty: from scratch")
-    teacher_ckpt: str = setting("", "full-size checkpoint to distil from; empty: GAN loss only")
+    teacher_ckpt: str = setting(
+        "",
+        "full-size checkpoint to distil from; empty or none: GAN loss only, which a pruned --ckpt"
+        " asks to be said by none",
+    )
     resume: str = setting(
         "", "go on with a run: its folder (newest checkpoint), or one of its checkpoints"
     )
@@ -47,7 +39,10 @@ class TrainConfig:
     channels: tuple[int, ...] = setting(
         (), "generator widths a,b,... (constant input, conv1, convs.0, ...); empty: full size"
     )
-    style_dim: int = setting(512, "size of z and w", low=1)
+    channel_multiplier: int = setting(
+        2, "width of the full-size networks above 32 px: 2, or 1 for the small ones", low=1
+    )
+    style_dim: int = setting(512, "size of z and w", low=1, aliases=("latent",))
     n_mlp: int = setting(8, "layers of the mapping network", low=1)
 
     # Length and batch. The paper: 450,000 iterations of 16 images at 256 px.
@@ -87,10 +82,15 @@ class TrainConfig:
     kd_lpips_lambda: float = setting(
         3.0, "weight of the perceptual distance to the teacher's", low=0
     )
+    kd: tuple[str, ...] = setting(
+        (),
+        "further distillation terms and their weights, NAME=WEIGHT,...; see below",
+        metavar="NAME=WEIGHT,...",
+    )
     kd_mode: str = setting(
         "Output_Only",
         "compare the images, or the RGB sums of every resolution",
-        ("Output_Only", "Intermediate"),
+        choices=("Output_Only", "Intermediate"),
     )
     kd_shared_noise: bool = setting(
         False, "student and teacher see the same layer noise; the paper's draw theirs separately"
@@ -105,7 +105,7 @@ class TrainConfig:
         "vgg",
         "perceptual network: vgg, alex, squeeze (LPIPS; weights are downloaded on first use), or"
         " parser (features of --parser_ckpt; no download)",
-        ("vgg", "alex", "squeeze", "parser"),
+        choices=("vgg", "alex", "squeeze", "parser"),
     )
     perceptual_ckpt: str = setting(
         "", "torchvision weights of the LPIPS trunk (vgg16, alexnet or squeezenet1_1), no download"
@@ -116,7 +116,7 @@ class TrainConfig:
         "none",
         "precision of generator, teacher and discriminator: none (float32), bf16, or fp16 with"
         " scaled losses; R1 and path length stay in float32",
-        ("none", "bf16", "fp16"),
+        choices=("none", "bf16", "fp16"),
     )
     tf32: bool = setting(
         False, "round the factors of float32 products to TensorFloat-32 (Ampere and newer GPUs)"
@@ -132,7 +132,11 @@ class TrainConfig:
     fid_features: str = setting(
         "inception",
         "its network: inception (downloaded on first use), or parser (--parser_ckpt; no download)",
-        ("inception", "parser"),
+        choices=("inception", "parser"),
+    )
+    fid_metrics: tuple[str, ...] = setting(
+        ("fid",),
+        "what is measured then: of fid,kid,pr; the first that is a distance chooses best.pt",
     )
     fid_stats: str = setting("", "statistics of the real images; empty: those of --path")
     fid_batch: int = setting(64, "images evaluated at a time, in each process", low=1)
@@ -156,63 +160,9 @@ class TrainConfig:
     primary_device: str = setting("cuda:0", "the GPU that auto takes")
     workers: int = setting(2, "data loading processes; 0: load in the training process", low=0)
     seed: int = setting(0, "seed of networks, latents and data order")
+    options: tuple[Settings, ...] = ()
 
-
-def add_flags(parser: argparse.ArgumentParser, config: type = TrainConfig) -> None:
-    """Add one flag per field of a dataclass made with `setting`.
-
-    A field of type bool becomes ``--flag``, ``--flag True`` or ``--flag False``.
-    """
-    hints = get_type_hints(config)
-    for item in fields(config):
-        kind = hints[item.name]
-        shown_default = "" if item.default in ("", ()) else " (default: %(default)s)"
-        options: dict[str, Any] = {
-            "default": item.default,
-            "help": item.metadata["help"] + shown_default,
-            "choices": item.metadata["choices"],
-            "type": kind,
-        }
-        if kind is bool:
-            options |= {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}
-        elif get_origin(kind) is tuple and get_args(kind)[0] is int:
-            options |= {"type": integers, "metavar": "N,N,..."}
-        parser.add_argument(f"--{item.name}", **options)
-
-
-def known_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a stored run that are still settings, each of its type.
-
-    Raises:
-        ValueError: one is of another type; names it.
-    """
-    hints, settings = get_type_hints(TrainConfig), {}
-    for item in fields(TrainConfig):
-        if item.name not in saved:
-            continue
-        value, kind = saved[item.name], hints[item.name]
-        if get_origin(kind) is tuple:
-            value = tuple(value) if isinstance(value, list) else value
-            fits = isinstance(value, tuple) and all(type(v) is int for v in value)
-        else:
-            fits = type(value) is kind or (kind is float and type(value) is int)
-        if not fits:
-            raise ValueError(f"config.json: {item.name} is {value!r}, not {kind.__name__}")
-        settings[item.name] = value
-    return settings
-
-
-def check_ranges(config: TrainConfig) -> None:
-    """Refuse values out of the range of their setting.
-
-    Raises:
-        ValueError: names the flag, the value and the limit.
-    """
-    for item in fields(config):
-        value, low, high = getattr(config, item.name), item.metadata["low"], item.metadata["high"]
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{item.name} must be a finite number, not {value}")
-        if low is not None and value < low:
-            raise ValueError(f"--{item.name} must be at least {low}, not {value}")
-        if high is not None and value > high:
-            raise ValueError(f"--{item.name} must be at most {high}, not {value}")
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher to distil from."""
+        return self.teacher_ckpt not in ("", "none")

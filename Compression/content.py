@@ -124,15 +124,16 @@ def load_content_parser(path: str | PathLike[str], device: torch.device) -> Cont
     return ContentParser(network, usual_exclusions(network.n_classes))
 
 
-def parser_for(parser_ckpt: Path | None, model: Path, device: torch.device) -> ContentParser:
-    """The content parser of --parser_ckpt, by default the one that fits the model.
+def parser_for(
+    parser_ckpt: str | Path | None, model: str | Path, device: torch.device
+) -> ContentParser:
+    """The content parser of a file, or where none is named the one that fits the model.
 
     Raises:
-        ValueError: names the flag and what is wrong.
+        SettingError: names the setting parser_ckpt and what is wrong.
     """
-    file = parser_ckpt or bundled.default_parser(model)
     with blame("parser_ckpt"):
-        return load_content_parser(file, device)
+        return load_content_parser(parser_ckpt or bundled.default_parser(model), device)
 
 
 def _check_images(images: Tensor) -> None:

@@ -52,10 +52,6 @@ def _copy_to_rgb(source: ToRGB, target: ToRGB, keep_in: Tensor) -> None:
     target.bias.copy_(source.bias)
 
 
-def _rgb_layers(generator: Generator) -> list[ToRGB]:
-    return [generator.to_rgb1, *generator.to_rgbs]
-
-
 @torch.no_grad()
 def prune_generator(generator: Generator, keep: Sequence[Tensor]) -> Generator:
     """Build the generator that has only the kept channels, with their weights.
@@ -89,7 +85,7 @@ def prune_generator(generator: Generator, keep: Sequence[Tensor]) -> Generator:
     pairs = zip(generator.styled_convs, pruned.styled_convs, strict=True)
     for i, (conv, small_conv) in enumerate(pairs):
         _copy_styled_conv(conv, small_conv, keep[i], keep[i + 1])
-    rgb_pairs = zip(_rgb_layers(generator), _rgb_layers(pruned), strict=True)
+    rgb_pairs = zip(generator.rgb_layers, pruned.rgb_layers, strict=True)
     for (to_rgb, small_rgb), mask in zip(rgb_pairs, keep[1::2], strict=True):
         _copy_to_rgb(to_rgb, small_rgb, mask)
     return pruned

@@ -6,58 +6,37 @@ path length penalty. Each computes a loss, and `Trainer._step` does the rest.
 
 import copy
 import operator
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from Compression import losses
-from Compression.distillation import distillation_loss
-from Evaluation.distances import Distance
+from Compression.averages import Averages
+from Compression.distillation import Pass, Term
 from Model.discriminator import Discriminator
 from Model.generator import Generator
+from train_hyperparams import TrainConfig
 from Util import distributed
 
 
-class Settings(Protocol):
-    """What the loop needs of the configuration; train_hyperparams.TrainConfig has it all."""
-
-    batch_size: int
-    lr: float
-    mixing: float
-    ema_decay: float
-    r1: float
-    path_regularize: float
-    path_batch_shrink: int
-    d_reg_every: int
-    g_reg_every: int
-    freeze_noise: bool
-    kd_l1_lambda: float
-    kd_lpips_lambda: float
-    kd_mode: str
-    kd_shared_noise: bool
-    grad_clip: float
-    amp: str
-
-
-@dataclass
+@dataclass(frozen=True)
 class Teacher:
     """What the student learns from.
 
     Attributes:
         generator: full-size network, frozen.
         content_mask: images (N, 3, H, W) -> mask (N, 1, H, W); None distils everywhere.
-        perceptual: distance of image pairs; None for L1 alone.
+        terms: what the student's pass is compared by.
     """
 
     generator: Generator
     content_mask: Callable[[Tensor], Tensor] | None = None
-    perceptual: Distance | None = None
+    terms: Sequence[Term] = ()
 
 
 class NonFiniteError(RuntimeError):
@@ -115,7 +94,7 @@ class Trainer:
     Args:
         generator: trained; its moving average starts as a copy unless ``g_ema`` is given.
         discriminator: trained.
-        settings: see `Settings`.
+        settings: of the run.
         device: where everything runs.
         teacher: adds distillation to the generator's phase.
         g_ema: moving average to go on with.
@@ -125,7 +104,7 @@ class Trainer:
         self,
         generator: Generator,
         discriminator: Discriminator,
-        settings: Settings,
+        settings: TrainConfig,
         device: torch.device,
         teacher: Teacher | None = None,
         g_ema: Generator | None = None,
@@ -192,6 +171,7 @@ class Trainer:
             )
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        _fill_gradients(optimizer)
         for group in optimizer.param_groups:
             # Before they are unscaled, so that all processes leave out the same steps.
             distributed.average_gradients(group["params"])
@@ -205,12 +185,11 @@ class Trainer:
     def _latents(self, n: int) -> Tensor:
         """Draw w+ (n, n_latent, style_dim) of the generator, mixed as configured."""
         g = self.generator
-        w = [g.mapping(z) for z in self.draws.styles(n)]
-        return g.broadcast_latents(w, self.draws.layer(g.n_latent))
+        return g.w_plus(self.draws.styles(n), inject_index=self.draws.layer(g.n_latent))
 
     def _d_phase(self, real: Tensor) -> dict[str, Tensor]:
         with torch.no_grad(), self._autocast():
-            fake = self.generator.synthesis(self._latents(real.shape[0]))
+            fake = self.generator.synthesis(self._latents(real.shape[0])).image
         with self._autocast():
             fake_logits, real_logits = self.discriminator(fake), self.discriminator(real)
         loss = losses.d_logistic_loss(real_logits, fake_logits)
@@ -229,39 +208,49 @@ class Trainer:
         return {"r1": penalty.detach()}
 
     def _g_phase(self, n: int) -> dict[str, Tensor]:
-        g, s = self.generator, self.settings
+        """Generator loss, and distillation: mean softplus(-D(G(z))) + sum of weighted terms."""
+        g, teacher = self.generator, self.teacher
         z, layer = self.draws.styles(n), self.draws.layer(g.n_latent)
-        noise = g.make_noise(n) if s.kd_shared_noise and self.teacher else None
+        noise = g.make_noise(n) if self.settings.kd_shared_noise and teacher else None
+        student = self._pass(g, z, layer, noise, self._autocast)
         with self._autocast():
-            rgbs = g(z, inject_index=layer, noise=noise, return_rgbs=True)
-            logits = self.discriminator(rgbs[-1])
+            logits = self.discriminator(student.made.image)
         loss = losses.g_nonsaturating_loss(logits)
         metrics = {"g_loss": loss.detach()}
-        if self.teacher is not None:
-            with torch.no_grad(), self._autocast():
-                target = self.teacher.generator(
-                    z, inject_index=layer, noise=noise, return_rgbs=True
-                )
-            l1, perceptual = self._distillation(self.teacher, rgbs, target)
-            loss = loss + s.kd_l1_lambda * l1 + s.kd_lpips_lambda * perceptual
-            metrics |= {"kd_l1": l1.detach(), "kd_lpips": perceptual.detach()}
+        if teacher is not None:
+            target = self._pass(teacher.generator, z, layer, noise, self._without_gradients)
+            # The mask is the teacher's: what the student should keep (section 3.3).
+            mask = teacher.content_mask(target.made.image) if teacher.content_mask else None
+            for term in teacher.terms:
+                distance = term.call(student, target, mask)
+                loss = loss + term.weight * distance
+                metrics[f"kd_{term.name}"] = distance.detach()
         self._step(self.g_optim, "generator", loss)
         return metrics
 
-    def _distillation(
-        self, teacher: Teacher, rgbs: list[Tensor], target: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Distance of the student's RGB sums to the teacher's of the same latents."""
-        mask = teacher.content_mask(target[-1]) if teacher.content_mask else None
-        perceptual = teacher.perceptual if self.settings.kd_lpips_lambda else None
-        if self.settings.kd_mode == "Output_Only":
-            rgbs, target = rgbs[-1:], target[-1:]
-        return distillation_loss(rgbs, target, mask, perceptual)
+    def _pass(
+        self,
+        generator: Generator,
+        z: list[Tensor],
+        layer: int,
+        noise: list[Tensor] | None,
+        context: Callable[[], AbstractContextManager[None]],
+    ) -> Pass:
+        """Run student or teacher on the latents of a batch."""
+        features = any(term.features for term in self.teacher.terms) if self.teacher else False
+        with context():
+            w_plus = generator.w_plus(z, inject_index=layer)
+            made = generator.synthesis(w_plus, noise, features=features)
+        return Pass(generator, w_plus, noise, made, context)
+
+    @contextmanager
+    def _without_gradients(self) -> Iterator[None]:
+        with torch.no_grad(), self._autocast():
+            yield
 
     def _path_phase(self, n: int) -> dict[str, Tensor]:
         w_plus = self._latents(n)
-        images = self.generator.synthesis(w_plus)
-        assert isinstance(images, Tensor)
+        images = self.generator.synthesis(w_plus).image
         penalty, mean_length, lengths = losses.path_length_penalty(
             images,
             w_plus,
@@ -299,22 +288,32 @@ class Trainer:
             },
         }
 
-    def load_state(self, content: Mapping[str, Any]) -> None:
+    def load_state(self, content: Mapping[str, Any], iteration: int | None = None) -> None:
         """Go on from `state`; the networks have been loaded already.
 
         The learning rates stay those of the settings. The random streams go on where they were if
         the number of processes is the same; otherwise each process keeps its own fresh one.
 
+        Args:
+            content: the checkpoint.
+            iteration: where to go on if it has optimisers but no ``train_state``, as the original
+                code writes it; the mean path length then starts at 0.
+
         Raises:
             ValueError: the checkpoint has no training state, or of another architecture.
         """
-        missing = [k for k in ("g_optim", "d_optim", "train_state") if k not in content]
+        needed = ["g_optim", "d_optim", *(["train_state"] if iteration is None else [])]
+        missing = [k for k in needed if k not in content]
         if missing:
             raise ValueError(f"no {missing[0]!r} in the checkpoint, so training cannot go on")
         try:
             for name in ("g_optim", "d_optim"):
                 _restore(getattr(self, name), content[name])
-            self._load_progress(content["train_state"])
+            if "train_state" in content:
+                self._load_progress(content["train_state"])
+            else:
+                self.iteration = iteration or 0
+                self.images_seen = self.iteration * self.settings.batch_size
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(
@@ -336,6 +335,18 @@ class Trainer:
                 torch.cuda.set_rng_state(streams["cuda"], self.device)
 
 
+def _fill_gradients(optimizer: Optimizer) -> None:
+    """Give every trained parameter that the loss did not reach a gradient of zero.
+
+    The regularisers do not reach the last biases. Adam passes over parameters without a gradient;
+    with a zero one their averages decay and the step counts, as in the original.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+
 def _restore(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Load an optimiser's state, but for the options, which are those of the settings.
 
@@ -354,54 +365,24 @@ def _restore(optimizer: Optimizer, saved: dict[str, Any]) -> None:
                     raise ValueError(f"the optimiser's {key} does not fit")
 
 
-class Averages:
-    """Means of the metrics since the last line of the log, without waiting for the device."""
+@dataclass(frozen=True)
+class Event:
+    """Something that happens now and then during training.
 
-    def __init__(self) -> None:
-        self._clear()
+    Attributes:
+        every: iterations between its calls; 0: only at the end.
+        action: called without arguments, in every process.
+    """
 
-    def _clear(self) -> None:
-        self._values: dict[str, list[Tensor]] = {}
-        self._images, self._since = 0, time.perf_counter()
-
-    def add(self, metrics: Mapping[str, Tensor], images: int) -> None:
-        """Take one iteration's metrics."""
-        for key, value in metrics.items():
-            self._values.setdefault(key, []).append(value)
-        self._images += images
-
-    def flush(self) -> dict[str, float]:
-        """Return the means over iterations and processes, and the speed; start afresh."""
-        keys = list(self._values)
-        means = torch.stack([torch.stack(values).mean() for values in self._values.values()])
-        result = dict(zip(keys, distributed.average(means).tolist(), strict=True))
-        result["images_per_second"] = self._images / (time.perf_counter() - self._since)
-        self._clear()
-        return result
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """The time of the block does not count as training."""
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
-
-    def state(self) -> dict[str, list[float]]:
-        """The values so far, so that a resumed run writes the same line."""
-        return {key: torch.stack(values).tolist() for key, values in self._values.items()}
-
-    def load(self, values: Mapping[str, Sequence[float]], device: torch.device) -> None:
-        """Take up `state`."""
-        self._clear()
-        self._values = {k: list(torch.tensor(v, device=device)) for k, v in values.items()}
+    every: int
+    action: Callable[[], object]
 
 
-def train(
+def iterate(
     trainer: Trainer,
     batches: Iterator[Tensor],
     iterations: int,
-    every: Mapping[str, int],
-    on_event: Callable[[str], None],
+    events: Sequence[Event],
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Iterate up to iteration ``iterations``.
@@ -410,9 +391,7 @@ def train(
         trainer: goes on at its own iteration.
         batches: real images (N, 3, size, size) in [-1, 1], this process's share of every batch.
         iterations: where to end.
-        every: event name -> iterations between its calls; 0: only at the end.
-        on_event: called with the name of every event that is due, in the order of ``every``, in
-            every process.
+        events: those that are due are called after an iteration, in this order; all at the end.
         stop: asked after every iteration; when true in any process, all stop there.
 
     Raises:
@@ -423,8 +402,8 @@ def train(
     while trainer.iteration < iterations:
         trainer.iterate(next(batches).to(trainer.device, non_blocking=True))
         end = trainer.iteration == iterations
-        for name, period in every.items():
-            if end or (period and trainer.iteration % period == 0):
-                on_event(name)
+        for event in events:
+            if end or (event.every and trainer.iteration % event.every == 0):
+                event.action()
         if trainer.iteration % patience == 0 and distributed.any_process(stop(), trainer.device):
             break

@@ -23,31 +23,32 @@ LPIPS_TRUNKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
 
 
 def load_distance(
-    name: str, weights: Path | None, parser_file: Path | None, device: torch.device
+    name: str,
+    trunk: str | Path | None,
+    parser: Callable[[], str | Path],
+    device: torch.device,
 ) -> Distance:
     """Load a perceptual distance.
 
     Args:
-        name: vgg, alex or squeeze (LPIPS with that trunk), or parser (`ParserDistance`).
-        weights: torchvision's file of the trunk; None downloads it.
-        parser_file: the face parser's checkpoint, for its features alone.
+        name: parser (`ParserDistance`), or vgg, alex or squeeze (LPIPS).
+        trunk: see `load_lpips`.
+        parser: names the face parser's file; asked only where it is needed.
         device: where it runs.
 
     Returns:
         See `Distance`; larger images are reduced to 256 px first, as LPIPS is meant to be used.
 
     Raises:
-        SettingError: the file is missing or does not fit; names perceptual_ckpt or parser_ckpt.
+        SettingError: a file does not fit; names the setting parser_ckpt or perceptual_ckpt.
     """
     network: nn.Module
     if name == "parser":
         with blame("parser_ckpt"):
-            if parser_file is None:
-                raise ValueError("is missing; name the face parser whose features are compared")
-            network = ParserDistance(fold_batch_norm(load_face_parser(parser_file, device)))
+            network = ParserDistance(fold_batch_norm(load_face_parser(parser(), device)))
     else:
         with blame("perceptual_ckpt"):
-            network = load_lpips(name, weights).to(device)
+            network = load_lpips(name, trunk).to(device)
     return lambda a, b: network(at_most(a, 256), at_most(b, 256)).flatten()
 
 

@@ -73,7 +73,8 @@ class MeasureSettings(ModelSettings):
         """The face parser that takes part, if any."""
         if self.network != "parser" and not self.content_aware:
             return None
-        return self.parser_ckpt or bundled.default_parser(self.ckpt)
+        with blame("parser_ckpt"):
+            return self.parser_ckpt or bundled.default_parser(self.ckpt)
 
 
 def measure(settings: MeasureSettings, load_mask: LoadMask) -> Result:

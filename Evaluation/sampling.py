@@ -88,12 +88,8 @@ def from_z(
         centre: (1, style_dim), the generator's own: see `mean_latent`.
         noise: (1 or N, 1, h, w) per styled convolution; None takes the stored maps.
     """
-    w = generator.mapping(z)
-    if truncation < 1:
-        if centre is None:
-            raise ValueError("truncation below 1 needs centre, e.g. mean_latent(generator, seed)")
-        w = centre + truncation * (w - centre)
-    return Latents(generator.broadcast_latents([w]), noise or generator.fixed_noise)
+    w_plus = generator.w_plus([z], truncation=truncation, truncation_latent=centre)
+    return Latents(w_plus, noise or generator.fixed_noise)
 
 
 def synthesise(generator: Generator, w: Tensor, noise: Sequence[Tensor]) -> Tensor:
@@ -107,9 +103,7 @@ def synthesise(generator: Generator, w: Tensor, noise: Sequence[Tensor]) -> Tens
     Returns:
         (N, 3, size, size), nominally in [-1, 1].
     """
-    images = generator([w], input_is_latent=True, noise=noise)
-    assert isinstance(images, Tensor)
-    return images
+    return generator([w], input_is_latent=True, noise=noise)
 
 
 @torch.no_grad()

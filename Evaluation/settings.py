@@ -1,6 +1,5 @@
 """Settings that evaluations share, and what each of them returns."""
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +13,7 @@ from Evaluation.features import LoadMask, Mask
 from Model import bundled
 from Model.checkpoint import load_generator
 from Model.generator import Generator
-from Util.cli import OneLineParser
-from Util.settings import SettingError, Settings, add_flags, blame, plain, setting
+from Util.settings import SettingError, Settings, blame, plain, setting
 
 PICTURE_SIDE = 128
 """Side in px of a picture where the setting scale does not say otherwise."""
@@ -80,15 +78,13 @@ class PerceptualSettings(Settings):
 
     def load_distance(self, model: Path, device: torch.device) -> Distance:
         """Load the perceptual distance for a model; see `Evaluation.distances.load_distance`."""
-        network = self.network(model)
-        parser = self._parser_file(model) if network == "parser" else None
-        return load_distance(network, self.perceptual_ckpt, parser, device)
+        network, trunk = self.network(model), self.perceptual_ckpt
+        return load_distance(network, trunk, lambda: self._parser_file(model), device)
 
     def load_mask(self, load_mask: LoadMask, model: Path, device: torch.device) -> Mask:
         """Load the content mask for a model."""
-        file = self._parser_file(model)
         with blame("parser_ckpt"):
-            return load_mask(file, device)
+            return load_mask(self._parser_file(model), device)
 
     def _parser_file(self, model: Path) -> Path:
         return self.parser_ckpt or bundled.default_parser(model)
@@ -167,17 +163,3 @@ class Result:
         content = {"figures": self.figures, "protocol": self.protocol, "settings": settings}
         last = [json.dumps(content, default=str)] if self.settings.json else []
         return "\n".join([*self.lines, *last])
-
-
-def evaluation_parser(
-    prog: str, description: str | None, examples: str, kind: type[EvaluationSettings]
-) -> OneLineParser:
-    """Make a script's command line of its settings, with examples below the flags."""
-    parser = OneLineParser(
-        prog=prog,
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_flags(parser, kind)
-    return parser

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ Noise = Sequence[Tensor | None] | Literal["fixed"] | None
 
 
 def resolution_log2(size: int) -> int:
-    """Base-2 logarithm of an image side.
+    """Return the base-2 logarithm of an image side.
 
     Raises:
         ValueError: the side is not a power of two of at least 8.
@@ -26,18 +27,57 @@ def resolution_log2(size: int) -> int:
 
 
 def pyramid_width(resolution: int, channel_multiplier: int = 2) -> int:
-    """Width of StyleGAN2's full-size networks at a resolution: 512 up to 32 px, then halving."""
+    """Return the full-size networks' width at a resolution: 512 up to 32 px, then halving."""
     return 512 if resolution <= 32 else 16384 * channel_multiplier // resolution
 
 
 def full_size_channels(size: int, channel_multiplier: int = 2) -> tuple[int, ...]:
-    """Channel tuple of the full-size generator (see `Generator`)."""
+    """Return the channels of the full-size generator (see `Generator`)."""
     widths = [pyramid_width(2**i, channel_multiplier) for i in range(2, resolution_log2(size) + 1)]
     return tuple(width for width in widths for _ in range(2))
 
 
+def truncate(w: Tensor, truncation: float, centre: Tensor | None) -> Tensor:
+    """Move w towards a centre: centre + psi * (w - centre) (StyleGAN, appendix B).
+
+    Args:
+        w: (N, style_dim) or (N, n_latent, style_dim).
+        truncation: psi; 1 leaves w as it is.
+        centre: (1, style_dim), required below 1.
+
+    Raises:
+        ValueError: truncation without a centre.
+    """
+    if truncation >= 1:
+        return w
+    if centre is None:
+        raise ValueError(
+            "truncation below 1 needs its centre (truncation_latent), e.g. the mean w of 4096 z"
+        )
+    return centre + truncation * (w - centre)
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """What the synthesis network has computed.
+
+    Attributes:
+        rgbs: running RGB sum of every resolution, (N, 3, r, r) for r = 4, 8, ..., size.
+        features: activations (N, C, h, w) after every styled convolution, in layer order; empty
+            unless asked for.
+    """
+
+    rgbs: list[Tensor]
+    features: list[Tensor]
+
+    @property
+    def image(self) -> Tensor:
+        """The last RGB sum: (N, 3, size, size), nominally in [-1, 1]."""
+        return self.rgbs[-1]
+
+
 class Generator(nn.Module):
-    """StyleGAN2 generator: z -> mapping -> w -> synthesis -> image.
+    """StyleGAN2 generator (Karras et al., CVPR 2020): z -> mapping -> w -> synthesis -> image.
 
     Args:
         size: image side in pixels, a power of two >= 8.
@@ -91,6 +131,11 @@ class Generator(nn.Module):
         return [self.conv1, *self.convs]
 
     @property
+    def rgb_layers(self) -> list[ToRGB]:
+        """The ToRGB of every resolution: ``to_rgb1``, ``to_rgbs.0``, ..."""
+        return [self.to_rgb1, *self.to_rgbs]
+
+    @property
     def channels(self) -> tuple[int, ...]:
         """Widths of the constant input and of every styled convolution's output."""
         outputs = [layer.conv.weight.shape[1] for layer in self.styled_convs]
@@ -98,7 +143,7 @@ class Generator(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the parameters."""
         return self.input.input.device
 
     @property
@@ -117,65 +162,76 @@ class Generator(nn.Module):
         """Map latents z (N, style_dim) to w (N, style_dim)."""
         return self.style(z)
 
-    @torch.no_grad()
-    def mean_latent(self, n: int) -> Tensor:
-        """Mean w of ``n`` random z, (1, style_dim): the centre of truncation."""
-        z = torch.randn(n, self.style_dim, device=self.device)
-        return self.mapping(z).mean(dim=0, keepdim=True)
-
-    def synthesis(
-        self, w_plus: Tensor, noise: Noise = None, return_rgbs: bool = False
-    ) -> Tensor | list[Tensor]:
-        """Synthesise images.
-
-        Args:
-            w_plus: (N, n_latent, style_dim), one latent per layer.
-            noise: None draws fresh layer noise, "fixed" takes the stored maps, a list gives
-                n_latent - 1 maps (1 or N, 1, h, w), None entries drawn afresh.
-            return_rgbs: return every resolution's running RGB sum instead of the last.
-
-        Returns:
-            (N, 3, size, size), nominally in [-1, 1]; or the list of (N, 3, r, r), r = 4, ..., size.
-        """
-        maps: Sequence[Tensor | None]
-        if noise is None:
-            maps = [None] * (self.n_latent - 1)
-        else:
-            maps = self.fixed_noise if noise == "fixed" else list(noise)
-        if len(maps) != self.n_latent - 1:
-            raise ValueError(f"expected {self.n_latent - 1} noise maps, got {len(maps)}")
-
-        x = self.conv1(self.input(w_plus.shape[0]), w_plus[:, 0], maps[0])
-        rgbs = [self.to_rgb1(x, w_plus[:, 1])]
-        for i, to_rgb in enumerate(self.to_rgbs):
-            layer = 2 * i + 1
-            x = self.convs[2 * i](x, w_plus[:, layer], maps[layer])
-            x = self.convs[2 * i + 1](x, w_plus[:, layer + 1], maps[layer + 1])
-            rgbs.append(to_rgb(x, w_plus[:, layer + 2], rgbs[-1]))
-        return rgbs if return_rgbs else rgbs[-1]
-
-    def broadcast_latents(
-        self, latents: Sequence[Tensor], inject_index: int | None = None
+    def w_plus(
+        self,
+        styles: Sequence[Tensor],
+        *,
+        inject_index: int | None = None,
+        truncation: float = 1.0,
+        truncation_latent: Tensor | None = None,
+        input_is_latent: bool = False,
     ) -> Tensor:
-        """Repeat one w over all layers, or mix two at a layer (style mixing).
+        """Map latents to one w per layer.
 
         Args:
-            latents: one or two (N, style_dim), or a single (N, n_latent, style_dim), kept as it is.
-            inject_index: first layer of the second latent, in [1, n_latent - 1]; None draws it.
+            styles: one or two z (N, style_dim), the second from layer ``inject_index`` on (style
+                mixing: StyleGAN, section 3.1); with ``input_is_latent`` w instead of z, or one w+
+                (N, n_latent, style_dim).
+            inject_index: layer where the second style takes over, in [1, n_latent - 1]; None draws
+                it.
+            truncation: psi; see `truncate`.
+            truncation_latent: (1, style_dim), the centre of truncation, required below 1.
+            input_is_latent: styles are already mapped.
 
         Returns:
             w+ (N, n_latent, style_dim).
+
+        Raises:
+            ValueError: no style or more than two, or truncation without a centre.
         """
+        latents = styles if input_is_latent else [self.mapping(z) for z in styles]
+        latents = [truncate(w, truncation, truncation_latent) for w in latents]
         if len(latents) == 1:
             w = latents[0]
             return w if w.ndim == 3 else w[:, None].expand(-1, self.n_latent, -1)
         if len(latents) != 2:
             raise ValueError(f"expected one or two latents, got {len(latents)}")
-        if inject_index is None:
+        if inject_index is None:  # style mixing
             inject_index = int(torch.randint(1, self.n_latent, ()))
         first = latents[0][:, None].expand(-1, inject_index, -1)
         second = latents[1][:, None].expand(-1, self.n_latent - inject_index, -1)
         return torch.cat([first, second], dim=1)
+
+    def synthesis(
+        self, w_plus: Tensor, noise: Noise = None, *, features: bool = False
+    ) -> Synthesis:
+        """Synthesise images (StyleGAN2, figure 7b: every resolution adds to the RGB sum).
+
+        Args:
+            w_plus: (N, n_latent, style_dim), one latent per layer.
+            noise: None draws fresh layer noise, "fixed" takes the stored maps, a list gives
+                n_latent - 1 maps (1 or N, 1, h, w), None entries drawn afresh.
+            features: keep the activations.
+
+        Raises:
+            ValueError: not one noise map per styled convolution.
+        """
+        if noise is None:
+            noise = [None] * (self.n_latent - 1)
+        maps = self.fixed_noise if noise == "fixed" else list(noise)
+        if len(maps) != self.n_latent - 1:
+            raise ValueError(f"expected {self.n_latent - 1} noise maps, got {len(maps)}")
+
+        x, rgb = self.input(len(w_plus)), None
+        rgbs, kept, rgb_layers = [], [], iter(self.rgb_layers)
+        for layer, conv in enumerate(self.styled_convs):
+            x = conv(x, w_plus[:, layer], maps[layer])
+            if features:
+                kept.append(x)
+            if layer % 2 == 0:  # the last convolution of a resolution
+                rgb = next(rgb_layers)(x, w_plus[:, layer + 1], rgb)
+                rgbs.append(rgb)
+        return Synthesis(rgbs, kept)
 
     def forward(
         self,
@@ -187,33 +243,21 @@ class Generator(nn.Module):
         input_is_latent: bool = False,
         noise: Sequence[Tensor | None] | None = None,
         randomize_noise: bool = True,
-        return_rgbs: bool = False,
-    ) -> Tensor | list[Tensor]:
+    ) -> Tensor:
         """Generate images from latents.
 
-        Args:
-            styles: one or two z (N, style_dim), the second from layer ``inject_index`` on; with
-                ``input_is_latent`` w instead of z, or one w+ (N, n_latent, style_dim).
-            inject_index: layer where the second style takes over; None draws it.
-            truncation: psi; below 1 moves w towards ``truncation_latent``, which is then required.
-            truncation_latent: (1, style_dim), usually ``mean_latent(4096)``.
-            input_is_latent: styles are already mapped.
-            noise: explicit layer noise; overrides ``randomize_noise``.
-            randomize_noise: draw layer noise; False takes the stored maps.
-            return_rgbs: return every resolution's running RGB sum.
+        The latents are those of `w_plus`, with its arguments. Without explicit ``noise`` (a list as
+        in `synthesis`), ``randomize_noise`` draws it, and False takes the stored maps.
 
         Returns:
-            See `synthesis`.
+            (N, 3, size, size), nominally in [-1, 1].
         """
-        latents = list(styles) if input_is_latent else [self.mapping(z) for z in styles]
-        if truncation < 1:
-            if truncation_latent is None:
-                raise ValueError(
-                    "truncation below 1 needs truncation_latent, e.g. mean_latent(4096)"
-                )
-            latents = [truncation_latent + truncation * (w - truncation_latent) for w in latents]
-        w_plus = self.broadcast_latents(latents, inject_index)
-        maps: Noise = noise
-        if noise is None and not randomize_noise:
-            maps = "fixed"
-        return self.synthesis(w_plus, maps, return_rgbs)
+        w_plus = self.w_plus(
+            styles,
+            inject_index=inject_index,
+            truncation=truncation,
+            truncation_latent=truncation_latent,
+            input_is_latent=input_is_latent,
+        )
+        fixed = noise is None and not randomize_noise
+        return self.synthesis(w_plus, "fixed" if fixed else noise).image

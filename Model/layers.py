@@ -1,7 +1,7 @@
 """Layers of StyleGAN2 (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN").
 
-Weights are stored with unit variance and scaled at run time (equalised learning rate); parameter
-names are those of the widely used PyTorch checkpoint format.
+Weights are stored with unit variance and scaled at run time: equalised learning rate (ProGAN,
+section 4.1). Parameter names are those of the widely used PyTorch checkpoint format.
 """
 
 import math
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from Model.ops import (
+    Epilogue,
     conv2d,
     filtered_leaky_relu,
     fused_leaky_relu,
@@ -24,14 +25,14 @@ from Model.precision import bounded, in_float32
 def fast_layout(x: Tensor) -> Tensor:
     """Give a 4-D tensor the layout in which convolutions run fastest on its device.
 
-    On a CPU that is channels-last: the filters become one vector operation per pixel (a blur of 16
-    maps takes a quarter of the time) and every later layer keeps the layout by itself.
+    On a CPU that is channels-last: a filter becomes one vector operation per pixel (a blur of 16
+    maps takes a quarter of the time), and every later layer keeps the layout.
     """
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 class PixelNorm(nn.Module):
-    """Normalise every vector along dimension 1 to unit mean square."""
+    """Normalise every vector along dimension 1 to unit mean square (ProGAN, section 4.2)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x / rms(x), (N, C, ...) -> (N, C, ...)."""
@@ -66,12 +67,16 @@ class EqualConv2d(nn.Module):
     """Bias-free convolution with equalised learning rate: weight / sqrt(in_channels * k * k)."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
-        self.stride = stride
-        self.padding = 0
+        self.stride, self.padding = stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, I, H, W) to (N, O, H', W')."""
@@ -103,27 +108,8 @@ class Blur(nn.Module):
         self.down = down
 
     def forward(self, x: Tensor) -> Tensor:
-        """Filter (N, C, H, W)."""
+        """Filter (N, C, H, W), see `upfirdn2d`."""
         return upfirdn2d(x, self.kernel, down=self.down, pad=self.pad)
-
-
-class ActivatedBlur(Blur):
-    """A blur and what follows an upsampling convolution, in one pass over memory."""
-
-    def forward(
-        self,
-        x: Tensor,
-        bias: Tensor | None = None,
-        noise: Tensor | None = None,
-        noise_strength: Tensor | None = None,
-        gain: Tensor | None = None,
-    ) -> Tensor:
-        """Filter (N, C, H, W); then, if there is a bias, see `filtered_leaky_relu`."""
-        if bias is None:
-            return super().forward(x)
-        return filtered_leaky_relu(
-            x, self.kernel, self.pad, bias, noise=noise, noise_strength=noise_strength, gain=gain
-        )
 
 
 class Upsample(nn.Module):
@@ -142,10 +128,11 @@ class Upsample(nn.Module):
 
 
 class ModulatedConv2d(nn.Module):
-    """Convolution whose input channels are scaled by a style (StyleGAN2, section 2.2, eq. 1 and 3).
+    """Weights of a convolution whose input channels are scaled by a style (StyleGAN2, section 2.2).
 
-    Scaling the activations instead of the weights gives the same values with one shared weight:
-    y = demodulation * conv(style * x), and demodulation needs only a matrix product.
+    Scaling the activations instead of the weights gives the same values with one weight for all
+    samples: y = demodulation * conv(style * x), and demodulation is a matrix product. `StyledConv`
+    and `ToRGB` compute the convolution, each with what follows it.
 
     Args:
         in_channels: I.
@@ -173,7 +160,7 @@ class ModulatedConv2d(nn.Module):
         self.demodulate = demodulate
         self.upsample = upsample
         if upsample:
-            self.blur = ActivatedBlur(pad=(1, 1), gain=4.0)
+            self.blur = Blur(pad=(1, 1), gain=4.0)
 
     @property
     def scale(self) -> float:
@@ -182,43 +169,25 @@ class ModulatedConv2d(nn.Module):
 
     @in_float32
     def style(self, w: Tensor) -> Tensor:
-        """Per-channel scale of the input, (N, style_dim) -> (N, I); includes `scale`."""
+        """Return each input channel's scale s (eq. 1) times `scale`: (N, style_dim) -> (N, I)."""
         return self.modulation(w) * self.scale
 
     @in_float32
     def demodulation(self, style: Tensor) -> Tensor:
-        """Per-channel scale of the output for a scaled style, (N, I) -> (N, O) (eq. 3)."""
+        """Return each output channel's 1 / sqrt(sum (s W)^2) (eq. 3): (N, I) -> (N, O).
+
+        Ones where the layer does not demodulate.
+        """
+        if not self.demodulate:
+            return style.new_ones(len(style), self.weight.shape[1])
         # The product sums over inputs and taps at once; a sum over the taps first would cost more.
         power = self.weight[0].flatten(1).square()
         taps = power.shape[1] // style.shape[1]
         return torch.rsqrt(F.linear(style.square().repeat_interleave(taps, 1), power) + 1e-8)
 
-    def convolve(self, x: Tensor, style: Tensor) -> Tensor:
-        """Modulate and convolve; no demodulation, no blur: (N, I, H, W) -> (N, O, H', W')."""
-        weight = self.weight[0]
-        if weight.shape[-1] == 1:
-            # Few output channels: scaling the (N, O, I) weights spares a pass over the activations.
-            per_sample = (weight[:, :, 0, 0] * style[:, None]).transpose(1, 2)
-            pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
-            return torch.bmm(pixels, per_sample).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-        x = x * style[:, :, None, None].to(x.dtype)
-        if self.upsample:
-            return F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
-        return conv2d(x, weight, padding=weight.shape[-1] // 2)
-
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        """Convolve (N, I, H, W) under latents (N, style_dim)."""
-        style = self.style(w)
-        y = self.convolve(x, style)
-        if self.upsample:
-            y = self.blur(y)
-        if not self.demodulate:
-            return y
-        return y * self.demodulation(style)[:, :, None, None].to(y.dtype)
-
 
 class NoiseInjection(nn.Module):
-    """Learned strength of a layer's noise, zero at the start."""
+    """Learned strength of a layer's noise, zero at the start (StyleGAN, section 2)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +195,7 @@ class NoiseInjection(nn.Module):
 
 
 class StyledConv(nn.Module):
-    """Modulated convolution, layer noise, bias and leaky ReLU."""
+    """Modulated convolution, layer noise, bias and leaky ReLU (StyleGAN2, figure 2d)."""
 
     def __init__(
         self, in_channels: int, out_channels: int, style_dim: int, upsample: bool = False
@@ -237,7 +206,7 @@ class StyledConv(nn.Module):
         self.activate = FusedLeakyReLU(out_channels)
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Compute the layer.
+        """Map activations to activations, twice the side where the layer upsamples.
 
         Args:
             x: (N, I, H, W) activations.
@@ -247,28 +216,26 @@ class StyledConv(nn.Module):
         Returns:
             (N, O, H', W') activations.
         """
-        style = self.conv.style(w)
-        gain = self.conv.demodulation(style)
         if noise is None:
             up = 2 if self.conv.upsample else 1
             noise = torch.randn(len(x), 1, x.shape[2] * up, x.shape[3] * up, device=x.device)
-        bias, strength = self.activate.bias, self.noise.weight
-        if self.conv.upsample:
-            y = self.conv.convolve(x, style)
-            y = self.conv.blur(y, *(t.to(y.dtype) for t in (bias, noise, strength, gain)))
-        else:
-            y = styled_conv3x3(
-                x, self.conv.weight[0], style, bias, noise=noise, noise_strength=strength, gain=gain
-            )
-        return bounded(y)
+        style = self.conv.style(w)
+        gain = self.conv.demodulation(style)
+        epilogue = Epilogue(self.activate.bias, noise, self.noise.weight, gain)
+        weight = self.conv.weight[0]
+        if not self.conv.upsample:
+            return bounded(styled_conv3x3(x, weight, style, epilogue))
+        style, blur = style[:, :, None, None].to(x.dtype), self.conv.blur
+        y = F.conv_transpose2d(x * style, weight.transpose(0, 1), stride=2)
+        return bounded(filtered_leaky_relu(y, blur.kernel, blur.pad, epilogue.to(y.dtype)))
 
 
 class ToRGB(nn.Module):
-    """1x1 modulated convolution to RGB, without demodulation, added to the upsampled last RGB.
+    """1x1 modulated convolution to RGB, added to the upsampled last RGB (StyleGAN2, figure 7b).
 
-    Its weight scale follows its own fan-in, so removing channels raises the gain of what remains by
-    sqrt(full / kept). The original code does the same and published compressed checkpoints rely on
-    it; retraining takes it up.
+    It is not demodulated, and its weight scale follows its own fan-in, so removing channels raises
+    the gain of what remains by sqrt(full / kept). The original code does the same and published
+    compressed checkpoints rely on it; retraining makes up for it.
     """
 
     def __init__(self, in_channels: int, style_dim: int, upsample: bool = True) -> None:
@@ -280,12 +247,15 @@ class ToRGB(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, rgb: Tensor | None = None) -> Tensor:
         """Return (N, 3, H, W) from activations (N, I, H, W) and the last RGB (N, 3, H/2, W/2)."""
-        y = self.conv(x, w) + self.bias
+        # With three outputs, modulating the weights (N, 3, I) spares a pass over the activations.
+        weight = self.conv.weight[0, :, :, 0, 0] * self.conv.style(w)[:, None]
+        y = torch.bmm(x.permute(0, 2, 3, 1).flatten(1, 2), weight.transpose(1, 2))
+        y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2) + self.bias
         return y if rgb is None else y + self.upsample(rgb)
 
 
 class ConstantInput(nn.Module):
-    """The learned 4x4 input of the synthesis network."""
+    """The learned 4x4 input of the synthesis network (StyleGAN, section 2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -3,11 +3,11 @@
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from Util.settings import SettingError
+from Util.settings import Kind, SettingError, Settings, add_flags, from_flags
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -56,6 +56,37 @@ def run_script(
         return 2
 
 
+def run_settings(
+    kind: type[Kind],
+    run: Callable[[Kind], int | None],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str | None,
+    epilog: str = "",
+    options: Sequence[type[Settings]] = (),
+) -> int:
+    """`run_script` for a command line that is made of settings alone.
+
+    Args:
+        kind: dataclass whose fields are the flags.
+        run: the script; returns its exit code, None for 0.
+        argv: the command line; None takes that of the process.
+        prog: the script's name.
+        description: what it does.
+        epilog: examples.
+        options: further dataclasses whose fields are flags; they go to the field ``options``.
+    """
+    parser = OneLineParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_flags(parser, kind, *options)
+    return run_script(parser, lambda args: run(from_flags(kind, vars(args), options)), argv)
+
+
 def _lacks_memory(error: Exception) -> bool:
     """Whether Python, NumPy or PyTorch (on any device) got no memory."""
     names = {kind.__name__ for kind in type(error).__mro__}
@@ -91,3 +122,9 @@ def check_writable(name: str, target: Path) -> None:
         raise SettingError(
             name, f"{target}: nothing can be written in {parent} ({reason}); name another place"
         ) from None
+
+
+def listed(table: Mapping[str, Any]) -> str:
+    """Names and descriptions of a table's entries, one a line, for a help text."""
+    width = max(map(len, table))
+    return "\n".join(f"  {name:<{width}}  {item.description}" for name, item in table.items())

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from Util.cli import OneLineParser, check_writable, run_script
 from Util.files import atomic_path
-from Util.run_log import DISTANCES, read_metrics
+from Util.run_log import read_metrics
 
 PANELS = (
     ("GAN losses", ("d_loss", "g_loss")),
     ("distance to the teacher", ("kd_l1", "kd_lpips")),
-    ("distance to the real images", DISTANCES),
+    ("distance to the real images", ("fid", "frechet_parser_distance")),
     ("path length", ("path_length",)),
 )
 

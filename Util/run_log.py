@@ -18,8 +18,6 @@ from Util.pictures import save_png
 
 METRICS = "metrics.jsonl"
 BEST = "best.pt"
-DISTANCES = ("fid", "frechet_parser_distance")
-"""Metrics by which a run's best checkpoint is chosen, where they are measured."""
 TIMING = ("images_per_second", "peak_memory_gib")
 """Metrics that differ between two runs of the same numbers."""
 
@@ -29,7 +27,7 @@ class RunLog:
 
     ``config.json`` holds every setting, versions, git commit and command line; ``metrics.jsonl``
     one object a line; ``samples/`` and ``checkpoints/`` are named by iteration; ``best.pt`` is the
-    checkpoint of the lowest Frechet distance, where that is measured. Where the package
+    checkpoint of the lowest ``best_by``, where that is measured. Where the package
     tensorboard is installed, ``events/`` holds the metrics and samples for it too.
 
     Args:
@@ -39,6 +37,7 @@ class RunLog:
         resume_at: iteration at which a run goes on; later lines of its metrics are dropped, since
             they will be written again. None starts a run.
         keep: newest checkpoints that stay; 0 keeps all.
+        best_by: name of the metric whose lowest value chooses ``best.pt``; None keeps none.
 
     Raises:
         ValueError: the folder holds a run and this is not its resumption, or another process is
@@ -52,17 +51,18 @@ class RunLog:
         save: Callable[[Path, Mapping[str, Any]], None],
         resume_at: int | None = None,
         keep: int = 0,
+        best_by: str | None = None,
     ) -> None:
-        self.folder, self.keep, self._save = Path(folder), keep, save
+        self.folder, self.keep, self.best_by, self._save = Path(folder), keep, best_by, save
         if resume_at is None and (self.folder / METRICS).exists():
             raise ValueError(
-                f"--out {folder} holds a run already; name another folder, or go on with that run"
+                f"{folder} holds a run already; name another folder, or go on with that run"
                 f" by --resume {folder}"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(self.folder)
         if self._lock is None:
-            raise ValueError(f"--out {folder}: another process is training there; wait for its end")
+            raise ValueError(f"{folder}: another process is training there; wait for its end")
         if resume_at is not None:
             self._drop_metrics_after(resume_at)
         with atomic_path(self.folder / "config.json") as temporary:
@@ -119,15 +119,12 @@ class RunLog:
         return path
 
     def _is_best(self, iteration: int) -> bool:
-        """Whether this iteration's Frechet distance was measured and is the lowest so far."""
-        if not (self.folder / METRICS).exists():
+        """Whether `best_by` was measured in this iteration and is the lowest so far."""
+        key = self.best_by
+        if key is None or not (self.folder / METRICS).exists():
             return False
-        rows = [
-            (row[key], row["iteration"])
-            for row in read_metrics(self.folder)
-            for key in DISTANCES
-            if key in row
-        ]
+        logged = read_metrics(self.folder)
+        rows = [(row[key], row["iteration"]) for row in logged if key in row]
         return bool(rows) and min(rows)[1] == iteration
 
     def close(self) -> None:

@@ -5,7 +5,8 @@
         ckpt: Path = setting(bundled.MODEL, "full-size checkpoint", metavar="FILE")
         n_sample: int = setting(400, "images to score by", low=1)
 
-    settings = parse_flags(parser, argv, PruneSettings)     # or PruneSettings(n_sample=100)
+    add_flags(parser, PruneSettings)
+    settings = from_flags(PruneSettings, vars(parser.parse_args()))   # or PruneSettings(n_sample=9)
 
 The library takes settings, scripts make them from flags. What is wrong with one is a `SettingError`
 that knows which; a script puts the two dashes before its name.
@@ -13,8 +14,9 @@ that knows which; a script puts the two dashes before its name.
 
 import argparse
 import math
+import shlex
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -48,7 +50,7 @@ def setting(
     default: Any,
     help: str,
     *,
-    choices: Sequence[Any] | None = None,
+    choices: Collection[Any] | None = None,
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
@@ -56,13 +58,14 @@ def setting(
     metavar: str | None = None,
     nargs: str | None = None,
     parse: Callable[[str], Any] | None = None,
+    aliases: Sequence[str] = (),
 ) -> Any:
     """A dataclass field that is a flag.
 
     Args:
         default: its value where the flag is not given; ``...`` makes it required.
         help: what it is, with unit and range; the default is added.
-        choices: the values it may have.
+        choices: the values it may have; a table may grow until the flag is made.
         low: smallest value.
         high: largest value.
         above: a value that it must exceed.
@@ -70,10 +73,11 @@ def setting(
         metavar: what stands for a value in the help text.
         nargs: "+" for values separated by spaces; a tuple is else separated by commas.
         parse: makes the value of a text; None follows the field's type.
+        aliases: further names of the flag, as the original code has them.
     """
     limits = {"low": low, "high": high, "above": above, "below": below}
     flag = {"choices": choices, "metavar": metavar, "nargs": nargs, "parse": parse}
-    metadata = {"help": help, "limits": limits, **flag}
+    metadata = {"help": help, "limits": limits, "aliases": aliases, **flag}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
@@ -144,9 +148,8 @@ def add_flags(parser: argparse.ArgumentParser, *kinds: type) -> None:
         hints = get_type_hints(kind)
         for item in fields(kind):
             if "help" in item.metadata:
-                parser.add_argument(
-                    f"--{item.name}", **_flag(item, _without_none(hints[item.name]))
-                )
+                names = [f"--{name}" for name in (item.name, *item.metadata["aliases"])]
+                parser.add_argument(*names, **_flag(item, _without_none(hints[item.name])))
 
 
 def _flag(item: Any, kind: Any) -> dict[str, Any]:
@@ -155,7 +158,7 @@ def _flag(item: Any, kind: Any) -> dict[str, Any]:
     untold = required or item.default in (None, "", ()) or "default" in metadata["help"]
     options = {
         **({"required": True} if required else {"default": item.default}),
-        "help": metadata["help"] + ("" if untold else " (default: %(default)s)"),
+        "help": metadata["help"] + ("" if untold else f" (default: {_text(item.default)})"),
         **_parse_of(kind, metadata["nargs"]),
     }
     given = {"type": metadata["parse"], "metavar": metadata["metavar"], "nargs": metadata["nargs"]}
@@ -166,13 +169,22 @@ def _flag(item: Any, kind: Any) -> dict[str, Any]:
     return options
 
 
-def from_flags(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+def from_flags(
+    kind: type[Kind], values: Mapping[str, Any], options: Iterable[type[Settings]] = ()
+) -> Kind:
     """Make settings of parsed flags, which may hold those of other settings too.
+
+    Args:
+        kind: of settings.
+        values: of the flags, by name.
+        options: kinds whose settings the field ``options`` gets, if there are any.
 
     Raises:
         SettingError: a value is out of its range.
     """
-    chosen = {}
+    chosen: dict[str, Any] = {}
+    if options:
+        chosen["options"] = tuple(from_flags(part, values) for part in options)
     for item in fields(kind):  # type: ignore[arg-type]
         if item.name in values and "help" in item.metadata:
             value = values[item.name]
@@ -211,11 +223,26 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
-def parse_flags(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, kind: type[Kind]
-) -> Kind:
-    """Parse a command line whose flags were made of one kind of settings."""
-    return from_flags(kind, vars(parser.parse_args(argv)))
+def chosen(options: Iterable[Settings], kind: type[Settings] | None) -> Settings | None:
+    """The settings of a kind among several; its defaults where there are none, None for no kind."""
+    if kind is None:
+        return None
+    return next((found for found in options if type(found) is kind), kind())
+
+
+def _text(value: Any) -> str:
+    """A value as it is written on a command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def command(script: str, settings: Settings) -> str:
+    """The command line that means these settings: every one that is not the default."""
+    words_ = [script]
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if "help" in item.metadata and value != item.default:
+            words_ += [f"--{item.name}", _text(value)]
+    return shlex.join(words_)
 
 
 def plain(settings: Any) -> dict[str, Any]:

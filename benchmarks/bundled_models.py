@@ -6,6 +6,7 @@
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -13,8 +14,8 @@ from tempfile import TemporaryDirectory
 import torch
 from tqdm import tqdm
 
-import prune
 from Compression.content import ContentParser, load_content_parser
+from Compression.pruning import PruneSettings, prune
 from Dataset.images import Images, in_order, load_batches
 from Evaluation import feature_statistics, sampling
 from Evaluation.comparison import content_l1
@@ -27,8 +28,8 @@ from Model import bundled
 from Model.checkpoint import load_generator
 from Model.complexity import macs, parameters
 from Model.generator import Generator
-from Util.cli import OneLineParser
-from Util.settings import at_least
+from Util.cli import run_settings
+from Util.settings import Settings, setting
 
 Row = dict[str, str]
 
@@ -75,7 +76,7 @@ def rows(networks: Mapping[str, Generator], n_sample: int, n_pairs: int) -> dict
     """The figures of every network by column."""
     device = torch.device("cpu")
     parser = load_content_parser(bundled.PARSER, device)
-    perceptual = load_distance("parser", None, bundled.PARSER, device)
+    perceptual = load_distance("parser", None, lambda: bundled.PARSER, device)
     extractors = [
         make_extractor("parser", None, bundled.PARSER, load_mask, device)
         for load_mask in (None, load_content_parser)
@@ -127,28 +128,35 @@ def markdown(table: Mapping[str, Row]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry."""
-    parser = OneLineParser(prog="python -m benchmarks.bundled_models", description=__doc__)
-    add = parser.add_argument
-    add("--n_sample", type=at_least(113), default=5000, help="images for the Frechet distances")
-    add("--path", type=Path, metavar="DIR", help="real images, whose share of content is told too")
-    add("--n_pairs", type=at_least(1), default=1000, help="pairs for the path length")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class TableSettings(Settings):
+    """Settings of the table."""
+
+    n_sample: int = setting(5000, "images for the Frechet distances", low=113)
+    path: Path | None = setting(
+        None, "real images, whose share of content is told too", metavar="DIR"
+    )
+    n_pairs: int = setting(1000, "pairs for the path length", low=1)
+
+
+def run(settings: TableSettings) -> None:
+    """Measure and print."""
     with TemporaryDirectory() as folder:
-        pruned = Path(folder) / "pruned.pt"
-        if code := prune.main(["--out", str(pruned)]):
-            return code
-        files = {"teacher": bundled.MODEL, "pruned": pruned, "retrained": bundled.COMPRESSED}
-        networks = {
-            name: load_generator(file).eval().requires_grad_(False)
-            for name, file in files.items()
-            if file.is_file()
-        }
-    print(markdown(rows(networks, args.n_sample, args.n_pairs)))
-    parser_network = load_content_parser(bundled.PARSER, torch.device("cpu"))
-    print(content_shares(networks, parser_network, args.path))
-    return 0
+        pruned = prune(PruneSettings(out=Path(folder) / "pruned.pt", device="cpu")).pruned
+    networks = {"teacher": load_generator(bundled.MODEL), "pruned": pruned}
+    if bundled.COMPRESSED.is_file():
+        networks["retrained"] = load_generator(bundled.COMPRESSED)
+    for network in networks.values():
+        network.eval().requires_grad_(False)
+    print(markdown(rows(networks, settings.n_sample, settings.n_pairs)))
+    parser = load_content_parser(bundled.PARSER, torch.device("cpu"))
+    print(content_shares(networks, parser, settings.path))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns the exit code."""
+    prog = "python -m benchmarks.bundled_models"
+    return run_settings(TableSettings, run, argv, prog=prog, description=__doc__)
 
 
 if __name__ == "__main__":

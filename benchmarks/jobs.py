@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from benchmarks import textbook
 from benchmarks.timing import Timing, interleaved, machine, milliseconds, parser, table, write_json
 from Compression.content import ContentParser
+from Compression.distillation import Term, perceptual, pixels
 from Compression.scores import channel_scores
 from Compression.training import Teacher, Trainer
 from Evaluation.distances import ParserDistance
@@ -128,6 +129,12 @@ def scoring(batch: int = 4) -> Pairs:
     )
 
 
+def terms(parser: ContentParser) -> list[Term]:
+    """The paper's distillation, with a distance that needs no download."""
+    distance = ParserDistance(parser.network)
+    return [Term("l1", 3.0, pixels.term()), Term("parser", 3.0, perceptual.term(distance))]
+
+
 def training() -> Pairs:
     """Iterations with distillation inside the content, 64 px, full-size teacher, batch 4."""
     slow, fast = published_parsers()
@@ -139,7 +146,7 @@ def training() -> Pairs:
         discriminator,
         settings,
         CPU,
-        Teacher(frozen(teacher), fast, ParserDistance(fast.network)),
+        Teacher(frozen(teacher), fast, terms(fast)),
     )
     theirs = Trainer(
         textbook.textbook_generator(student),
@@ -149,7 +156,7 @@ def training() -> Pairs:
         Teacher(
             frozen(textbook.textbook_generator(teacher)),
             lambda x: textbook.content_masks(slow, x),
-            ParserDistance(slow.network),
+            terms(slow),
         ),
     )
     real = torch.rand(4, 3, 64, 64) * 2 - 1

@@ -30,8 +30,9 @@ from torch import Tensor
 from benchmarks import textbook
 from benchmarks.timing import Timing, interleaved, machine, milliseconds, parser, table, write_json
 from Model.ops import (
+    Epilogue,
+    apply_epilogue,
     filtered_leaky_relu,
-    fused_leaky_relu,
     make_kernel,
     styled_conv3x3,
     upfirdn2d,
@@ -74,9 +75,7 @@ def layer(n: int, c: int, side: int) -> Operation:
             modulated = (weight * style.view(n, 1, c, 1, 1)).flatten(0, 1)
             y = F.conv2d(x.reshape(1, n * c, side, side), modulated, padding=1, groups=n)
             return textbook_epilogue(y.view(n, c, side, side), bias, noise, strength, gain)
-        return styled_conv3x3(
-            x, weight, style, bias, impl=impl, noise=noise, noise_strength=strength, gain=gain
-        )
+        return styled_conv3x3(x, weight, style, Epilogue(bias, noise, strength, gain), impl)
 
     return Operation("3x3 layer", x, run)
 
@@ -91,18 +90,12 @@ def operations(n: int, c: int, side: int, device: str) -> list[Operation]:
 
     bias, noise, strength, gain = randn(c), randn(n, 1, side, side), randn(1), randn(n, c)
     kernel = make_kernel(gain=4.0).to(device)
-    activated = functools.partial(
-        fused_leaky_relu, bias=bias, noise=noise, noise_strength=strength, gain=gain
-    )
-    filtered = functools.partial(
-        filtered_leaky_relu, kernel=kernel, pad=(1, 1), bias=bias, noise=noise,
-        noise_strength=strength, gain=gain,
-    )  # fmt: skip
+    parameters = Epilogue(bias, noise, strength, gain)
 
     def epilogue(x: Tensor, impl: Impl | None) -> Tensor:
         if impl is None:
             return textbook_epilogue(x, bias, noise, strength, gain)
-        return activated(x, impl=impl)
+        return apply_epilogue(x, parameters, impl)
 
     def resample(x: Tensor, impl: Impl | None, up: int, down: int, pad: tuple[int, int]) -> Tensor:
         if impl is None:
@@ -112,7 +105,7 @@ def operations(n: int, c: int, side: int, device: str) -> list[Operation]:
     def both(x: Tensor, impl: Impl | None) -> Tensor:
         if impl is None:
             return epilogue(resample(x, None, 1, 1, (1, 1)), None)
-        return filtered(x, impl=impl)
+        return filtered_leaky_relu(x, kernel, (1, 1), parameters, impl)
 
     def sampled(up: int, down: int, pad: tuple[int, int]) -> Callable[..., Tensor]:
         return functools.partial(resample, up=up, down=down, pad=pad)

@@ -7,20 +7,22 @@ noise, so that both settings would agree; here its noise strengths are set to --
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
-import prune
-import train
 from Compression.content import load_content_parser
+from Compression.pruning import PruneSettings, prune
+from Compression.run import train
 from Evaluation import sampling
 from Evaluation.comparison import content_l1
 from Model import bundled, checkpoint
 from Model.generator import Generator
-from Util.cli import OneLineParser
-from Util.settings import at_least
+from train_hyperparams import TrainConfig
+from Util.cli import run_settings
+from Util.settings import Settings, setting
 
 
 def noisy_teacher(strength: float, file: Path) -> Generator:
@@ -40,47 +42,71 @@ def distances(student: Generator, teacher: Generator, n: int = 256) -> tuple[flo
     z = sampling.draw_z(teacher, indices, seed=1)
     noise, other = (sampling.draw_noise(teacher, indices, seed) for seed in (1, 2))
     target = teacher([z], noise=noise)
-    assert isinstance(target, torch.Tensor)
     mask = load_content_parser(bundled.PARSER, torch.device("cpu"))(target)
     same, different = (student([z], noise=maps) for maps in (noise, other))
-    assert isinstance(same, torch.Tensor)
-    assert isinstance(different, torch.Tensor)
     return content_l1(same, target, mask), content_l1(different, target, mask)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry."""
-    parser = OneLineParser(prog="python -m benchmarks.shared_noise", description=__doc__)
-    add = parser.add_argument
-    add("--path", required=True, help="training images, e.g. Dataset/toon_faces_64px/images")
-    add("--iter", type=at_least(1), default=1000, help="iterations of 16 (default: %(default)s)")
-    add("--strength", type=float, default=0.1, help="of the noise (default: %(default)s)")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class NoiseSettings(Settings):
+    """Settings of the comparison."""
+
+    path: Path = setting(..., "training images, e.g. Dataset/toon_faces_64px/images")
+    iter: int = setting(1000, "iterations of 16", low=1)
+    strength: float = setting(0.1, "of the noise", low=0)
+
+
+def retrained(settings: NoiseSettings, folder: Path, shared: bool) -> Generator:
+    """Retrain the pruned teacher of the folder."""
+    config = TrainConfig(
+        path=str(settings.path),
+        ckpt=f"{folder}/pruned.pt",
+        teacher_ckpt=f"{folder}/teacher.pt",
+        parser_ckpt=str(bundled.PARSER),
+        perceptual="parser",
+        path_regularize=0.0,
+        r1=0.1,
+        lr=0.004,
+        batch_size=16,
+        iter=settings.iter,
+        workers=1,
+        model_save_freq=0,
+        val_sample_freq=0,
+        kd_shared_noise=shared,
+        out=f"{folder}/{shared}",
+    )
+    return checkpoint.load_generator(train(config).checkpoint).eval()
+
+
+def compare(settings: NoiseSettings) -> None:
+    """Retrain with and without, and print the table."""
     rows = [
         f"{'layer noise':<13}{'L1, same noise':>16}{'L1, other noise':>17}{'strength left':>15}"
     ]
     with TemporaryDirectory() as name:
         folder = Path(name)
-        teacher = noisy_teacher(args.strength, folder / "teacher.pt")
-        files = f"--ckpt {folder}/teacher.pt --parser_ckpt {bundled.PARSER}"
-        code = prune.main(f"{files} --n_sample 100 --out {folder}/pruned.pt".split())
-        for shared in (False, True):
-            flags = (
-                f"--path {args.path} --ckpt {folder}/pruned.pt --teacher_ckpt {folder}/teacher.pt"
-                f" --parser_ckpt {bundled.PARSER} --perceptual parser --path_regularize 0 --r1 0.1"
-                f" --lr 0.004 --batch_size 16 --iter {args.iter} --workers 1 --model_save_freq 0"
-                f" --val_sample_freq 0 --kd_shared_noise {shared} --out {folder}/{shared}"
+        teacher = noisy_teacher(settings.strength, folder / "teacher.pt")
+        prune(
+            PruneSettings(
+                ckpt=folder / "teacher.pt",
+                parser_ckpt=bundled.PARSER,
+                n_sample=100,
+                out=folder / "pruned.pt",
             )
-            code = code or train.main(flags.split())
-            if code:
-                return code
-            student = checkpoint.load_generator(folder / f"{shared}/checkpoints/{args.iter:06d}.pt")
-            same, other = distances(student.eval(), teacher)
+        )
+        for shared in (False, True):
+            student = retrained(settings, folder, shared)
+            same, other = distances(student, teacher)
             left = [layer.noise.weight.abs().item() for layer in student.styled_convs]
             label = "shared" if shared else "independent"
             rows.append(f"{label:<13}{same:>16.4f}{other:>17.4f}{sum(left) / len(left):>15.4f}")
     print("\n" + "\n".join(rows))
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry."""
+    prog = "python -m benchmarks.shared_noise"
+    return run_settings(NoiseSettings, compare, argv, prog=prog, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ distillation, both regularisers, samples, the Frechet distance and checkpoints, 
 process held at the start and at the end, and exits with 1 if that has grown.
 """
 
-import argparse
 import gc
 import math
 import os
@@ -23,12 +22,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-import train
+from Compression.run import train
 from Compression.training import Trainer
 from Model import bundled, checkpoint
 from Model.generator import Generator
-from Util.cli import OneLineParser, run_script
-from Util.settings import at_least
+from train_hyperparams import TrainConfig
+from Util.cli import run_settings
+from Util.settings import Settings, setting
 
 WARM_UP = 0.2
 """Part of the run before the first measurements: caches and pools fill."""
@@ -111,23 +111,33 @@ def make_inputs(folder: Path) -> None:
         Image.fromarray(pixels).save(folder / f"data/{i}.png")
 
 
-def flags(folder: Path, iterations: int, workers: int) -> list[str]:
-    """Command line of the training: every part of it takes part, every 50 iterations or so."""
-    return (
-        f"--path {folder}/data --out {folder}/run --size 16 --style_dim 16 --n_mlp 2"
-        f" --channels 8,8,8,8,8,8 --teacher_ckpt {folder}/teacher.pt --perceptual parser"
-        f" --parser_ckpt {bundled.PARSER} --batch_size 2 --iter {iterations} --workers {workers}"
-        " --device cpu --log_freq 10 --val_sample_freq 50 --model_save_freq 100"
-        " --keep_checkpoints 2 --fid_n_sample 113 --fid_features parser"
-    ).split()
+def settings_of(folder: Path, iterations: int, workers: int) -> TrainConfig:
+    """A training in which everything takes part, every 50 iterations or so."""
+    return TrainConfig(
+        path=f"{folder}/data",
+        out=f"{folder}/run",
+        size=16,
+        style_dim=16,
+        n_mlp=2,
+        channels=(8,) * 6,
+        teacher_ckpt=f"{folder}/teacher.pt",
+        perceptual="parser",
+        parser_ckpt=str(bundled.PARSER),
+        batch_size=2,
+        iter=iterations,
+        workers=workers,
+        device="cpu",
+        log_freq=10,
+        val_sample_freq=50,
+        model_save_freq=100,
+        keep_checkpoints=2,
+        fid_n_sample=113,
+        fid_features="parser",
+    )
 
 
 def soak(iterations: int, workers: int) -> Probe:
-    """Train in a temporary folder and watch.
-
-    Raises:
-        ValueError: the training failed.
-    """
+    """Train in a temporary folder and watch."""
     probe, iterate = Probe(), Trainer.iterate
 
     def watched(trainer: Trainer, real: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -139,26 +149,31 @@ def soak(iterations: int, workers: int) -> Probe:
     with tempfile.TemporaryDirectory() as name, mock.patch.object(Trainer, "iterate", watched):
         folder = Path(name)
         make_inputs(folder)
-        if train.main(flags(folder, iterations, workers)):
-            raise ValueError("the training failed, see above")
+        train(settings_of(folder, iterations, workers))
     gc.collect()
     return probe
 
 
+@dataclass(frozen=True, kw_only=True)
+class SoakSettings(Settings):
+    """Settings of the soak."""
+
+    iter: int = setting(2000, "iterations", low=20)
+    workers: int = setting(1, "loading processes", low=0)
+
+
+def run(settings: SoakSettings) -> int:
+    """Soak and report; returns 1 if anything has grown."""
+    found = growth(soak(settings.iter, settings.workers))
+    print(f"{settings.iter} iterations; medians of the second and of the last fifth:")
+    print("\n".join(map(str, found)))
+    return int(any(quantity.grew for quantity in found))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry."""
-    parser = OneLineParser(prog="python -m benchmarks.soak", description=__doc__)
-    add = parser.add_argument
-    add("--iter", type=at_least(20), default=2000, help="iterations (default: %(default)s)")
-    add("--workers", type=at_least(0), default=1, help="loading processes (default: %(default)s)")
-
-    def run(args: argparse.Namespace) -> int:
-        found = growth(soak(args.iter, args.workers))
-        print(f"{args.iter} iterations; medians of the second and of the last fifth:")
-        print("\n".join(map(str, found)))
-        return int(any(quantity.grew for quantity in found))
-
-    return run_script(parser, run, argv)
+    prog = "python -m benchmarks.soak"
+    return run_settings(SoakSettings, run, argv, prog=prog, description=__doc__)
 
 
 if __name__ == "__main__":

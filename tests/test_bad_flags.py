@@ -186,7 +186,7 @@ CASES = [
 ]
 MORE = [
     # Contradictions, and values that only the model, the data or another flag rules out.
-    ("prune", "--remove_ratio 1", "[0, 1)"),
+    ("prune", "--remove_ratio 1", "below 1"),
     ("prune", "--generated_img_size 16", "contradicts"),
     ("prune", "--out model.pt", "is the checkpoint to prune"),
     ("prune", "--unknown 3", "unrecognized"),
@@ -197,7 +197,7 @@ MORE = [
     ("train", "--ckpt= --size 8 --channels 4,4", "4 positive channel counts"),
     ("train", "--ckpt= --size 8 --channels 4,4,4,0", "4 positive channel counts"),
     ("train", "--ckpt= --size 8 --channels 4,a", "integers separated by commas"),
-    ("train", "--load_train_state --ckpt=", "--load_train_state goes with --ckpt"),
+    ("train", "--load_train_state --ckpt=", "--load_train_state goes with ckpt"),
     ("train", "--lr nan", "--lr must be a finite number"),
     ("train", "--lr -1", "--lr must be at least 0"),
     ("train", "--r1 inf", "--r1 must be a finite number"),

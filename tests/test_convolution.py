@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import Model.ops.convolution as module
-from Model.ops import conv2d, conv3x3, dispatch, fused_leaky_relu, styled_conv3x3
+from Model.ops import Epilogue, apply_epilogue, conv2d, conv3x3, dispatch, styled_conv3x3
 
 if (reason := dispatch.why_not("cpu")) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -65,18 +65,18 @@ def test_rounding_is_as_documented():
 def test_styled_convolution_is_the_steps_in_turn(channels, maps):
     x, weight = tensors(2, *channels, 9, 10)
     style = torch.rand(2, channels[0]) + 0.5
-    parameters = {
-        "bias": torch.randn(channels[1]),
-        "noise": torch.randn(maps, 1, 9, 10),
-        "noise_strength": torch.randn(1),
-        "gain": torch.rand(2, channels[1]) + 0.5,
-    }
-    for left_out in (None, "bias", "noise", "noise_strength", "gain"):
-        some = {k: v for k, v in parameters.items() if k != left_out}
-        y = styled_conv3x3(x, weight, style, negative_slope=0.3, impl="native", **some)
-        double = {k: v.double() for k, v in some.items()}
+    whole = Epilogue(
+        bias=torch.randn(channels[1]),
+        noise=torch.randn(maps, 1, 9, 10),
+        noise_strength=torch.randn(1),
+        gain=torch.rand(2, channels[1]) + 0.5,
+        negative_slope=0.3,
+    )
+    for left_out in ((), *((name,) for name in Epilogue._fields[:4])):
+        some = whole._replace(**dict.fromkeys(left_out))
+        y = styled_conv3x3(x, weight, style, some, "native")
         convolved = exact(x * style[:, :, None, None].double(), weight)
-        expected = fused_leaky_relu(convolved, negative_slope=0.3, impl="reference", **double)
+        expected = apply_epilogue(convolved, some.to(torch.float64), "reference")
         torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-4)
 
 
@@ -117,7 +117,7 @@ def test_a_styled_convolution_has_gradients_too():
         style, bias, gain = (t if t is only else t.detach() for t in wanted)
         grads = []
         for impl in ("native", "reference"):
-            y = styled_conv3x3(x, weight, style, bias, impl=impl, gain=gain)
+            y = styled_conv3x3(x, weight, style, Epilogue(bias, gain=gain), impl)
             grads.append(torch.autograd.grad(y.square().sum(), only))
         torch.testing.assert_close(*grads)
 
@@ -167,7 +167,7 @@ def test_auto_leaves_half_precision_to_pytorch(chosen):
     assert conv3x3(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert conv3x3(x, weight).dtype == torch.bfloat16
-        assert styled_conv3x3(x, weight, torch.ones(1, 64)).dtype == torch.bfloat16
+        assert styled_conv3x3(x, weight, torch.ones(1, 64), Epilogue()).dtype == torch.bfloat16
     assert not chosen
 
 
@@ -180,6 +180,6 @@ def test_wrong_arguments_are_named():
         with pytest.raises(RuntimeError, match="conv3x3: expected"):
             torch.ops.stylegan.conv3x3(bad_x, bad_weight, None)
     with pytest.raises(RuntimeError, match="style must have 1 \\* 3 elements"):
-        styled_conv3x3(x, weight, torch.ones(2, 3), impl="native")
+        styled_conv3x3(x, weight, torch.ones(2, 3), Epilogue(), "native")
     with pytest.raises(RuntimeError, match="bias must have 1 \\* 4 elements"):
         conv3x3(x, weight, torch.ones(3), impl="native")

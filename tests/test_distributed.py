@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing
 
+from Compression.distillation import Term, pixels
 from Compression.training import Draws, Teacher, Trainer
 from Model.discriminator import Discriminator
 from Model.generator import Generator
@@ -43,7 +44,8 @@ def left_half(images: Tensor) -> Tensor:
 def make_trainer(rank: int, world: int) -> Trainer:
     torch.manual_seed(0)
     generator = Generator(8, style_dim=8, n_mlp=2, channels=(6, 5, 4, 4))
-    teacher = Teacher(copy.deepcopy(generator).requires_grad_(False), left_half)
+    frozen = copy.deepcopy(generator).requires_grad_(False)
+    teacher = Teacher(frozen, left_half, [Term("l1", 3.0, pixels.term())])
     for parameter in generator.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     for layer in (*generator.styled_convs, *teacher.generator.styled_convs):

@@ -54,7 +54,7 @@ def test_latents_map_and_truncate_as_the_generator_does(generator):
     latents = sampling.from_z(generator, z, 0.6, centre)
     expected = generator([z], truncation=0.6, truncation_latent=centre, randomize_noise=False)
     assert_close(sampling.render(generator, latents), expected)
-    with pytest.raises(ValueError, match="needs centre"):
+    with pytest.raises(ValueError, match="needs its centre"):
         sampling.from_z(generator, z, 0.6)
 
 

@@ -21,6 +21,8 @@ from torch.utils.data import get_worker_info
 
 import prune
 import train
+from Compression import pruning
+from Compression import run as run_module
 from Dataset import images, prepare_data, toon_faces
 from Dataset.images import DatasetError, EndlessBatches, Images
 from Dataset.prepare_data import Encoding, prepare
@@ -278,7 +280,7 @@ class Deadly(Images):
 
 
 def test_a_killed_loader_leaves_a_checkpoint(pictures, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(train, "Images", Deadly)
+    monkeypatch.setattr(run_module, "Images", Deadly)
     small = "--size 16 --style_dim 8 --n_mlp 1 --channels 4,4,4,4,4,4 --batch_size 1"
     where = f"--path {pictures} --out {tmp_path}/run --device cpu --workers 1 --iter 99"
     assert train.main(f"{small} {where}".split()) == 2
@@ -370,7 +372,9 @@ def short(folder, more):
 
 def test_two_runs_of_one_second_get_two_folders(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.time, "strftime", lambda text: text.replace("%Y%m%d-%H%M%S", "now"))
+    monkeypatch.setattr(
+        run_module.time, "strftime", lambda text: text.replace("%Y%m%d-%H%M%S", "now")
+    )
     assert [train.main(short(run, "")) for _ in range(3)] == [0, 0, 0]
     assert sorted(f.name for f in (tmp_path / "runs").iterdir()) == ["now", "now-2", "now-3"]
     assert all(len(checkpoints(f)) == 1 for f in (tmp_path / "runs").iterdir())
@@ -378,7 +382,7 @@ def test_two_runs_of_one_second_get_two_folders(run, tmp_path, monkeypatch):
 
 def test_two_prunings_of_one_second_get_two_files(run, tmp_path, monkeypatch):
     monkeypatch.setattr(bundled, "PRUNED_FOLDER", tmp_path)
-    monkeypatch.setattr(prune.time, "strftime", lambda _: "now")
+    monkeypatch.setattr(pruning.time, "strftime", lambda _: "now")
     flags = f"--ckpt {run}/model.pt --metric random --device cpu --seed".split()
     assert [prune.main([*flags, str(seed)]) for seed in (0, 1, 2)] == [0, 0, 0]
     names = {f.name for f in tmp_path.iterdir()}

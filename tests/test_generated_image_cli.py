@@ -166,7 +166,7 @@ def test_projected_pictures_are_edited(files, tmp_path, capsys):
     generator = checkpoint.load_generator(files / "full.pt")
     stored = load_projection(files / "full.npz")
     with torch.no_grad():
-        images = generator.synthesis(stored.w_plus, stored.noise)
+        images = generator.synthesis(stored.w_plus, stored.noise).image
     expected = images[1].add(1).mul(127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
     shown = block[48:, -(16 + 12 + 3 * 16 + 2 * 4) :][:, :16]
     assert np.abs(shown - expected).max() <= 1

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from Model.generator import Generator
-from Model.layers import ModulatedConv2d
+from Model.layers import ModulatedConv2d, StyledConv, ToRGB
 from Model.ops import make_kernel, upfirdn2d
 from tests.golden_fill import assert_golden
 
@@ -29,8 +29,8 @@ def test_images_equal_the_original(golden):
 
 def test_running_rgb_sums_equal_the_original(golden):
     generator, arrays = golden
-    rgbs = generator(tensors(arrays, "z1"), randomize_noise=False, return_rgbs=True)
-    for i, rgb in enumerate(rgbs):
+    made = generator.synthesis(generator.w_plus(tensors(arrays, "z1")), "fixed")
+    for i, rgb in enumerate(made.rgbs):
         assert_golden(rgb, arrays, f"rgb_{i}")
 
 
@@ -51,14 +51,18 @@ def weight_modulation(conv: ModulatedConv2d, x, w):
     return y.reshape(n, -1, *y.shape[2:])
 
 
-@pytest.mark.parametrize(
-    ("kernel_size", "demodulate", "upsample"),
-    [(3, True, False), (3, True, True), (1, False, False)],
-)
-def test_modulating_activations_equals_modulating_weights(kernel_size, demodulate, upsample):
-    conv = ModulatedConv2d(5, 4, kernel_size, 7, demodulate, upsample)
+@pytest.mark.parametrize("upsample", [False, True])
+def test_modulating_activations_equals_modulating_weights(upsample):
     x, w = torch.randn(3, 5, 8, 8), torch.randn(3, 7)
-    torch.testing.assert_close(conv(x, w), weight_modulation(conv, x, w), rtol=1e-4, atol=1e-5)
+    layer = StyledConv(5, 4, 7, upsample)
+    layer.noise.weight.data.fill_(0.3)
+    layer.activate.bias.data.normal_()
+    y = weight_modulation(layer.conv, x, w)
+    noise = torch.randn(3, 1, *y.shape[2:])
+    expected = F.leaky_relu(y + 0.3 * noise + layer.activate.bias[:, None, None], 0.2) * 2**0.5
+    torch.testing.assert_close(layer(x, w, noise), expected, rtol=1e-4, atol=1e-5)
+    to_rgb = ToRGB(5, 7, upsample=False)
+    torch.testing.assert_close(to_rgb(x, w), weight_modulation(to_rgb.conv, x, w))
 
 
 def test_full_size_channels():
@@ -80,16 +84,26 @@ def test_layer_noise_is_fresh_or_fixed_as_asked():
     assert not torch.equal(generator([z]), generator([z]))
     fixed = generator([z], randomize_noise=False)
     torch.testing.assert_close(fixed, generator([z], randomize_noise=False), rtol=0, atol=0)
-    w_plus = generator.broadcast_latents([generator.mapping(z)])
-    torch.testing.assert_close(fixed, generator.synthesis(w_plus, "fixed"), rtol=0, atol=0)
+    made = generator.synthesis(generator.w_plus([z]), "fixed")
+    torch.testing.assert_close(fixed, made.image, rtol=0, atol=0)
     twins = generator([z[:1].expand(2, -1)])  # fresh noise differs within a batch too
     assert not torch.equal(twins[0], twins[1])
+
+
+def test_features_are_kept_where_asked_for():
+    generator = small()
+    w_plus = torch.randn(2, 6, 8)
+    made = generator.synthesis(w_plus, "fixed", features=True)
+    assert tuple(x.shape[1] for x in made.features) == generator.channels[1:]
+    last = generator.to_rgbs[-1](made.features[-1], w_plus[:, -1], made.rgbs[-2])
+    torch.testing.assert_close(last, made.image, rtol=0, atol=0)
+    assert not generator.synthesis(w_plus, "fixed").features
 
 
 def test_style_mixing_takes_the_second_latent_from_the_injected_layer_on():
     generator = small()
     a, b = torch.randn(2, 1, 8)
-    w_plus = generator.broadcast_latents([a, b], inject_index=2)
+    w_plus = generator.w_plus([a, b], inject_index=2, input_is_latent=True)
     torch.testing.assert_close(w_plus[0, :2], a.expand(2, -1))
     torch.testing.assert_close(w_plus[0, 2:], b.expand(4, -1))
 

@@ -16,6 +16,8 @@ from Compression.losses import path_length_penalty
 from Model.discriminator import Discriminator
 from Model.generator import Generator
 from Model.ops import (
+    Epilogue,
+    apply_epilogue,
     build,
     convolution,
     dispatch,
@@ -72,14 +74,13 @@ def epilogue(n, c, pixels, dtype, device="cpu", maps=None):
         return torch.randn(shape, dtype=torch.float64).to(device, dtype)
 
     noise = one(n if maps is None else maps, 1, *pixels)
-    return {"bias": one(c), "noise": noise, "noise_strength": one(1), "gain": one(n, c)}
+    return Epilogue(one(c), noise, one(1), one(n, c))
 
 
-def exact(function, x, *args, **more):
+def exact(function, x, *args):
     """The reference in double precision, in x's type."""
-    more = {k: v.double() if torch.is_tensor(v) else v for k, v in more.items()}
-    args = [a.double() if torch.is_tensor(a) else a for a in args]
-    return function(x.double(), *args, impl="reference", **more).to(x.dtype)
+    args = [a.to(torch.float64) if isinstance(a, torch.Tensor | Epilogue) else a for a in args]
+    return function(x.double(), *args, impl="reference").to(x.dtype)
 
 
 FILTERS = [
@@ -107,14 +108,15 @@ def test_upfirdn2d_equals_the_reference(layout, dtype, device):
 @DEVICES
 @TYPES
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_fused_leaky_relu_equals_the_reference(layout, dtype, device):
+def test_apply_epilogue_equals_the_reference(layout, dtype, device):
     x = values(3, 5, 4, 6, dtype=dtype, layout=layout, device=device)
     for maps in (1, 3):
         parameters = epilogue(3, 5, (4, 6), dtype, device, maps)
-        for left_out in ((), ("bias",), ("gain",), ("noise",), ("noise_strength",), parameters):
-            some = {k: v for k, v in parameters.items() if k not in left_out}
-            actual = fused_leaky_relu(x, negative_slope=0.3, impl="native", **some)
-            expected = exact(fused_leaky_relu, x, negative_slope=0.3, **some)
+        names = Epilogue._fields[:4]
+        for left_out in ((), *((name,) for name in names), names):
+            some = parameters._replace(negative_slope=0.3, **dict.fromkeys(left_out))
+            actual = apply_epilogue(x, some, "native")
+            expected = exact(apply_epilogue, x, some)
             torch.testing.assert_close(actual, expected, **TOLERANCE[dtype])
 
 
@@ -126,8 +128,8 @@ def test_filtered_leaky_relu_is_the_two_in_turn(layout, dtype, device):
     for separable in (True, False):
         kernel, parameters = taps(4, separable), epilogue(2, 5, (6, 5), dtype, device)
         kernel = kernel.to(device)
-        actual = filtered_leaky_relu(x, kernel, (1, 1), impl="native", **parameters)
-        expected = exact(filtered_leaky_relu, x, kernel, (1, 1), **parameters)
+        actual = filtered_leaky_relu(x, kernel, (1, 1), parameters, "native")
+        expected = exact(filtered_leaky_relu, x, kernel, (1, 1), parameters)
         tolerance = {k: 20 * v for k, v in TOLERANCE[dtype].items()}
         torch.testing.assert_close(actual, expected, **tolerance)
 
@@ -189,8 +191,8 @@ def test_activation_of_any_shape(shape, layout, shared):
     n, c, *pixels = shape
     x = values(*shape, layout=layout).requires_grad_()
     parameters = epilogue(n, c, pixels, torch.float64, maps=1 if shared else n)
-    wanted = (x, *(p.requires_grad_() for p in parameters.values()))
-    results = [fused_leaky_relu(x, impl=i, **parameters) for i in ("native", "reference")]
+    wanted = (x, *(p.requires_grad_() for p in parameters.tensors))
+    results = [apply_epilogue(x, parameters, i) for i in ("native", "reference")]
     torch.testing.assert_close(*results)
     direction = torch.randn_like(results[1])
     torch.testing.assert_close(
@@ -205,13 +207,12 @@ def test_gradients_of_many_pieces_equal_the_reference(layout, dtype, device):
     # More values than one piece of work takes (csrc/cpu.cpp), so partial sums are added up.
     x = values(2, 20, 65, 50, dtype=dtype, layout=layout, device=device).requires_grad_()
     parameters = epilogue(2, 20, (65, 50), dtype, device, 1)
-    wanted = (x, *(p.requires_grad_() for p in parameters.values()))
-    y = fused_leaky_relu(x, impl="native", **parameters)
+    wanted = (x, *(p.requires_grad_() for p in parameters.tensors))
+    y = apply_epilogue(x, parameters, "native")
     grads = torch.autograd.grad(y.square().sum() / 100, wanted)  # half ends at 65504
-    double = {k: v.detach().double().requires_grad_() for k, v in parameters.items()}
-    wide = x.detach().double().requires_grad_()
-    z = fused_leaky_relu(wide, impl="reference", **double)
-    expected = torch.autograd.grad(z.square().sum() / 100, (wide, *double.values()))
+    double = [t.detach().double().requires_grad_() for t in wanted]
+    z = apply_epilogue(double[0], Epilogue(*double[1:]), "reference")
+    expected = torch.autograd.grad(z.square().sum() / 100, double)
     error = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3}.get(dtype, 5e-2)
     for actual, exactly in zip(grads, expected, strict=True):
         assert (actual.double() - exactly).abs().max() <= error * exactly.abs().max()
@@ -221,11 +222,11 @@ def test_gradients_of_many_pieces_equal_the_reference(layout, dtype, device):
 def test_results_do_not_depend_on_the_number_of_threads(layout):
     x = values(2, 33, 64, 64, dtype=torch.float32, layout=layout).requires_grad_()
     parameters = epilogue(2, 33, (63, 63), torch.float32)
-    wanted = (x, *(p.requires_grad_() for p in parameters.values()))
+    wanted = (x, *(p.requires_grad_() for p in parameters.tensors))
     runs, threads = [], torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        y = filtered_leaky_relu(x, make_kernel(), (1, 1), impl="native", **parameters)
+        y = filtered_leaky_relu(x, make_kernel(), (1, 1), parameters, "native")
         runs.append((y, *torch.autograd.grad(y.square().sum(), wanted)))
     torch.set_num_threads(threads)
     for run in runs[1:]:
@@ -250,18 +251,17 @@ def test_upfirdn2d_is_differentiable_twice(up, down, pad, layout):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("maps", [1, 2])
 def test_epilogues_are_differentiable_twice(layout, maps):
-    x = values(2, 3, 4, 5, layout=layout).requires_grad_()
-    for pixels, function in (
-        ((4, 5), fused_leaky_relu),
-        ((3, 4), lambda x, **more: filtered_leaky_relu(x, taps(4, True), (1, 1), **more)),
-    ):
-        parameters = epilogue(2, 3, pixels, torch.float64, maps=maps)
-        wanted = (x, *(p.requires_grad_() for p in parameters.values()))
-        kernel_seed = torch.random.get_rng_state()
+    x, kernel = values(2, 3, 4, 5, layout=layout).requires_grad_(), taps(4, True)
 
-        def run(x, *rest, function=function, names=tuple(parameters), seed=kernel_seed):
-            torch.random.set_rng_state(seed)  # the same random filter in every evaluation
-            return function(x, impl="native", **dict(zip(names, rest, strict=True)))
+    def filtered(x, *rest):
+        return filtered_leaky_relu(x, kernel, (1, 1), *rest)
+
+    for pixels, function in (((4, 5), apply_epilogue), ((3, 4), filtered)):
+        parameters = epilogue(2, 3, pixels, torch.float64, maps=maps)
+        wanted = (x, *(p.requires_grad_() for p in parameters.tensors))
+
+        def run(x, *rest, function=function):
+            return function(x, Epilogue(*rest), "native")
 
         assert torch.autograd.gradcheck(run, wanted)
         assert torch.autograd.gradgradcheck(lambda *w, run=run: run(*w).square(), wanted)
@@ -271,7 +271,7 @@ def test_the_third_derivative_is_there_too():
     x = values(1, 2, 3, 3).requires_grad_()
 
     def slope(x):
-        y = fused_leaky_relu(x, gain=x[:, :, 0, 0], impl="native").pow(3).sum()
+        y = apply_epilogue(x, Epilogue(gain=x[:, :, 0, 0]), "native").pow(3).sum()
         return torch.autograd.grad(y, x, create_graph=True)[0]
 
     assert torch.autograd.gradgradcheck(slope, x)
@@ -328,9 +328,9 @@ def test_golden_images_and_path_lengths(golden, monkeypatch, mode):
     z = torch.as_tensor(arrays["z1"])
     assert_golden(generator([z], randomize_noise=False), arrays, "image")
     conv1 = generator.conv1.conv.weight.requires_grad_()
-    w_plus = generator.broadcast_latents([generator.mapping(z)]).detach().requires_grad_()
+    w_plus = generator.w_plus([z]).detach().requires_grad_()
     penalty, _, _ = path_length_penalty(
-        generator.synthesis(w_plus, "fixed"), w_plus, torch.tensor(0.3), decay=0.01,
+        generator.synthesis(w_plus, "fixed").image, w_plus, torch.tensor(0.3), decay=0.01,
         noise=torch.as_tensor(arrays["path_noise"]),
     )  # fmt: skip
     assert_golden(torch.autograd.grad(penalty, conv1)[0], arrays, "path_penalty_grad_conv1")
@@ -472,7 +472,7 @@ def test_wrong_arguments_are_named():
         ("must be positive", {"negative_slope": 0.0}),
     ):
         with pytest.raises(RuntimeError, match=match):
-            fused_leaky_relu(x, impl="native", **more)
+            apply_epilogue(x, Epilogue(**more), "native")
     for impl in ("native", "reference"):
         with pytest.raises(ValueError, match="does not fit"):
             upfirdn2d(x, make_kernel(), pad=(-1, 0), impl=impl)

@@ -34,9 +34,11 @@ def test_parser_distance_of_a_pair_ignores_the_batch():
     torch.testing.assert_close(distance(a, b)[:1], distance(a[:1], b[:1]))
 
 
-def test_a_distance_by_a_parser_needs_one():
-    with pytest.raises(SettingError, match="parser_ckpt is missing"):
-        load_distance("parser", None, None, torch.device("cpu"))
+def test_a_distance_names_the_setting_of_its_file(tmp_path):
+    cpu, none = torch.device("cpu"), tmp_path / "none"
+    for name, setting in (("parser", "parser_ckpt"), ("squeeze", "perceptual_ckpt")):
+        with pytest.raises(SettingError, match=f"{setting} .*none: no such file"):
+            load_distance(name, none, lambda: none, cpu)
 
 
 def test_lpips_trunk_comes_from_a_torchvision_file(tmp_path):

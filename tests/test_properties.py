@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 
-import get_fid
-import prune
-import train
+from Compression.pruning import PruneSettings
 from Compression.scores import weight_gradient_score
 from Compression.selection import kept_count, select_channels
 from Compression.surgery import prune_generator
@@ -25,11 +23,14 @@ from Dataset.label_maps import LabelMapDataset, LabelMapError
 from Dataset.prepare_data import UnreadableImageError, fit_square, read_image
 from Evaluation import feature_statistics, sampling
 from Evaluation.feature_statistics import Statistics, StatisticsError
+from Evaluation.measure import MeasureSettings
 from Model import checkpoint
 from Model.checkpoint import CheckpointError, load_generator
 from Model.generator import Generator
 from Model.ops import make_kernel, upfirdn2d
-from train_hyperparams import TrainConfig, check_ranges, known_settings
+from train_hyperparams import TrainConfig
+from Util.cli import OneLineParser
+from Util.settings import add_flags, known_settings
 
 QUICK = settings(
     derandomize=True,
@@ -344,8 +345,12 @@ def test_a_generator_of_any_widths_makes_its_shapes(log2, n, style_dim, data, no
     generator = Generator(2**log2, style_dim, 1, widths).requires_grad_(False)
     assert generator.channels == tuple(widths)
     assert load_generator({"g_ema": generator.state_dict()}).channels == tuple(widths)
-    rgbs = generator.synthesis(torch.randn(n, n_latent, style_dim), noise, return_rgbs=True)
-    assert [tuple(x.shape) for x in rgbs] == [(n, 3, 2**i, 2**i) for i in range(2, log2 + 1)]
+    w_plus = torch.randn(n, n_latent, style_dim)
+    made = generator.synthesis(w_plus, noise, features=True)
+    assert [tuple(x.shape) for x in made.rgbs] == [(n, 3, 2**i, 2**i) for i in range(2, log2 + 1)]
+    sides = [2 ** (2 + (i + 1) // 2) for i in range(n_latent - 1)]
+    shapes = [(n, width, side, side) for width, side in zip(widths[1:], sides, strict=True)]
+    assert [tuple(x.shape) for x in made.features] == shapes
 
 
 @QUICK
@@ -423,9 +428,10 @@ WORDS = st.sampled_from(
 
 @settings(QUICK, max_examples=150)
 @given(data=st.data())
-@pytest.mark.parametrize("script", [prune, get_fid, train], ids=lambda s: s.__name__)
-def test_any_command_line_is_parsed_or_refused_in_one_line(script, data):
-    parser = script.build_parser()
+@pytest.mark.parametrize("kind", [PruneSettings, MeasureSettings, TrainConfig])
+def test_any_command_line_is_parsed_or_refused_in_one_line(kind, data):
+    parser = OneLineParser(prog="script")
+    add_flags(parser, kind)
     known = st.sampled_from([f for f in flags_of(parser) if f != "--help"])
     argv = data.draw(st.lists(known | WORDS, max_size=6))
     said, code = io.StringIO(), None
@@ -448,8 +454,7 @@ def test_any_command_line_is_parsed_or_refused_in_one_line(script, data):
 )
 def test_any_stored_settings_are_taken_or_named(saved):
     try:
-        config, refusal = TrainConfig(**known_settings(saved)), ""
-        check_ranges(config)
+        config, refusal = TrainConfig(**known_settings(saved, TrainConfig)), ""
     except ValueError as error:
         refusal = str(error)
     if refusal:

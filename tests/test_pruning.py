@@ -60,8 +60,8 @@ def test_equals_the_full_network_with_removed_channels_zeroed():
     # The one difference: the gain of every ToRGB's convolution, but not of its bias.
     for to_rgb, mask in zip((full.to_rgb1, *full.to_rgbs), keep[1::2], strict=True):
         to_rgb.conv.weight.data *= math.sqrt(len(mask) / mask.sum())
-    expected = full.synthesis(w_plus, "fixed", return_rgbs=True)
-    actual = pruned.synthesis(w_plus, "fixed", return_rgbs=True)
+    expected = full.synthesis(w_plus, "fixed").rgbs
+    actual = pruned.synthesis(w_plus, "fixed").rgbs
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
 

@@ -212,7 +212,6 @@ def test_the_generator_comes_back_as_it_was(small, metric):
     assert small.convs[0].conv.weight.grad is None
     for name, value in small.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
-    assert all(not module._forward_pre_hooks for module in small.modules())
 
 
 def test_a_dead_map_scores_zero():

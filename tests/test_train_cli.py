@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+import prune
 import train
+from Compression import run as training_run
 from Compression.training import Trainer
 from Dataset.images import Images
 from Evaluation.feature_sets import sampled_features
@@ -25,9 +27,9 @@ from Model.face_parser import BiSeNet
 from Model.generator import Generator
 from train_hyperparams import TrainConfig
 from Util.plot_log import main as plot_main
-from Util.run_log import BEST, DISTANCES, TIMING, checkpoints, newest_checkpoint, read_metrics
+from Util.run_log import BEST, TIMING, checkpoints, newest_checkpoint, read_metrics
 
-DISTANCE = DISTANCES[1]
+DISTANCE = "frechet_parser_distance"
 SMALL = (
     "--size 8 --style_dim 8 --n_mlp 2 --channels 6,5,4,4 --batch_size 4 --workers 0 --device cpu"
 )
@@ -71,7 +73,7 @@ def measured(monkeypatch):
     def colours(*args):
         return Extractor(lambda x: x.mean(dim=(2, 3)), "parser", "colours")
 
-    monkeypatch.setattr(train, "make_extractor", colours)
+    monkeypatch.setattr(training_run, "make_extractor", colours)
     return f"--fid_n_sample 20 --fid_features parser --parser_ckpt {PARSER} --model_save_freq 2"
 
 
@@ -88,7 +90,7 @@ def test_the_best_checkpoint_is_kept(folder, measured):
     content = checkpoint.read(folder / "run" / BEST)
     assert content["train_state"]["iteration"] == best
     features = sampled_features(
-        checkpoint.load_generator(content), train.make_extractor(), 20, batch_size=7, seed=0
+        checkpoint.load_generator(content), training_run.make_extractor(), 20, batch_size=7, seed=0
     )
     images = Images(folder / "data", 8)
     real = torch.stack([images[i, False] for i in range(5)]).mean(dim=(2, 3)).numpy()
@@ -261,7 +263,7 @@ def test_distillation_with_mask_and_parser_features(folder, mode, n_classes):
     assert run(folder, f"{flags} --workers 0 --device cpu") == 0
     last = read_metrics(folder / "run")[-1]
     assert last["kd_l1"] >= 0
-    assert last["kd_lpips"] >= 0
+    assert last["kd_parser"] >= 0
 
 
 @pytest.mark.parametrize(
@@ -276,9 +278,12 @@ def test_distillation_with_mask_and_parser_features(folder, mode, n_classes):
         ("--size 16 --channels 4,4", "6 positive channel counts"),
         ("--ckpt nowhere.pt", "--ckpt nowhere.pt: no such file"),
         ("--size 8 --teacher_ckpt nowhere.pt", "--teacher_ckpt nowhere.pt: no such file"),
-        ("--load_train_state", "--load_train_state goes with --ckpt"),
+        ("--load_train_state", "--load_train_state goes with ckpt"),
         ("--fid_n_sample 9 --inception_ckpt none.pth", "none.pth: no such file"),
-        ("--fid_n_sample 9 --fid_features parser", "--parser_ckpt: the face parser"),
+        (
+            "--fid_n_sample 9 --fid_features parser",
+            "79999_iter.pth is missing; put the face parser",
+        ),
         (
             f"--dry_run --fid_n_sample 112 --fid_features parser --parser_ckpt {PARSER}",
             "--fid_n_sample 112 images, but a covariance of 112 features needs at least 113",
@@ -335,3 +340,47 @@ def test_several_processes_stop_together_on_a_signal_and_resume(folder):
     again = ["--resume", str(run_folder), "--iter", str(iteration + 3)]
     subprocess.run([*launcher, train.__file__, *again], check=True)
     assert [int(p.stem) for p in checkpoints(run_folder)] == [iteration, iteration + 3]
+
+
+def without_train_state(path, name):
+    """A checkpoint as the original code writes it."""
+    content = checkpoint.read(path)
+    del content["train_state"]
+    checkpoint.save(path.with_name(name), content)
+    return path.with_name(name)
+
+
+def test_a_run_of_the_original_code_goes_on(folder, capsys):
+    assert run(folder, f"{SMALL} --iter 3") == 0
+    old = without_train_state(folder / "run/checkpoints/000003.pt", "000120.pt")
+    flags = "--load_train_state --batch_size 4 --workers 0 --device cpu --log_freq 1 --iter 122"
+    assert run(folder, f"--ckpt {old} {flags}", "more") == 0
+    assert "going on at iteration 120, as its name says" in capsys.readouterr().out
+    assert [row["iteration"] for row in read_metrics(folder / "more")] == [121, 122]
+    steps = checkpoint.read(folder / "more/checkpoints/000122.pt")["d_optim"]["state"][0]["step"]
+    assert steps == 3 + 1 + 2  # the first iteration had R1 too
+    assert (
+        checkpoint.read(folder / "more/checkpoints/000122.pt")["train_state"]["images_seen"] == 488
+    )
+    nameless = without_train_state(folder / "run/checkpoints/000003.pt", "best.pt")
+    assert run(folder, f"--ckpt {nameless} {flags}", "none") == 2
+    assert "no 'train_state' in the checkpoint" in capsys.readouterr().err
+
+
+def test_a_pruned_checkpoint_asks_for_its_teacher(folder, capsys):
+    assert run(folder, f"{SMALL} --iter 1") == 0
+    full = folder / "run/checkpoints/000001.pt"
+    small = folder / "small.pt"
+    assert prune.main(f"--ckpt {full} --metric random --device cpu --out {small}".split()) == 0
+    flags = f"--ckpt {small} --batch_size 4 --workers 0 --device cpu --iter 1"
+    assert run(folder, flags, "asked") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"train.py: error: --teacher_ckpt is missing; {small} was pruned")
+    assert not (folder / "asked").exists()
+    assert run(folder, f"{flags} --teacher_ckpt none", "alone") == 0
+    assert "kd_l1" not in read_metrics(folder / "alone")[-1]
+
+
+def test_flags_of_the_original_code_are_known():
+    config = train.parse_config(["--path", "x", "--latent", "64", "--channel_multiplier", "1"])
+    assert (config.style_dim, config.channel_multiplier) == (64, 1)

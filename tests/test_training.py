@@ -4,14 +4,16 @@ import itertools
 import pytest
 import torch
 
+from Compression.averages import Averages
+from Compression.distillation import Term, pixels
 from Compression.training import (
-    Averages,
+    Event,
     NonFiniteError,
     Teacher,
     Trainer,
     accumulate,
+    iterate,
     lazy_adam,
-    train,
 )
 from Model.discriminator import Discriminator
 from Model.generator import Generator
@@ -104,19 +106,18 @@ def test_distillation_pulls_the_student_to_its_teacher_inside_the_mask():
         mask[..., :4] = 1
         return mask
 
-    settings = config(
-        kd_l1_lambda=100.0, kd_lpips_lambda=0.0, mixing=0.0, path_regularize=0.0, lr=0.01
-    )
-    trainer = make_trainer(settings, Teacher(generator, left_half))
+    settings = config(mixing=0.0, path_regularize=0.0, lr=0.01)
+    terms = [Term("l1", 100.0, pixels.term())]
+    trainer = make_trainer(settings, Teacher(generator, left_half, terms))
     history = [trainer.iterate(real)["kd_l1"].item() for real in images(150)]
     assert sum(history[-10:]) < 0.7 * sum(history[:10])
 
 
-@pytest.mark.parametrize("mode", ["Output_Only", "Intermediate"])
-def test_student_and_teacher_see_the_same_mixed_latents(mode):
-    settings = config(mixing=1.0, kd_mode=mode, kd_lpips_lambda=0.0, path_regularize=0.0, r1=0.0)
-    trainer = make_trainer(settings)
-    trainer.teacher = Teacher(copy.deepcopy(trainer.generator).requires_grad_(False))
+@pytest.mark.parametrize("every_resolution", [False, True])
+def test_student_and_teacher_see_the_same_mixed_latents(every_resolution):
+    trainer = make_trainer(config(mixing=1.0, path_regularize=0.0, r1=0.0))
+    teacher = copy.deepcopy(trainer.generator).requires_grad_(False)
+    trainer.teacher = Teacher(teacher, None, [Term("l1", 3.0, pixels.term(every_resolution))])
     # Noise strengths are zero at the start, so equal networks make equal pictures.
     assert trainer.iterate(images()[0])["kd_l1"].item() == pytest.approx(0, abs=1e-6)
 
@@ -149,13 +150,12 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted():
 
 def test_events_come_at_their_periods_and_at_the_end():
     trainer, events = make_trainer(), []
-    train(
-        trainer,
-        itertools.cycle(images(2)),
-        5,
-        {"log": 2, "checkpoint": 3, "sample": 0},
-        lambda name: events.append((name, trainer.iteration)),
-    )
+    periods = {"log": 2, "checkpoint": 3, "sample": 0}
+    due = [
+        Event(every, lambda name=name: events.append((name, trainer.iteration)))
+        for name, every in periods.items()
+    ]
+    iterate(trainer, itertools.cycle(images(2)), 5, due)
     assert events == [
         ("log", 2), ("checkpoint", 3), ("log", 4), ("log", 5), ("checkpoint", 5), ("sample", 5),
     ]  # fmt: skip
@@ -163,7 +163,7 @@ def test_events_come_at_their_periods_and_at_the_end():
 
 def test_a_request_to_stop_ends_the_run_after_its_iteration():
     trainer = make_trainer()
-    train(trainer, itertools.cycle(images(1)), 9, {}, print, lambda: trainer.iteration == 2)
+    iterate(trainer, itertools.cycle(images(1)), 9, [], lambda: trainer.iteration == 2)
     assert trainer.iteration == 2
 
 
@@ -196,9 +196,10 @@ def test_averages_are_those_of_all_iterations_since_the_last_line():
 
 
 def test_shared_noise_makes_equal_networks_make_equal_pictures():
-    settings = config(kd_lpips_lambda=0.0, path_regularize=0.0, r1=0.0, kd_shared_noise=True)
+    settings = config(path_regularize=0.0, r1=0.0, kd_shared_noise=True)
     trainer = make_trainer(settings)
     for layer in trainer.generator.styled_convs:
         layer.noise.weight.data.fill_(1.0)
-    trainer.teacher = Teacher(copy.deepcopy(trainer.generator).requires_grad_(False))
+    teacher = copy.deepcopy(trainer.generator).requires_grad_(False)
+    trainer.teacher = Teacher(teacher, None, [Term("l1", 3.0, pixels.term())])
     assert trainer.iterate(images()[0])["kd_l1"].item() == pytest.approx(0, abs=1e-6)

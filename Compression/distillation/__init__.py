@@ -1,51 +1,57 @@
-"""Distillation from the full-size teacher inside the content of interest (paper, section 3.3)."""
+"""Distillation from the full-size teacher inside the content of interest (paper, section 3.3).
 
-from collections.abc import Sequence
+`TERMS` lists what a student can be compared by; `make_terms` builds those that a run asks for.
+"""
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import math
+from dataclasses import replace
 
-from Evaluation.distances import Distance, at_most
+from Compression.distillation import perceptual, pixels
+from Compression.distillation.terms import Pass, Sources, Term, TermKind
+from train_hyperparams import TrainConfig
+from Util.settings import SettingError, chosen
+
+__all__ = ["TERMS", "Pass", "Sources", "Term", "TermKind", "make_terms", "weights"]
+
+TERMS = {
+    "l1": TermKind(pixels.make, "absolute difference of the pictures"),
+    "perceptual": TermKind(
+        perceptual.make, "LPIPS, or a distance of parser features (--perceptual)", perceptual.label
+    ),
+}
 
 
-def distillation_loss(
-    student: Tensor | Sequence[Tensor],
-    teacher: Tensor | Sequence[Tensor],
-    mask: Tensor | None = None,
-    perceptual: Distance | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Distance of the student's pictures to the teacher's, inside the content mask.
+def weights(config: TrainConfig) -> dict[str, float]:
+    """Weight of every term of a run that is not 0, by its name in the table.
 
-    Content-Aware GAN Compression, eq. 4 and 5. Given lists of running RGB sums, the L1 terms of
-    all resolutions add up, each under the mask averaged down to it, and the perceptual term
-    compares the last.
-
-    Args:
-        student: (N, 3, H, W) images, or the list for every resolution.
-        teacher: the same of the teacher; no gradient flows into it.
-        mask: (N, 1, H, W) in [0, 1] at the last resolution, applied to both sides; None keeps all.
-        perceptual: distance of image pairs at up to 256 px; None leaves that term 0.
-
-    Returns:
-        L1 term (mean over all values, masked ones included) and perceptual term, without weights.
+    Raises:
+        SettingError: an unknown term, or a weight that is no number of at least 0.
     """
-    students = [student] if isinstance(student, Tensor) else list(student)
-    teachers = [teacher] if isinstance(teacher, Tensor) else list(teacher)
-    l1 = students[-1].new_zeros(())
-    for s, t in zip(students, teachers, strict=True):
-        difference = (s - t.detach()).abs()
-        l1 = l1 + (difference if mask is None else difference * _at_size(mask, s)).mean()
-    if perceptual is None:
-        return l1, torch.zeros_like(l1)
-    pair = [students[-1], teachers[-1].detach()]
-    if mask is not None:
-        pair = [image * mask for image in pair]
-    return l1, perceptual(*(at_most(image, 256) for image in pair)).mean()
+    found = {"l1": config.kd_l1_lambda, "perceptual": config.kd_lpips_lambda}
+    for text in config.kd:
+        name, equals, weight = text.partition("=")
+        try:
+            found[name] = float(weight)
+        except ValueError:
+            equals = ""
+        if not equals or not 0 <= found[name] < math.inf:
+            raise SettingError("kd", f"{text}: expected NAME=WEIGHT with a weight of at least 0")
+        if name not in TERMS:
+            raise SettingError("kd", f"{text}: unknown term; there are {', '.join(TERMS)}")
+    return {name: weight for name, weight in found.items() if weight}
 
 
-def _at_size(mask: Tensor, images: Tensor) -> Tensor:
-    """Average a mask down to the images' resolution."""
-    if mask.shape[2:] == images.shape[2:]:
-        return mask
-    return F.adaptive_avg_pool2d(mask, (images.shape[2], images.shape[3]))
+def make_terms(sources: Sources) -> list[Term]:
+    """The terms of a run, with what they need loaded.
+
+    Raises:
+        SettingError: a setting of a term cannot be used.
+    """
+    terms = []
+    for name, weight in weights(sources.config).items():
+        kind = TERMS[name]
+        options = chosen(sources.config.options, kind.options)
+        call = kind.make(replace(sources, options=options))
+        label = kind.label(sources.config) if kind.label else name
+        terms.append(Term(label, weight, call, kind.features))
+    return terms

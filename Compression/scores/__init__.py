@@ -6,11 +6,10 @@ means more important. `SCORES` lists them all. Choosing channels by the scores i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from Compression.scores.activations import asv, l1_map, l1_norm_asv, l2_norm_asv
 from Compression.scores.content_aware import (
@@ -19,10 +18,10 @@ from Compression.scores.content_aware import (
     salt_and_pepper,
     weight_gradient_score,
 )
-from Compression.scores.sampling import CHANCE, LATENTS, ContentMask, Sampling, Scores
+from Compression.scores.sampling import CHANCE, Sampling, Scores, draw_sampling
 from Compression.scores.weights import l1_in, l1_out, l1_style
 from Model.generator import Generator
-from Util.streams import stream
+from Util.settings import Settings
 
 __all__ = [
     "SCORES",
@@ -57,7 +56,13 @@ class Score:
     function: Callable[[Generator, Sampling], Scores]
     description: str
     needs_parser: bool = False
-    options: type | None = None
+    options: type[Settings] | None = None
+
+    def compute(self, generator: Generator, sampling: Sampling) -> Scores:
+        """The scores on the CPU; options that the sampling lacks take their defaults."""
+        if sampling.options is None and self.options is not None:
+            sampling = replace(sampling, options=self.options())
+        return [values.detach().cpu() for values in self.function(generator, sampling)]
 
 
 SCORES = {
@@ -75,19 +80,7 @@ SCORES = {
 }
 
 
-def channel_scores(
-    generator: Generator,
-    metric: str = "content_aware",
-    *,
-    parser: ContentMask | None = None,
-    n_sample: int = 400,
-    batch_size: int = 10,
-    noise_prob: float = 0.05,
-    seed: int = 0,
-    latents: Tensor | None = None,
-    progress: Callable[[int], None] = lambda images: None,
-    options: Any = None,
-) -> Scores:
+def channel_scores(generator: Generator, metric: str = "content_aware", **how: Any) -> Scores:
     """Score every channel of a generator.
 
     Exactly ``n_sample`` images (or latents) take part; the last batch may be smaller. The generator
@@ -96,16 +89,8 @@ def channel_scores(
     Args:
         generator: the full network; scored on its device.
         metric: a key of `SCORES`.
-        parser: images (N, 3, H, W) in [-1, 1] -> content mask (N, 1, H, W), such as a
-            `Compression.content.ContentParser`; needed by `content_aware` alone.
-        n_sample: images, >= 1.
-        batch_size: images per batch, >= 1. How many are in memory at a time follows from their
-            size and not from this.
-        noise_prob: probability that a content pixel is noised, in (0, 1].
-        seed: seed of latents, layer noise and pixel noise, >= 0.
-        latents: z to use instead of ``n_sample`` drawn ones, (n, style_dim).
-        progress: called with the number of images done since the last call.
-        options: the score's own settings; None takes their defaults.
+        how: parser, n_sample, batch_size, noise_prob, seed, latents, progress, options: see
+            `Compression.scores.sampling.draw_sampling`. `content_aware` needs a parser.
 
     Returns:
         One 1-D CPU tensor per channel group, higher is more important.
@@ -116,20 +101,4 @@ def channel_scores(
     """
     if metric not in SCORES:
         raise ValueError(f"unknown metric {metric!r}; there are {', '.join(SCORES)}")
-    for name, value, low in (
-        ("n_sample", n_sample, 1),
-        ("batch_size", batch_size, 1),
-        ("seed", seed, 0),
-    ):
-        if value < low:
-            raise ValueError(f"{name} is {value}; it must be at least {low}")
-    if not 0 < noise_prob <= 1:
-        raise ValueError(f"noise_prob is {noise_prob}; it must be above 0 and at most 1")
-    if latents is None:
-        draw = stream(seed, LATENTS)
-        latents = torch.randn(n_sample, generator.style_dim, generator=draw)
-    score = SCORES[metric]
-    if options is None and score.options is not None:
-        options = score.options()
-    sampling = Sampling(latents.cpu(), batch_size, noise_prob, seed, parser, progress, options)
-    return [values.detach().cpu() for values in score.function(generator, sampling)]
+    return SCORES[metric].compute(generator, draw_sampling(generator, **how))

@@ -5,31 +5,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from Compression.scores.sampling import Sampling, Scores, chunks, readers
+from Compression.scores.sampling import Sampling, Scores, chunks
 from Model.generator import Generator
 
 
 def _activations(generator: Generator, sampling: Sampling) -> Iterator[list[Tensor]]:
     """The activations (n, C, h, w) of every channel group, few images at a time."""
-    found: list[Tensor] = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-        for layer in readers(generator)
-    ]
-    try:
-        for z, noise, _ in chunks(generator, sampling):
-            found.clear()
-            with torch.no_grad():
-                generator([z], noise=noise)
-            yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for z, noise, _ in chunks(generator, sampling):
+        with torch.no_grad():
+            made = generator.synthesis(generator.w_plus([z]), noise, features=True)
+            constant = generator.input(len(z))
+        yield [constant, *made.features]
 
 
 def l1_map(generator: Generator, sampling: Sampling) -> Scores:
     """Mean absolute activation over images and pixels."""
-    sums = [torch.zeros_like(layer.conv.modulation.bias) for layer in readers(generator)]
+    sums = [torch.zeros(width, device=generator.device) for width in generator.channels]
     for activations in _activations(generator, sampling):
         for total, x in zip(sums, activations, strict=True):
             total += x.abs().mean(dim=(2, 3)).sum(dim=0)

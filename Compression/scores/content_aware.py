@@ -126,7 +126,6 @@ def content_aware(generator: Generator, sampling: Sampling) -> Scores:
     with _only_reader_gradients(generator):
         for z, noise, batch_ends in chunks(generator, sampling):
             images = generator([z], noise=noise)
-            assert isinstance(images, Tensor)
             mask = sampling.parser(images.detach())
             noisy = salt_and_pepper(images, mask, sampling.noise_prob, stream)
             inside += float(mask.sum())

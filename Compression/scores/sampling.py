@@ -84,3 +84,46 @@ def chunks(generator: Generator, sampling: Sampling) -> Iterator[tuple[Tensor, l
             noise = [m.view(-1, 1, s, s) for m, s in zip(maps, sides, strict=True)]
             yield z.to(device), noise, i == len(parts) - 1
             sampling.progress(len(z))
+
+
+def draw_sampling(
+    generator: Generator,
+    *,
+    parser: ContentMask | None = None,
+    n_sample: int = 400,
+    batch_size: int = 10,
+    noise_prob: float = 0.05,
+    seed: int = 0,
+    latents: Tensor | None = None,
+    progress: Callable[[int], None] = lambda images: None,
+    options: Any = None,
+) -> Sampling:
+    """Draw the latents of a sampling, unless they are given.
+
+    Args:
+        generator: says the size of z.
+        parser: see `Sampling`, as the further arguments.
+        n_sample: images, >= 1.
+        batch_size: >= 1.
+        noise_prob: in (0, 1].
+        seed: >= 0.
+        latents: z to use instead of ``n_sample`` drawn ones, (n, style_dim).
+        progress: see `Sampling`.
+        options: see `Sampling`.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    for name, value, low in (
+        ("n_sample", n_sample, 1),
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+    ):
+        if value < low:
+            raise ValueError(f"{name} is {value}; it must be at least {low}")
+    if not 0 < noise_prob <= 1:
+        raise ValueError(f"noise_prob is {noise_prob}; it must be above 0 and at most 1")
+    if latents is None:
+        draw = stream(seed, LATENTS)
+        latents = torch.randn(n_sample, generator.style_dim, generator=draw)
+    return Sampling(latents.cpu(), batch_size, noise_prob, seed, parser, progress, options)

@@ -21,8 +21,8 @@ def _mean_filter_norms(generator: Generator, sampling: Sampling) -> list[Tensor]
     for z in sampling.latents.split(sampling.batch_size):
         w = generator.mapping(z.to(generator.device))
         for i, layer in enumerate(layers):
-            style, conv = layer.conv.style(w), layer.conv
-            gain = conv.demodulation(style) if conv.demodulate else style.new_ones(len(z), 3)
+            style = layer.conv.style(w)
+            gain = layer.conv.demodulation(style)
             factors[i] = factors[i] + gain.T @ style / len(sampling.latents)
         sampling.progress(len(z))
     return [

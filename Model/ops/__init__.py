@@ -7,10 +7,17 @@ are built when first used (`Model.ops.build`); see doc/operators.md.
 """
 
 from Model.ops.convolution import conv2d, conv3x3, styled_conv3x3
-from Model.ops.fused_leaky_relu import filtered_leaky_relu, fused_leaky_relu
+from Model.ops.epilogue import (
+    Epilogue,
+    apply_epilogue,
+    filtered_leaky_relu,
+    fused_leaky_relu,
+)
 from Model.ops.upfirdn2d import make_kernel, upfirdn2d
 
 __all__ = [
+    "Epilogue",
+    "apply_epilogue",
     "conv2d",
     "conv3x3",
     "filtered_leaky_relu",

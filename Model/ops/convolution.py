@@ -1,11 +1,11 @@
-"""3x3 convolutions with stride 1 that keep the size, by Winograd's minimal filtering on the CPU."""
+"""3x3 convolutions that keep the size, by Winograd's minimal filtering on the CPU."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from Model.ops.dispatch import Impl, gradient_wanted, use_native
-from Model.ops.fused_leaky_relu import fused_leaky_relu
+from Model.ops.epilogue import Epilogue, apply_epilogue
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: Impl = "auto") -> Tensor:
@@ -35,59 +35,39 @@ def conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int | tuple[int, ...] = 1,
-    padding: int | tuple[int, ...] = 0,
+    padding: str | int | tuple[int, ...] = 0,
 ) -> Tensor:
-    """`torch.nn.functional.conv2d`, by way of `conv3x3` where that computes it."""
+    """Compute ``F.conv2d(x, weight, bias, stride, padding)``, through `conv3x3` where it can."""
     if weight.shape[2:] == (3, 3) and stride in (1, (1, 1)) and padding in (1, (1, 1)):
         return conv3x3(x, weight, bias)
     return F.conv2d(x, weight, bias, stride, padding)
 
 
 def styled_conv3x3(
-    x: Tensor,
-    weight: Tensor,
-    style: Tensor,
-    bias: Tensor | None = None,
-    negative_slope: float = 0.2,
-    scale: float = 2**0.5,
-    impl: Impl = "auto",
-    *,
-    noise: Tensor | None = None,
-    noise_strength: Tensor | None = None,
-    gain: Tensor | None = None,
+    x: Tensor, weight: Tensor, style: Tensor, epilogue: Epilogue, impl: Impl = "auto"
 ) -> Tensor:
-    """Compute ``fused_leaky_relu(conv3x3(x * style, weight), ...)``.
+    """Compute ``apply_epilogue(conv3x3(x * style, weight), epilogue)``.
 
-    A layer of StyleGAN2's synthesis network. The factors are converted to the types of what they
-    meet. Where no gradient is wanted, the compiled convolution scales what it reads and activates
-    what it writes, without a pass over memory for either.
+    A layer of StyleGAN2's synthesis network. Style and epilogue are converted to the type of what
+    they act on. Where no gradient is wanted, the compiled convolution scales what it reads and
+    activates what it writes, without a pass over memory for either.
 
     Args:
         x: (N, I, H, W).
         weight: (O, I, 3, 3).
         style: (N, I) factor of each input map.
-        bias: this and the others as in `fused_leaky_relu`.
-        negative_slope: slope below zero, > 0.
-        scale: gain after the activation, > 0.
+        epilogue: what follows the convolution.
         impl: see `Model.ops`.
-        noise: (N or 1, 1, H, W) or None.
-        noise_strength: (1,) or None.
-        gain: (N, O) or None.
 
     Returns:
         (N, O, H, W).
     """
-    others = (style, bias, noise, noise_strength, gain)
+    others = (style, *epilogue.tensors)
     if not gradient_wanted(x, weight, *others) and _native(impl, x, weight, *others):
-        return torch.ops.stylegan.styled_conv3x3(
-            x, weight, style, bias, noise, noise_strength, gain, negative_slope, scale
-        )
+        return torch.ops.stylegan.styled_conv3x3(x, weight, style, *epilogue)
     y = conv3x3(x * style[:, :, None, None].to(x.dtype), weight, impl=impl)
     # Under autocast the convolution has chosen the type.
-    bias, noise, noise_strength, gain = (None if t is None else t.to(y.dtype) for t in others[1:])
-    return fused_leaky_relu(
-        y, bias, negative_slope, scale, impl, noise=noise, noise_strength=noise_strength, gain=gain
-    )
+    return apply_epilogue(y, epilogue.to(y.dtype), impl)
 
 
 def _native(impl: Impl, x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
@@ -97,10 +77,10 @@ def _native(impl: Impl, x: Tensor, weight: Tensor, *others: Tensor | None) -> bo
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether the multiplications saved outweigh the transforms.
+    """Return whether the saved multiplications outweigh the transforms.
 
-    Those of the weights cost as much as some 250 pixels, those of a pixel as much as products with
-    12 channels; a GPU's library has such algorithms itself.
+    Transforming the weights costs as much as some 250 pixels, transforming a pixel as much as
+    products with 12 channels. A GPU's library has such algorithms itself.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False

@@ -1,0 +1,236 @@
+"""One pruning job: score the channels, remove the lowest, initialise and save what remains.
+
+    content mask -> scores -> keep masks -> surgery -> initialisation -> checkpoint
+
+Liu et al., "Content-Aware GAN Compression", CVPR 2021, section 3.2.
+"""
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from Compression.content import ContentParser, parser_for
+from Compression.initialisation import INITIALISATIONS, Initialisation
+from Compression.scores import SCORES, EmptyContentError, Score
+from Compression.scores.sampling import Sampling, Scores, draw_sampling
+from Compression.selection import select_channels
+from Compression.surgery import prune_generator
+from Model import bundled, checkpoint
+from Model.generator import Generator
+from Util.cli import check_writable
+from Util.device import pick_device
+from Util.files import folder_lock
+from Util.settings import SettingError, Settings, blame, chosen, plain, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings(Settings):
+    """Settings of a pruning job; one flag of prune.py each.
+
+    Attributes:
+        options: settings of the score and of the initialisation, where they have any.
+    """
+
+    generated_img_size: int | None = setting(
+        None,
+        "side of the images in px; only checked against the checkpoint, which knows it",
+        low=8,
+        metavar="PX",
+    )
+    ckpt: Path = setting(
+        bundled.MODEL,
+        "full-size checkpoint (default: Model/full_size_model/toon_faces_64px.pt)",
+        metavar="FILE",
+    )
+    remove_ratio: float = setting(
+        0.7, "fraction of every layer's channels to remove, in [0, 1)", low=0, below=1, metavar="R"
+    )
+    info_print: bool = setting(False, "print the details of every layer")
+
+    # Scoring. The paper: 400 images in batches of 10, noise on 5 % of the content.
+    metric: str = setting(
+        "content_aware", "how channels are scored, see below", choices=SCORES, metavar="NAME"
+    )
+    n_sample: int = setting(400, "images to score by, at least 1", low=1, metavar="N")
+    batch_size: int = setting(
+        10,
+        "images whose gradients are summed before their absolute value is taken, at least 1; part"
+        " of the metric content_aware",
+        low=1,
+        metavar="N",
+    )
+    noise_prob: float = setting(
+        0.05,
+        "fraction of the content's pixels that are noised, in (0, 1]",
+        above=0,
+        high=1,
+        metavar="P",
+    )
+    parser_ckpt: Path | None = setting(
+        None,
+        "face parser that finds the content, for content_aware alone (default: for the bundled"
+        " model Model/parser_model/toon_faces_128px.pt, for any other"
+        " Model/parser_model/79999_iter.pth)",
+        metavar="FILE",
+    )
+    init: str = setting(
+        "pruned",
+        "how what remains is initialised, see below",
+        choices=INITIALISATIONS,
+        metavar="NAME",
+    )
+    seed: int = setting(0, "seed of latents and noise, at least 0", low=0, metavar="N")
+    device: str = setting(
+        "auto", "auto, cpu, cuda or cuda:N; auto takes the GPU if there is one", metavar="NAME"
+    )
+    out: Path | None = setting(
+        None,
+        "checkpoint to write, or a folder for it (default:"
+        " Model/pruned_model/METRIC_RATIO_SIZEpx_DATE-TIME.pt)",
+        metavar="FILE",
+    )
+    options: tuple[Settings, ...] = ()
+
+
+def option_kinds() -> list[type[Settings]]:
+    """The settings of all scores and initialisations that have any."""
+    entries: list[Score | Initialisation] = [*SCORES.values(), *INITIALISATIONS.values()]
+    return [entry.options for entry in entries if entry.options is not None]
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What a pruning job made.
+
+    Attributes:
+        path: the checkpoint.
+        full: the generator before.
+        pruned: the generator after.
+        scores: one 1-D tensor per channel group.
+        keep: one bool tensor per channel group.
+    """
+
+    path: Path
+    full: Generator
+    pruned: Generator
+    scores: Scores
+    keep: Sequence[Tensor]
+
+
+def prune(settings: PruneSettings) -> PruneResult:
+    """Prune a generator and save the result.
+
+    Raises:
+        SettingError: names the setting or file.
+    """
+    device = pick_device(settings.device)
+    full, others = _load_full_size(settings, device)
+    target = _target(settings, full.size)
+    parser = _parser(settings, device)
+    sampling = draw_sampling(
+        full,
+        parser=parser,
+        n_sample=settings.n_sample,
+        batch_size=settings.batch_size,
+        noise_prob=settings.noise_prob,
+        seed=settings.seed,
+    )
+    scores = _score(settings, full, sampling)
+    keep = select_channels(scores, settings.remove_ratio)
+    pruned = prune_generator(full, keep)
+    initialisation = INITIALISATIONS[settings.init]
+    own = replace(sampling, options=chosen(settings.options, initialisation.options))
+    initialisation.function(pruned, full, keep, own)
+    content = {"g": pruned, "g_ema": pruned, **others, "config": _config(settings, full, pruned)}
+    path = _save(target, content, overwrite=target == settings.out)
+    return PruneResult(path, full, pruned, scores, keep)
+
+
+def _load_full_size(
+    settings: PruneSettings, device: torch.device
+) -> tuple[Generator, Mapping[str, Any]]:
+    """The generator to prune, and the networks that the file holds besides."""
+    with blame("ckpt"):
+        content = checkpoint.read(settings.ckpt)
+        generator = checkpoint.load_generator(settings.ckpt, device=device)
+    if settings.generated_img_size not in (None, generator.size):
+        raise SettingError(
+            "generated_img_size",
+            f"{settings.generated_img_size} contradicts {settings.ckpt}, whose images are"
+            f" {generator.size} px; leave it out or give {generator.size}",
+        )
+    return generator, {"d": content["d"]} if "d" in content else {}
+
+
+def _parser(settings: PruneSettings, device: torch.device) -> ContentParser | None:
+    """The face parser, if the score needs one."""
+    if not SCORES[settings.metric].needs_parser:
+        return None
+    return parser_for(settings.parser_ckpt, settings.ckpt, device)
+
+
+def _target(settings: PruneSettings, size: int) -> Path:
+    """Where the result goes; found out early that it cannot."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{settings.metric}_{settings.remove_ratio:g}_{size}px_{stamp}.pt"
+    target = settings.out or bundled.PRUNED_FOLDER / name
+    if target.is_dir():
+        target = target / name
+    if target.resolve() == settings.ckpt.resolve():
+        raise SettingError("out", f"{target} is the checkpoint to prune; name another file")
+    check_writable("out", target)
+    return target
+
+
+def _score(settings: PruneSettings, generator: Generator, sampling: Sampling) -> Scores:
+    """Score the channels under a progress bar."""
+    score = SCORES[settings.metric]
+    with tqdm(total=settings.n_sample, desc=f"scoring ({settings.metric})", unit="img") as bar:
+        own = replace(
+            sampling, progress=bar.update, options=chosen(settings.options, score.options)
+        )
+        try:
+            return score.compute(generator, own)
+        except EmptyContentError as error:
+            bar.leave = False
+            file = settings.parser_ckpt or bundled.default_parser(settings.ckpt)
+            raise SettingError("parser_ckpt", f"{file}: {error}") from None
+
+
+def _config(settings: PruneSettings, before: Generator, after: Generator) -> dict[str, Any]:
+    """What the checkpoint remembers of its making, in plain values."""
+    names = ("metric", "remove_ratio", "seed", "n_sample", "batch_size", "noise_prob", "init")
+    parser = ""
+    if SCORES[settings.metric].needs_parser:
+        parser = (settings.parser_ckpt or bundled.default_parser(settings.ckpt)).name
+    config = {name: getattr(settings, name) for name in names}
+    for options in settings.options:
+        config |= plain(options)
+    return config | {
+        "source": settings.ckpt.name,
+        "parser": parser,
+        "channels_before": list(before.channels),
+        "channels_after": list(after.channels),
+    }
+
+
+def _save(target: Path, content: Mapping[str, Any], overwrite: bool) -> Path:
+    """Write the checkpoint; a name of our making that is taken gets a number.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with folder_lock(target.parent):  # another run may have chosen the same second
+        numbered = (target.with_name(f"{target.stem}-{i}.pt") for i in itertools.count(2))
+        names = itertools.chain([target], numbered)
+        free = next(name for name in names if overwrite or not name.exists())
+        checkpoint.save(free, content)
+    return free
