@@ -21,14 +21,12 @@ from Dataset import DatasetError
 from Dataset.batches import EndlessBatches
 from Dataset.images import Images
 from Dataset.loading import load_batches
-from Evaluation import feature_statistics
-from Evaluation.comparison import render
+from Evaluation import feature_statistics, sampling
 from Evaluation.feature_sets import real_statistics, sampled_features
-from Evaluation.feature_statistics import statistics_of
 from Evaluation.features import make_extractor
+from Evaluation.metrics import distance_key, evaluate
 from Model import bundled, checkpoint
 from Model.discriminator import Discriminator
-from Model.face_parser import fold_batch_norm
 from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig
 from Util import distributed, pictures
@@ -234,15 +232,12 @@ def _make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> E
     """What measures g_ema, or None where nothing is asked for."""
     if not config.fid_n_sample:
         return None
-    parser, parser_file = None, None
+    parser = None
     if config.fid_features == "parser":
         with blame("parser_ckpt"):
-            parser_file = Path(config.parser_ckpt or bundled.default_parser(config.teacher_ckpt))
-            parser = fold_batch_norm(checkpoint.load_face_parser(parser_file, trainer.device))
+            parser = Path(config.parser_ckpt or bundled.default_parser(config.teacher_ckpt))
     inception = Path(config.inception_ckpt) if config.inception_ckpt else None
-    extractor = make_extractor(
-        config.fid_features, inception, parser, parser_file, None, trainer.device
-    )
+    extractor = make_extractor(config.fid_features, inception, parser, None, trainer.device)
     with blame("fid_n_sample"):
         width = extractor.dimensions(trainer.generator.size, trainer.device)
         feature_statistics.check_enough(config.fid_n_sample, width)
@@ -253,15 +248,21 @@ def _make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> E
         real = real_statistics(
             images, stats, extractor, trainer.device, config.fid_batch, config.workers
         )
-    name = extractor.name.lower().replace(" ", "_")
+    metrics = ("fid",)
 
     def measure() -> dict[str, float]:
         features = sampled_features(
             trainer.g_ema, extractor, config.fid_n_sample, config.fid_batch, config.seed
         )
-        return {name: feature_statistics.distance(statistics_of(features, {}), real)}
+        figures = evaluate(metrics, extractor, features, real, config.seed)
+        return {_log_name(name): value for name, value in figures.items()}
 
-    return Evaluation(measure, name)
+    best_by = distance_key(metrics, extractor)
+    return Evaluation(measure, _log_name(best_by) if best_by else None)
+
+
+def _log_name(figure: str) -> str:
+    return figure.lower().replace(" ", "_")
 
 
 def _stream(config: TrainConfig, trainer: Trainer, images: Images) -> Iterator[torch.Tensor]:
@@ -338,7 +339,8 @@ class _Actions:
     def sample(self) -> None:
         """Write a grid of g_ema's images, always of the same latents."""
         if self.run_log:
-            samples = render(self.trainer.g_ema, self.z)
+            g_ema = self.trainer.g_ema
+            samples = sampling.render(g_ema, sampling.from_z(g_ema, self.z))
             self.run_log.samples(self.trainer.iteration, pictures.grid(samples))
 
     def evaluate(self) -> None:

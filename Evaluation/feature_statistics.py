@@ -11,10 +11,11 @@ from zipfile import is_zipfile
 import numpy as np
 from numpy.typing import NDArray
 
-from Evaluation.fid import frechet_distance, mean_and_covariance
 from Util.files import atomic_path, read_npz
 
 Array = NDArray[np.float64]
+Features = NDArray[np.float32]
+"""Features of N images, (N, D)."""
 LARGEST_PICKLE = 2**30
 """Bytes; mean and covariance of 2048 features take 34 million."""
 
@@ -34,7 +35,7 @@ class Statistics:
 
     mean: Array
     cov: Array
-    features: NDArray[np.float32] | None = None
+    features: Features | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -50,8 +51,14 @@ def check_enough(n: int, dimensions: int) -> None:
         )
 
 
+def mean_and_covariance(features: NDArray[np.floating]) -> tuple[Array, Array]:
+    """Mean (D,) and unbiased covariance (D, D) of features (N, D), N >= 2, in float64."""
+    features = np.asarray(features, dtype=np.float64)
+    return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
+
+
 def statistics_of(
-    features: NDArray[np.float32], record: Mapping[str, Any], keep_features: bool = False
+    features: Features, record: Mapping[str, Any], keep_features: bool = False
 ) -> Statistics:
     """Statistics of features (N, D).
 
@@ -65,20 +72,6 @@ def statistics_of(
     check_enough(n, dimensions)
     mean, cov = mean_and_covariance(features)
     return Statistics(mean, cov, features if keep_features else None, record)
-
-
-def distance(a: Statistics, b: Statistics) -> float:
-    """Frechet distance of two sets.
-
-    Raises:
-        StatisticsError: they are of different features.
-    """
-    if a.mean.shape != b.mean.shape:
-        raise StatisticsError(
-            f"statistics of {len(a.mean)} and of {len(b.mean)} features cannot be compared; make"
-            " them again with the same --features"
-        )
-    return frechet_distance(a.mean, a.cov, b.mean, b.cov)
 
 
 def save(path: Path, statistics: Statistics) -> None:

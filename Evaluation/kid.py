@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from Evaluation.feature_statistics import Array, Features, Statistics
 
 
 def _kernel(a: Array, b: Array) -> Array:
@@ -21,6 +21,13 @@ def squared_mmd(a: Array, b: Array) -> float:
         kernel = _kernel(x, x)
         within += (kernel.sum() - np.trace(kernel)) / (len(x) * (len(x) - 1))
     return float(within - 2 * _kernel(a, b).mean())
+
+
+def measure(generated: Features, real: Statistics, name: str, seed: int) -> dict[str, float]:
+    """The metric kid; see `Evaluation.metrics.Metric`."""
+    assert real.features is not None
+    value, error = kernel_distance(generated, real.features, seed=seed)
+    return {name: value, f"{name}, standard error": error}
 
 
 def kernel_distance(

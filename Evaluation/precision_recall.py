@@ -3,6 +3,15 @@
 import torch
 from torch import Tensor
 
+from Evaluation.feature_statistics import Features, Statistics
+
+
+def measure(generated: Features, real: Statistics, name: str, seed: int) -> dict[str, float]:
+    """The metric pr; see `Evaluation.metrics.Metric`."""
+    assert real.features is not None
+    found = precision_recall(torch.from_numpy(generated), torch.from_numpy(real.features))
+    return dict(zip(("precision", "recall"), found, strict=True))
+
 
 def _radii(features: Tensor, k: int, chunk: int) -> Tensor:
     """Distance of every point to its k-th nearest other point, (N,)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from Evaluation.distances import Distance
 from Evaluation.lbfgs import minimise
-from Evaluation.sampling import mean_latent
+from Evaluation.sampling import mean_latent, synthesise
 from Model.generator import Generator
 from Util.files import atomic_path, read_npz
 
@@ -83,7 +83,7 @@ def project(
         raise ValueError(f"images {tuple(images.shape)}; expected (N, 3, {generator.size}, same)")
 
     def objective(x: Tensor, rows: Tensor) -> Tensor:
-        made = generator.synthesis(*_unflatten(generator, x)).image
+        made = synthesise(generator, *_unflatten(generator, x))
         error = (made - images[rows]).square().mean(dim=(1, 2, 3))
         return mse_weight * error + perceptual_weight * perceptual(made, images[rows])
 
@@ -188,7 +188,7 @@ def load_projection(path: str | PathLike[str], generator: Generator | None = Non
     if generator and made_with != fingerprint(generator):
         raise ValueError(
             f"{path}: made with other weights (those of {model}); project the picture with this"
-            " model, by get_projected_image.py --ckpt"
+            " model"
         )
     if generator:
         _check_fit(projection, generator, path)

@@ -446,7 +446,7 @@ def test_without_a_network_the_error_says_what_to_put_where(tmp_path, monkeypatc
     text = str(error.value)
     assert f"{tmp_path}/hub/checkpoints/" in text
     assert "put https://download.pytorch.org/models/" in text
-    assert "--perceptual_ckpt" in text
+    assert "perceptual_ckpt" in text
     assert not list(tmp_path.rglob("*.pth*"))
 
 

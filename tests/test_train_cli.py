@@ -16,9 +16,10 @@ import train
 from Compression import run as training_run
 from Compression.training import Trainer
 from Dataset.images import Images
-from Evaluation.feature_statistics import distance, statistics_of
+from Evaluation.feature_sets import sampled_features
+from Evaluation.feature_statistics import statistics_of
 from Evaluation.features import Extractor
-from get_fid import sampled_features
+from Evaluation.fid import distance
 from Model import checkpoint
 from Model.bundled import PARSER
 from Model.discriminator import Discriminator
@@ -70,7 +71,7 @@ def measured(monkeypatch):
     """Flags for a Frechet distance of three features, one for each colour."""
 
     def colours(*args):
-        return Extractor(lambda x: x.mean(dim=(2, 3)), "Frechet parser distance", "colours")
+        return Extractor(lambda x: x.mean(dim=(2, 3)), "parser", "colours")
 
     monkeypatch.setattr(training_run, "make_extractor", colours)
     return f"--fid_n_sample 20 --fid_features parser --parser_ckpt {PARSER} --model_save_freq 2"
