@@ -271,7 +271,8 @@ def load_face_parser(source: PathOrDict, device: str | torch.device = "cpu") -> 
     """Build the face parser that a file holds, in evaluation mode and without gradients.
 
     The file is either the published bare state dict (``79999_iter.pth``), or
-    ``{"parser": state dict, "config": {"n_classes", "width", "stem_stride", "input_size"}}``.
+    ``{"parser": state dict, "config": {"n_classes", "width", "stem_stride", "input_size",
+    "classes_excluded", "class_names"}}``. What a config lacks is as `BiSeNet` has it by default.
 
     Raises:
         CheckpointError: see the module.
