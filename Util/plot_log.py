@@ -1,14 +1,16 @@
-"""Draws training curves of one or several runs: ``python -m Util.plot_log RUN... [--out FILE]``."""
+"""Draw training curves of one or several runs: ``python -m Util.plot_log RUN... [--out FILE]``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 from Util.cli import OneLineParser, check_writable, run_script
 from Util.files import atomic_path
 from Util.run_log import DISTANCES, read_metrics
+from Util.settings import Settings, add_flags, from_flags, setting
 
 PANELS = (
     ("GAN losses", ("d_loss", "g_loss")),
@@ -16,6 +18,13 @@ PANELS = (
     ("distance to the real images", DISTANCES),
     ("path length", ("path_length",)),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotSettings(Settings):
+    """Where the curves are drawn."""
+
+    out: Path = setting(Path("training_curve.png"), "PNG file to write", metavar="FILE")
 
 
 def plot(runs: Sequence[str | PathLike[str]], out: str | PathLike[str]) -> None:
@@ -30,9 +39,7 @@ def plot(runs: Sequence[str | PathLike[str]], out: str | PathLike[str]) -> None:
     """
     from matplotlib.figure import Figure
 
-    logs = {}
-    for run in runs:
-        logs[str(run)] = read_metrics(run)
+    logs = {str(run): read_metrics(run) for run in runs}
     logged = {key for rows in logs.values() for row in rows for key in row}
     panels = [(t, [k for k in keys if k in logged]) for t, keys in PANELS]
     panels = [(title, keys) for title, keys in panels if keys]
@@ -55,15 +62,16 @@ def plot(runs: Sequence[str | PathLike[str]], out: str | PathLike[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry."""
+    """Run the command line; return the exit code."""
     parser = OneLineParser(prog="plot_log", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training run")
-    parser.add_argument("--out", default="training_curve.png", help="default: %(default)s")
+    add_flags(parser, PlotSettings)
 
     def run(args: argparse.Namespace) -> None:
-        check_writable("out", Path(args.out))
-        plot(args.runs, args.out)
-        print(f"saved {args.out}")
+        out = from_flags(PlotSettings, vars(args)).out
+        check_writable("out", out)
+        plot(args.runs, out)
+        print(f"saved {out}")
 
     return run_script(parser, run, argv)
 
