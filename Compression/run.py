@@ -24,7 +24,7 @@ from Dataset.loading import load_batches
 from Evaluation import feature_statistics, sampling
 from Evaluation.feature_sets import real_statistics, sampled_features
 from Evaluation.features import make_extractor
-from Evaluation.metrics import distance_key, evaluate
+from Evaluation.metrics import METRICS, distance_key, evaluate, need_features
 from Model import bundled, checkpoint
 from Model.discriminator import Discriminator
 from Model.generator import Generator, resolution_log2
@@ -133,6 +133,10 @@ def check(config: TrainConfig) -> None:
     if config.load_train_state and not config.ckpt:
         raise SettingError("load_train_state", "goes with ckpt; name the checkpoint to go on from")
     distillation.weights(config)
+    unknown = set(config.fid_metrics) - METRICS.keys()
+    if unknown or not config.fid_metrics:
+        named = ",".join(config.fid_metrics)
+        raise SettingError("fid_metrics", f"{named!r}: take some of {', '.join(METRICS)}")
     processes = distributed.launched_processes()
     if config.batch_size % processes:
         raise SettingError(
@@ -244,11 +248,17 @@ def _make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> E
     if config.dry_run:
         return None
     stats = Path(config.fid_stats) if config.fid_stats else None
+    metrics = config.fid_metrics
     with blame("fid_stats" if stats and stats.is_file() else "path"):
         real = real_statistics(
-            images, stats, extractor, trainer.device, config.fid_batch, config.workers
+            images,
+            stats,
+            extractor,
+            trainer.device,
+            config.fid_batch,
+            config.workers,
+            need_features(metrics),
         )
-    metrics = ("fid",)
 
     def measure() -> dict[str, float]:
         features = sampled_features(

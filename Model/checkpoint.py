@@ -21,7 +21,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from Model import nvidia
 from Model.discriminator import Discriminator
+from Model.errors import CheckpointError
 from Model.face_parser import BiSeNet
 from Model.generator import Generator
 from Util.files import atomic_path, unpacked_size
@@ -32,10 +34,6 @@ Network = TypeVar("Network", bound=nn.Module)
 
 LARGEST_SIZE = 4096
 """Side in px of the largest images a generator's file may claim: its noise maps have that size."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message names the file, what was found and what to do."""
 
 
 def read(path: PathOrDict) -> dict[str, Any]:
@@ -52,8 +50,6 @@ def read(path: PathOrDict) -> dict[str, Any]:
         return dict(path)
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file; give the path of a checkpoint (.pt)")
-    from Model import nvidia  # not before: it checks what it imports by this module's loaders
-
     if nvidia.is_pickle(path):
         return nvidia.read(path)
     try:
@@ -269,7 +265,8 @@ def load_face_parser(source: PathOrDict, device: str | torch.device = "cpu") -> 
     """Build the face parser that a file holds, in evaluation mode and without gradients.
 
     The file is either the published bare state dict (``79999_iter.pth``), or
-    ``{"parser": state dict, "config": {"n_classes", "width", "stem_stride", "input_size"}}``.
+    ``{"parser": state dict, "config": {"n_classes", "width", "stem_stride", "input_size",
+    "classes_excluded", "class_names"}}``. What a config lacks is as `BiSeNet` has it by default.
 
     Raises:
         CheckpointError: see the module.

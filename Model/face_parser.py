@@ -25,6 +25,12 @@ PUBLISHED_STEM_STRIDE = 4
 PUBLISHED_INPUT_SIZE = 512
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CELEBAMASK_NAMES = (
+    *("background", "skin", "l_brow", "r_brow", "l_eye", "r_eye", "eye_g", "l_ear", "r_ear"),
+    *("ear_r", "nose", "mouth", "u_lip", "l_lip", "neck", "neck_l", "cloth", "hair", "hat"),
+)
+CELEBAMASK_EXCLUDED = (0, 16)
+"""What is not content: background and cloth ("Content-Aware GAN Compression", section 3.1)."""
 
 
 class Conv2d(nn.Conv2d):
@@ -191,9 +197,13 @@ class BiSeNet(nn.Module):
             input's side; 2 leaves out the pooling's stride, 1 also that of the second stage.
         input_size: side in pixels of the square images that the network was trained for; `prepare`
             resizes to it, `forward` is not limited to it.
+        classes_excluded: classes that are not content. None means CelebAMask-HQ's background and
+            cloth where there are 19 classes, else class 0.
+        class_names: one for each class. Without names, 19 classes have CelebAMask-HQ's.
 
     Raises:
-        ValueError: for a number that is not positive or a stem stride other than 1, 2, 4.
+        ValueError: for a number that is not positive, a stem stride other than 1, 2, 4, or classes
+            that do not fit.
     """
 
     mean: Tensor
@@ -205,6 +215,8 @@ class BiSeNet(nn.Module):
         width: int = PUBLISHED_WIDTH,
         stem_stride: int = PUBLISHED_STEM_STRIDE,
         input_size: int = PUBLISHED_INPUT_SIZE,
+        classes_excluded: Sequence[int] | None = None,
+        class_names: Sequence[str] = (),
     ) -> None:
         super().__init__()
         for name, value in (("n_classes", n_classes), ("width", width), ("input_size", input_size)):
@@ -216,6 +228,14 @@ class BiSeNet(nn.Module):
         self.width = width
         self.stem_stride = stem_stride
         self.input_size = input_size
+        faces = n_classes == len(CELEBAMASK_NAMES)
+        usual_names = CELEBAMASK_NAMES if faces else [f"class {i}" for i in range(n_classes)]
+        usual_excluded = CELEBAMASK_EXCLUDED if faces else (0,)
+        self.classes_excluded = tuple(
+            usual_excluded if classes_excluded is None else classes_excluded
+        )
+        self.class_names = tuple(class_names or usual_names)
+        self._check_classes()
         self.cp = ContextPath(width, stem_stride)
         self.ffm = FeatureFusion(4 * width)
         self.conv_out = OutputHead(4 * width, 4 * width, n_classes)
@@ -225,19 +245,32 @@ class BiSeNet(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self._initialise()
 
+    def _check_classes(self) -> None:
+        for value in self.classes_excluded:
+            if type(value) is not int or not 0 <= value < self.n_classes:
+                raise ValueError(
+                    f"face parser: there is no class {value!r} to exclude in 0 to"
+                    f" {self.n_classes - 1}"
+                )
+        printable = all(isinstance(name, str) and name.isprintable() for name in self.class_names)
+        if len(self.class_names) != self.n_classes or not printable:
+            raise ValueError(f"face parser: class_names are not {self.n_classes} printable names")
+
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
 
     @property
-    def config(self) -> dict[str, int]:
+    def config(self) -> dict[str, Any]:
         """The constructor's arguments, as they are stored next to the weights in a checkpoint."""
         return {
             "n_classes": self.n_classes,
             "width": self.width,
             "stem_stride": self.stem_stride,
             "input_size": self.input_size,
+            "classes_excluded": list(self.classes_excluded),
+            "class_names": list(self.class_names),
         }
 
     def prepare(self, images: Tensor) -> Tensor:

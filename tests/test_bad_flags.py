@@ -174,7 +174,6 @@ ALLOWED = {
     ("train", "teacher_ckpt", ""),
     ("train", "resume", ""),
     ("train_parser", "seed", "-1"),
-    ("train_parser", "eval_only", ""),
 }
 CASES = [
     (script, flag, value)
@@ -208,13 +207,13 @@ MORE = [
     ("train", "--resume run --size 16", "makes 8 px images"),
     ("train", "--resume data", "no config.json"),
     ("train", "--gpu_device_ids x", "integers separated by commas"),
-    ("train_parser", "--batch_size 1", "--batch_size: 1 is not at least 2"),
+    ("train_parser", "--batch_size 1", "--batch_size must be at least 2, not 1"),
     ("train_parser", "--batch_size 99", "more than the pictures"),
     ("train_parser", "--n_classes 2", "class"),
     ("train_parser", "--flip_pairs 1", "no pair of classes"),
     ("train_parser", "--flip_pairs 1,2,3", "no pair of classes"),
-    ("train_parser", "--flip_pairs 1,99", "no class 99"),
-    ("train_parser", "--classes_excluded 99", "no class 99"),
+    ("train_parser", "--flip_pairs 1,99", "--flip_pairs 99: there is no such class"),
+    ("train_parser", "--classes_excluded 99", "--classes_excluded 99: there is no such class"),
     ("train_parser", "--path data", "--path data: no folder images"),
     ("get_fid", "--n_sample 1", "at least 2, not 1"),
     ("get_fid", "--generated_img_size 16", "makes 8 px images"),

@@ -235,11 +235,25 @@ def test_unknown_entries_beside_the_networks_are_ignored(files):
 
 
 @pytest.mark.parametrize(
-    "config", [3, {"input_size": 10**9}, {"input_size": "x"}, {"input_size": 0}, {"depth": 1}]
+    ("config", "message"),
+    [
+        (3, "config does not fit"),
+        ({"input_size": 10**9}, "config does not fit"),
+        ({"input_size": "x"}, "config does not fit"),
+        ({"input_size": 0}, "config does not fit"),
+        ({"depth": 1}, "unexpected keyword"),
+        ({"classes_excluded": 3}, "not iterable"),
+        ({"classes_excluded": [19]}, "no class 19 to exclude in 0 to 18"),
+        ({"classes_excluded": ["x"]}, "no class 'x' to exclude"),
+        ({"classes_excluded": [1.0]}, r"no class 1\.0 to exclude"),
+        ({"class_names": ["a"]}, "are not 19 printable names"),
+        ({"class_names": ["\x1b[2J"] * 19}, "are not 19 printable names"),
+        ({"class_names": [0] * 19}, "are not 19 printable names"),
+    ],
 )
-def test_a_parsers_config_is_checked(files, config):
+def test_a_parsers_config_is_checked(files, config, message):
     content = checkpoint.read(files / "parser.pt") | {"config": config}
-    with pytest.raises(CheckpointError, match=r"config does not fit|unexpected keyword"):
+    with pytest.raises(CheckpointError, match=message):
         load_face_parser(content)
 
 

@@ -16,12 +16,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from Model import checkpoint
-from Model.checkpoint import CheckpointError
-from Model.layers import FusedLeakyReLU, StyledConv, ToRGB
+from Model.errors import CheckpointError
 from Model.nvidia.configuration import Facts, Kind, UnsupportedError
 from Model.nvidia.networks import convert_network
 from Model.nvidia.reader import RefusedError, TensorFlowNetwork, is_pickle, read_pickle
@@ -39,31 +34,33 @@ NAMES: Mapping[str, tuple[str, Kind]] = {
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a file as `Model.checkpoint.read` does; what is not quite the same is a warning.
 
-    A clamp is looked for on one image; a conversion, which happens once, takes more.
-
     Raises:
         CheckpointError: see `import_networks`.
     """
-    content, notes = import_networks(path, n_sample=1)
+    content, notes, clamp = import_networks(path)
+    if clamp is not None:
+        notes.append(
+            f"it was trained with activations clamped to {clamp:g}, and nothing is clamped here;"
+            " python -m Model.nvidia finds out whether they ever reach that"
+        )
     for note in notes:
         warnings.warn(f"{path}: {note}", stacklevel=3)
     return content
 
 
 def import_networks(
-    path: str | os.PathLike[str], n_sample: int = 2, discriminator: bool = True
-) -> tuple[dict[str, Any], list[str]]:
+    path: str | os.PathLike[str], discriminator: bool = True
+) -> tuple[dict[str, Any], list[str], float | None]:
     """Convert a file.
 
     Args:
         path: NVIDIA's pickle.
-        n_sample: images by which it is found out whether a clamp of half precision, which our
-            format has no place for, ever acts. Only made where the file has one.
         discriminator: convert it too; False for a file where it alone is unsupported.
 
     Returns:
         A checkpoint: state dicts ``g``, ``g_ema``, ``d``, as far as there, and ``latent_avg``
-        (style_dim,); and what differs from NVIDIA's networks, one sentence each.
+        (style_dim,); what differs from NVIDIA's networks, one sentence each; and the magnitude at
+        which training in half precision cut activations off, which our format has no place for.
 
     Raises:
         CheckpointError: the file names something that no network needs, is damaged, or holds a
@@ -84,7 +81,8 @@ def import_networks(
         content[ours] = state
         if latent_avg is not None and (ours == "g_ema" or "latent_avg" not in content):
             content["latent_avg"] = latent_avg
-    return content, _notes(path, content, facts, n_sample)
+    clamp = min((f.clamp for f in facts.values() if f.clamp is not None), default=None)
+    return content, _notes(facts), clamp
 
 
 def _reason(error: Exception) -> str:
@@ -125,73 +123,11 @@ def _is_dict(content: Any) -> bool:
     return isinstance(content, dict)
 
 
-def _notes(
-    path: str | os.PathLike[str],
-    content: Mapping[str, Any],
-    facts: Mapping[str, Facts],
-    n_sample: int,
-) -> list[str]:
-    notes = []
-    if "d" in facts and facts["d"].group != 4:
-        group = facts["d"].group or "the whole batch"
-        notes.append(
-            f"its discriminator compares images in groups of {group} (minibatch standard deviation)"
-            ", here they are of 4; batches of more images get other logits"
-        )
-    clamp = min((f.clamp for f in facts.values() if f.clamp is not None), default=None)
-    if clamp is None or not n_sample:
-        return notes
-    key = "g_ema" if "g_ema" in content else "g"
-    named = {name: content[name] for name in (key, "d") if name in content}
-    try:
-        peak = largest_activation(named, key, n_sample)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    if peak >= clamp:
-        notes.append(
-            f"it was trained with activations clamped to {clamp:g} and they reach {peak:.0f} on"
-            f" {n_sample} samples; nothing is clamped here, so images may differ from NVIDIA's"
-        )
-    return notes
-
-
-@torch.no_grad()
-def largest_activation(content: Mapping[str, Any], key: str, n: int) -> float:
-    """Largest magnitude behind the layers that NVIDIA's networks may clamp, on n random images.
-
-    Args:
-        content: checkpoint with a generator and, if there, a discriminator that looks at them.
-        key: of the generator.
-        n: images, made one at a time from seeds 0, 1, ...
-
-    Raises:
-        CheckpointError: a network does not load.
-    """
-    generator = checkpoint.load_generator(content, key)
-    judge = checkpoint.load_discriminator(content) if "d" in content else None
-    peaks = [0.0]
-    for network in (generator, judge):
-        for module in network.modules() if network else ():
-            _watch(module, peaks)
-    for seed in range(n):
-        random = torch.Generator().manual_seed(seed)
-        image = generator.forward(
-            [torch.randn(1, generator.style_dim, generator=random)], randomize_noise=False
-        )
-        if judge:
-            judge(image)
-    return max(peaks)
-
-
-def _watch(module: nn.Module, peaks: list[float]) -> None:
-    """Note the largest magnitude that a layer puts out, before RGB images are added up."""
-    if isinstance(module, StyledConv | FusedLeakyReLU):
-        module.register_forward_hook(lambda _, __, y: peaks.append(y.abs().max().item()))
-    elif isinstance(module, ToRGB):
-
-        def note(layer: ToRGB, inputs: tuple[Any, ...], y: Tensor) -> None:
-            rgb = inputs[2]
-            own = y if rgb is None else y - layer.upsample(rgb)
-            peaks.append(own.abs().max().item())
-
-        module.register_forward_hook(note)
+def _notes(facts: Mapping[str, Facts]) -> list[str]:
+    if "d" not in facts or facts["d"].group == 4:
+        return []
+    group = facts["d"].group or "the whole batch"
+    return [
+        f"its discriminator compares images in groups of {group} (minibatch standard deviation),"
+        " here they are of 4; batches of more images get other logits"
+    ]

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from Model import checkpoint, nvidia
-from Model.checkpoint import CheckpointError
+from Model.errors import CheckpointError
+from Model.layers import FusedLeakyReLU, StyledConv, ToRGB
 from Util.cli import OneLineParser, run_script
 from Util.settings import Settings, add_flags, file_path, from_flags, setting
 
@@ -66,9 +70,11 @@ def convert(source: Path, target: Path, settings: ConvertSettings) -> list[str]:
         raise ValueError(f"{source}: no pickle of NVIDIA's; a .pt needs no conversion")
     if target.is_dir() or target.resolve() == source.resolve():
         raise ValueError(f"{target}: cannot be the result; name another file")
-    content, notes = nvidia.import_networks(source, settings.n_sample, settings.discriminator)
+    content, notes, clamp = nvidia.import_networks(source, settings.discriminator)
     try:
         lines = summary(content)
+        if clamp is not None and settings.n_sample:
+            notes += clamp_notes(content, clamp, settings.n_sample)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
     checkpoint.save(target, content)
@@ -92,6 +98,59 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     if "d" in content:
         lines.append(f"d: discriminator, {checkpoint.load_discriminator(content).size} px")
     return lines + (["latent_avg: mean w"] if "latent_avg" in content else [])
+
+
+def clamp_notes(content: Mapping[str, Any], clamp: float, n: int) -> list[str]:
+    """What to say if activations reach the magnitude at which NVIDIA's networks cut them off."""
+    peak = largest_activation(content, "g_ema" if "g_ema" in content else "g", n)
+    if peak < clamp:
+        return []
+    return [
+        f"it was trained with activations clamped to {clamp:g} and they reach {peak:.0f} on {n}"
+        " samples; nothing is clamped here, so images may differ from NVIDIA's"
+    ]
+
+
+@torch.no_grad()
+def largest_activation(content: Mapping[str, Any], key: str, n: int) -> float:
+    """Largest magnitude behind the layers that NVIDIA's networks may clamp, on n random images.
+
+    Args:
+        content: checkpoint with a generator and, if there, a discriminator that looks at them.
+        key: of the generator.
+        n: images, made one at a time from seeds 0, 1, ...
+
+    Raises:
+        CheckpointError: a network does not load.
+    """
+    generator = checkpoint.load_generator(content, key)
+    judge = checkpoint.load_discriminator(content) if "d" in content else None
+    peaks = [0.0]
+    for network in (generator, judge):
+        for module in network.modules() if network else ():
+            watch(module, peaks)
+    for seed in range(n):
+        random = torch.Generator().manual_seed(seed)
+        image = generator.forward(
+            [torch.randn(1, generator.style_dim, generator=random)], randomize_noise=False
+        )
+        if judge:
+            judge(image)
+    return max(peaks)
+
+
+def watch(module: nn.Module, peaks: list[float]) -> None:
+    """Note the largest magnitude that a layer puts out, before RGB images are added up."""
+    if isinstance(module, StyledConv | FusedLeakyReLU):
+        module.register_forward_hook(lambda _, __, y: peaks.append(y.abs().max().item()))
+    elif isinstance(module, ToRGB):
+
+        def note(layer: ToRGB, inputs: tuple[Any, ...], y: Tensor) -> None:
+            rgb = inputs[2]
+            own = y if rgb is None else y - layer.upsample(rgb)
+            peaks.append(own.abs().max().item())
+
+        module.register_forward_hook(note)
 
 
 def run(args: argparse.Namespace) -> None:
