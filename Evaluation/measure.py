@@ -92,17 +92,17 @@ def measure(settings: MeasureSettings, load_mask: LoadMask) -> Result:
         StatisticsError: the features cannot be compared.
     """
     device = distributed.join(pick_device(settings.device))
-    generator = None if settings.images else settings.load(settings.ckpt, device)
-    size = generator.size if generator else settings.generated_img_size
+    generated = _generated(settings, device)
+    size = generated.size
     parser, masked = settings.parser_file, load_mask if settings.content_aware else None
     inception = settings.inception_ckpt
     extractor = make_extractor(settings.network, inception, parser, masked, device)
-    if generator:
+    if isinstance(generated, Generator):
         with blame("n_sample"):
             width = extractor.dimensions(size, device)
             feature_statistics.check_enough(settings.n_sample, width)
     real = _real(settings, size, extractor, device)
-    made = _made(settings, extractor, generator, device)
+    made = _made(settings, extractor, generated, device)
     first = distributed.rank() == 0
     figures = evaluate(settings.metrics, extractor, made, real, settings.seed) if first else {}
     lines = [f"{name}: {value:.6g}" for name, value in figures.items()]
@@ -117,20 +117,26 @@ def measure(settings: MeasureSettings, load_mask: LoadMask) -> Result:
     return Result(figures, extractor.protocol, lines, settings, chosen)
 
 
+def _generated(settings: MeasureSettings, device: torch.device) -> Generator | Images:
+    """What is measured: a generator, or the images of a folder."""
+    if not settings.images:
+        return settings.load(settings.ckpt, device)
+    with blame("images"):
+        return Images(settings.images, settings.generated_img_size)
+
+
 def _made(
     settings: MeasureSettings,
     extractor: Extractor,
-    generator: Generator | None,
+    generated: Generator | Images,
     device: torch.device,
 ) -> Features:
     """Features of the generator's images, or of those of a folder."""
     n, batch, seed = settings.n_sample, settings.batch_size, settings.seed
-    if generator:
-        return sampled_features(generator, extractor, n, batch, seed, settings.truncation)
-    assert settings.images is not None
+    if isinstance(generated, Generator):
+        return sampled_features(generated, extractor, n, batch, seed, settings.truncation)
     with blame("images"):
-        images = Images(settings.images, settings.generated_img_size)
-        return image_features(images, extractor, batch, settings.workers, device)
+        return image_features(generated, extractor, batch, settings.workers, device)
 
 
 def _real(
