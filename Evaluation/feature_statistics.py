@@ -39,6 +39,26 @@ class Statistics:
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
+def check_features(features: Features, real: Statistics) -> None:
+    """Refuse features that are not finite, or not those of the real images' statistics.
+
+    Raises:
+        StatisticsError: says what is wrong.
+    """
+    if features.shape[1] != len(real.mean):
+        raise StatisticsError(
+            f"statistics of {features.shape[1]} and of {len(real.mean)} features cannot be"
+            " compared; make them again with the same features"
+        )
+    _check_finite(features)
+
+
+def _check_finite(features: Features) -> None:
+    bad = int((~np.isfinite(features)).any(axis=1).sum())
+    if bad:
+        raise StatisticsError(f"features of {bad} of {len(features)} images are NaN or infinite")
+
+
 def check_enough(n: int, dimensions: int) -> None:
     """Refuse a number of images that is too small for statistics of so many features.
 
@@ -65,11 +85,8 @@ def statistics_of(
     Raises:
         StatisticsError: non-finite features, or too few for a covariance of full rank.
     """
-    n, dimensions = features.shape
-    if not np.isfinite(features).all():
-        bad = int((~np.isfinite(features)).any(axis=1).sum())
-        raise StatisticsError(f"features of {bad} of {n} images are NaN or infinite")
-    check_enough(n, dimensions)
+    _check_finite(features)
+    check_enough(*features.shape)
     mean, cov = mean_and_covariance(features)
     return Statistics(mean, cov, features if keep_features else None, record)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from Evaluation import fid, kid, precision_recall
-from Evaluation.feature_statistics import Features, Statistics
+from Evaluation.feature_statistics import Features, Statistics, check_features
 from Evaluation.features import Extractor
 
 
@@ -15,7 +15,7 @@ class Metric:
     Attributes:
         measure: features of generated images (N, D), statistics of real ones, the distance's name
             and a seed >= 0 -> figures by name, the distance first. A metric that is no distance
-            names its figures itself. It raises StatisticsError for too few or non-finite features.
+            names its figures itself.
         description: one line for the command line's help.
         distance: what a distance is called, see `Extractor.distance_name`; None for other metrics.
         needs_features: mean and covariance of the real images are not enough.
@@ -69,6 +69,7 @@ def evaluate(
     Raises:
         StatisticsError: too few generated images, non-finite features, or others than the real.
     """
+    check_features(generated, real)
     figures: dict[str, float] = {}
     for metric in metrics:
         name = METRICS[metric].name(extractor)
