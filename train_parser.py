@@ -24,8 +24,8 @@ EXAMPLE = """example:
 def table(scores: Scores) -> str:
     """Tabulate the scores."""
     lines = ["class              IoU"]
-    rows = zip(scores.class_names, scores.class_iou.tolist(), scores.occurs.tolist(), strict=True)
-    for index, (name, iou, occurs) in enumerate(rows):
+    columns = (scores.class_names, scores.class_iou.tolist(), scores.occurs.tolist())
+    for index, (name, iou, occurs) in enumerate(zip(*columns, strict=True)):
         lines.append(f"{index:>3} {name:<12} " + (f"{iou:.4f}" if occurs else "   (none)"))
     lines.append(f"mean IoU of the {int(scores.occurs.sum())} classes: {scores.mean_iou:.4f}")
     lines.append(f"content-mask IoU: {scores.content_iou:.4f}")

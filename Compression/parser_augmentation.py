@@ -76,7 +76,7 @@ def flip(images: Tensor, labels: Tensor, chosen: Tensor, pairs: Sequence[tuple[i
 
 
 def _uniform(count: int, limit: float, like: Tensor, generator: torch.Generator) -> Tensor:
-    """(count,) draws from [-limit, limit]; drawn on the CPU, so that a seed means the same run."""
+    """Draw (count,) from [-limit, limit], on the CPU, so that a seed means the same run."""
     return (torch.rand(count, generator=generator) * 2 - 1).mul(limit).to(like.device)
 
 

@@ -45,17 +45,11 @@ class ParserSettings(Settings):
         None, "held-out pictures, same layout (default: a part of --path)", metavar="DIR"
     )
     val_fraction: float = setting(
-        0.1,
-        "part of --path that is held out if there is no --val_path, in (0, 1)",
-        above=0,
-        below=1,
-        metavar="X",
+        0.1, "part of --path held out without --val_path", above=0, below=1, metavar="X"
     )
-    out: Path = setting(Path("Model/parser_model/parser.pt"), "checkpoint to write", metavar="FILE")
+    out: Path = setting(Path("Model/parser_model/parser.pt"), "file to write", metavar="FILE")
     eval_only: Path | None = setting(
-        None,
-        "train nothing, score this parser on --val_path, or else on all of --path",
-        metavar="CKPT",
+        None, "only score this parser, on --val_path or else on all of --path", metavar="CKPT"
     )
     size: int = setting(128, "side of the parser's input in pixels", low=1, metavar="PX")
     image_size: int | None = setting(
@@ -65,30 +59,19 @@ class ParserSettings(Settings):
         low=1,
         metavar="PX",
     )
-    n_classes: int = setting(
-        19, "number of classes (default: %(default)s, those of CelebAMask-HQ)", low=1, metavar="N"
-    )
-    class_names: tuple[str, ...] = setting(
-        (), "names of all classes (default: with 19 classes CelebAMask-HQ's, else none)"
-    )
+    n_classes: int = setting(19, "number of classes; CelebAMask-HQ has 19", low=1, metavar="N")
+    class_names: tuple[str, ...] = setting((), "names of all classes (19 have CelebAMask-HQ's)")
     classes_excluded: tuple[int, ...] | None = setting(
-        None,
-        "classes that are no content (default: 0 and, with 19 classes, 16; with --eval_only as the"
-        " parser has it)",
-        nargs="*",
-        metavar="C",
+        None, "classes that are no content (default: 0; of 19, 0 and 16)", nargs="*", metavar="C"
     )
     flip_pairs: tuple[tuple[int, int], ...] | None = setting(
         None,
-        "classes that change places in a mirror image (default: with 19 classes 2,3 4,5 7,8, else"
-        " none)",
+        "classes that change places in a mirror image (default: none; of 19, 2,3 4,5 7,8)",
         nargs="*",
         metavar="A,B",
         parse=class_pair,
     )
-    width: int = setting(
-        8, "channels of the first stage; 64 is the published parser", low=1, metavar="N"
-    )
+    width: int = setting(8, "channels of the first stage, 64 as published", low=1, metavar="N")
     stem_stride: int = setting(
         1,
         "logits are computed at 1 / (2 * N) of --size; 1 keeps the finest detail and costs the"
@@ -103,11 +86,9 @@ class ParserSettings(Settings):
     )
     seed: int = setting(0, "random seed", metavar="N")
     device: str = setting(
-        "auto", "auto, cpu, cuda or cuda:N; auto takes the GPU if there is one", metavar="DEV"
+        "auto", "auto (a GPU if there is one), cpu, cuda or cuda:N", metavar="DEV"
     )
-    workers: int = setting(
-        0, "processes that read pictures; 0 reads in the main one", low=0, metavar="N"
-    )
+    workers: int = setting(0, "processes that read pictures; 0: the main one", low=0, metavar="N")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,25 +101,20 @@ class ParserSettings(Settings):
         Raises:
             SettingError: names the setting.
         """
-        named = {
-            "classes_excluded": self.classes_excluded or (),
-            "flip_pairs": [c for pair in self.flip_pairs or () for c in pair],
-        }
-        for name, classes in named.items():
-            for c in classes:
+        flipped = [c for pair in self.flip_pairs or () for c in pair]
+        for name, classes in (("classes_excluded", self.classes_excluded), ("flip_pairs", flipped)):
+            for c in classes or ():
                 if not 0 <= c < n_classes:
                     raise SettingError(name, f"{c}: there is no such class in 0 to {n_classes - 1}")
-        if self.class_names and len(self.class_names) != n_classes:
-            count = len(self.class_names)
+        count = len(self.class_names) or n_classes
+        if count != n_classes:
             raise SettingError("class_names", f"names {count} classes, but there are {n_classes}")
 
     @property
     def augmentation(self) -> Augmentation:
         """How the training pictures are varied."""
-        faces = self.n_classes == len(CELEBAMASK_NAMES)
-        usual_pairs = CELEBAMASK_FLIP_PAIRS if faces else ()
-        pairs = usual_pairs if self.flip_pairs is None else self.flip_pairs
-        return Augmentation(pairs, self.image_size)
+        usual = CELEBAMASK_FLIP_PAIRS if self.n_classes == len(CELEBAMASK_NAMES) else ()
+        return Augmentation(usual if self.flip_pairs is None else self.flip_pairs, self.image_size)
 
 
 def train_parser(
@@ -233,7 +209,7 @@ def _open(settings: ParserSettings, name: str, size: int, n_classes: int) -> Lab
 
 
 def _open_both(settings: ParserSettings) -> tuple[Dataset[Batch], Dataset[Batch]]:
-    """The pictures to train on and those held out."""
+    """Open the pictures to train on and those held out."""
     how = (settings.size, settings.n_classes)
     everything = _open(settings, "path", *how)
     if settings.val_path is not None:
@@ -267,7 +243,7 @@ def segmentation_loss(outputs: Sequence[Tensor], labels: Tensor, aux_weight: flo
 
 
 def learning_rate_factor(step: int, iterations: int) -> float:
-    """Part of the highest learning rate at a step: linear warm-up, then half a cosine to 0."""
+    """Scale the learning rate at a step: linear warm-up to 1, then half a cosine to 0."""
     warm_up = max(1, round(WARM_UP * iterations))
     if step < warm_up:
         return (step + 1) / warm_up

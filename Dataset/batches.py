@@ -59,7 +59,7 @@ class EndlessBatches(Sampler[list[Item]]):
 
 
 def in_order(n: int, size: int, rank: int = 0, world: int = 1) -> list[list[Item]]:
-    """Batches of the first ``n`` images in order, none flipped; one process's share of them.
+    """Divide the first ``n`` images into batches, in order, none flipped; one process's share.
 
     Batches have ``size`` images, the last one maybe fewer.
     """

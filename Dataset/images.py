@@ -59,7 +59,7 @@ class Images(Dataset[Tensor]):
         return tensor.float().div_(127.5).sub_(1)
 
     def fingerprint(self) -> str:
-        """Eight hexadecimal digits that change when images are added, removed or replaced.
+        """Return eight hexadecimal digits that change with the images that are there.
 
         Of the files' names and sizes, not of their bytes, which would take minutes to read.
         """
@@ -87,7 +87,7 @@ class Images(Dataset[Tensor]):
         return DatasetError(f"{self.path}: {what}: {names}; mend or remove them")
 
     def _readable(self, index: int) -> Image.Image:
-        """The image, or the first readable one after it: a function of the data set alone."""
+        """Read an image, or the first readable one after it: a function of the data set alone."""
         for i in chain(range(index, len(self)), range(index)):
             name = self.source.name(i)
             if name in self.bad:

@@ -56,7 +56,7 @@ class LabelMapDataset(Dataset[tuple[Tensor, Tensor]]):
                 raise LabelMapError(f"{image} has no label map {self.label_path(image)}")
 
     def label_path(self, image: Path) -> Path:
-        """The label map's file of a picture's file."""
+        """Return the file of a picture's label map."""
         return self.path / "labels" / f"{image.stem}.png"
 
     def __len__(self) -> int:

@@ -31,10 +31,7 @@ from Util.settings import Settings, blame, setting
 
 
 def load_batches(
-    dataset: Images,
-    batches: Iterable[list[Item]],
-    workers: int = 0,
-    pin_memory: bool = False,
+    dataset: Images, batches: Iterable[list[Item]], workers: int = 0, pin_memory: bool = False
 ) -> Generator[Tensor, None, None]:
     """Iterate over image batches (N, 3, size, size) in [-1, 1].
 
@@ -109,7 +106,7 @@ def _start_worker(_: int) -> None:
 
 
 def _worker_context() -> BaseContext:
-    """Processes that do not inherit this one's threads, which a plain fork may deadlock on."""
+    """Start processes without this one's threads, on which a plain fork may deadlock."""
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
@@ -120,7 +117,7 @@ def _worker_context() -> BaseContext:
 
 @contextmanager
 def _deaf_to_termination() -> Iterator[None]:
-    """Processes started in the block ignore SIGTERM; the fork server cannot be told later."""
+    """Let processes started in the block ignore SIGTERM; the fork server cannot be told later."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -146,9 +143,10 @@ def _reported(messages: Iterator[Any], images: Images) -> Generator[Tensor, None
 
 
 def _next_message(messages: Iterator[Any], images: Images) -> Any:
-    """What `_Batches` made of the next batch, an error if its process was killed, None at the end.
+    """Fetch what `_Batches` made of the next batch; None at the end.
 
-    The error is returned: a raised one would refer to PyTorch's, whose traceback holds the loader.
+    If its process was killed, return the error: a raised one would refer to PyTorch's, whose
+    traceback holds the loader.
     """
     try:
         return next(messages, None)
@@ -184,7 +182,7 @@ class LoadingSettings(Settings):
 
 
 def images_per_second(images: Images, batch_size: int, workers: int, n_batches: int) -> float:
-    """Speed of the loader alone, without its start."""
+    """Measure the loader alone, without its start."""
     batches = load_batches(images, EndlessBatches(len(images), batch_size), workers)
     for _ in range(2 * workers + 4):  # more than wait ready-made
         next(batches)
@@ -206,10 +204,7 @@ def _measure(settings: LoadingSettings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    prog = "python -m Dataset.images"
     return run_settings(
-        LoadingSettings,
-        _measure,
-        argv,
-        prog="python -m Dataset.images",
-        description="Measure the loader.",
+        LoadingSettings, _measure, argv, prog=prog, description="Measure the loader."
     )

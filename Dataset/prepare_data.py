@@ -49,9 +49,7 @@ class PrepareSettings(Settings):
     size: tuple[int, ...] = setting(..., "sides in pixels: 128,256", metavar="N,...")
     workers: int | None = setting(None, "processes (default: one per core)", low=1)
     format: str = setting(
-        "png",
-        "png keeps the exact pixels, jpeg is faster and smaller for photographs",
-        choices=("png", "jpeg"),
+        "png", "png keeps the exact pixels, jpeg is smaller and faster", choices=("png", "jpeg")
     )
     quality: int | None = setting(None, "of jpeg, 1 to 100 (default: 100)", low=1, high=100)
     max_bad: int = setting(10, "unreadable images to leave out before giving up", low=0)
@@ -74,7 +72,7 @@ class PrepareSettings(Settings):
         return (self.quality or 100) if self.format == "jpeg" else None
 
     def encode(self, image: Image.Image) -> list[bytes]:
-        """Files of one image, in the order of ``sizes``."""
+        """Encode one image in each of the ``sizes``."""
         # Full colour resolution: the JPEG default halves it even at quality 100.
         options = {"quality": self.jpeg_quality, "subsampling": 0} if self.jpeg_quality else {}
         files = []
@@ -114,18 +112,16 @@ def prepare(settings: PrepareSettings, progress: bool = True) -> State:
                 _write_missing(env, state, settings, names, progress)
             except lmdb.Error as error:
                 # A full disk may show as "Input/output error", hence the free space.
-                free = shutil.disk_usage(out).free / 1e6
-                why = f"{error}, with {free:.1f} MB free on its disk"
-                raise DatasetError(f"{out}: {why}; {KEPT}") from None
+                free = f"{shutil.disk_usage(out).free / 1e6:.1f} MB free on its disk"
+                raise DatasetError(f"{out}: {error}, with {free}; {KEPT}") from None
     except BrokenProcessPool:
-        raise DatasetError(
-            f"a worker was killed, perhaps for want of memory (fewer workers take less); {KEPT}"
-        ) from None
+        why = "a worker was killed, perhaps for want of memory (fewer workers take less)"
+        raise DatasetError(f"{why}; {KEPT}") from None
     return state
 
 
 def _record(settings: PrepareSettings, names: list[str]) -> dict[str, Any]:
-    """What the content of an LMDB depends on, the file list as a hash of names and file sizes."""
+    """List what the content of an LMDB depends on; files as a hash of their names and sizes."""
     digest = hashlib.sha256()
     for name in names:
         try:
@@ -157,7 +153,7 @@ def _open(out: Path) -> lmdb.Environment:
 
 
 def _resume(out: Path, env: lmdb.Environment, record: dict[str, Any]) -> State:
-    """The state to go on from: a new one, or the stored one if its record is the same.
+    """Return the state to go on from: a new one, or the stored one if its record is the same.
 
     Raises:
         DatasetError: the LMDB was made otherwise.

@@ -93,13 +93,13 @@ def _hex(rgb: Iterable[float]) -> str:
 
 
 def _random_colour(rng: Generator, saturation: float = 0.0, value: float = 0.15) -> str:
-    """Any hue, with a least saturation and brightness."""
+    """Draw any hue, with a least saturation and brightness."""
     hue, s, v = rng.random(), rng.uniform(saturation, 1), rng.uniform(value, 1)
     return _hex(colorsys.hsv_to_rgb(hue, s, v))
 
 
 def _between(rng: Generator, palette: Sequence[str], spread: float = 0.04) -> str:
-    """A colour between two neighbours of a palette, jittered per channel."""
+    """Draw a colour between two neighbours of a palette, jittered per channel."""
     i, t = int(rng.integers(len(palette) - 1)), rng.random()
     a, b = (np.array([int(c[k : k + 2], 16) for k in (1, 3, 5)]) for c in palette[i : i + 2])
     return _hex(((1 - t) * a + t * b) / 255 + rng.normal(0, spread, 3))
@@ -118,7 +118,7 @@ def _installed() -> Iterator[None]:
 
 @cache
 def _style() -> Any:
-    """The avatar style, read once per process."""
+    """Read the avatar style, once per process."""
     with _installed():
         import dicebear_styles
         from dicebear import Style
@@ -163,7 +163,7 @@ def _flat(definitions: str) -> str:
 
 
 def _placement(rng: Generator) -> tuple[str, float]:
-    """Where the face is: an SVG transform, and the tilt of the face in radians."""
+    """Place the face: return an SVG transform, and the tilt of the face in radians."""
     scale = rng.uniform(0.68, 0.82) * CANVAS / HEAD_HEIGHT
     x, y = CANVAS / 2 + rng.uniform(-0.04, 0.04, 2) * CANVAS
     tilt = float(np.clip(rng.normal(0, 4), -10, 10))
@@ -176,7 +176,7 @@ def _placement(rng: Generator) -> tuple[str, float]:
 
 
 def _gradient(rng: Generator, a: str, b: str) -> tuple[str, str]:
-    """Definitions and drawing of a gradient over the whole picture."""
+    """Draw a gradient over the whole picture; return definitions and drawing."""
     x1, y1, x2, y2 = rng.uniform(-0.1, 1.1, 4)
     stops = f'<stop offset="0" stop-color="{a}"/><stop offset="1" stop-color="{b}"/>'
     if rng.random() < 0.6:
@@ -189,7 +189,7 @@ def _gradient(rng: Generator, a: str, b: str) -> tuple[str, str]:
 
 
 def _texture(rng: Generator, colour: str) -> tuple[str, str]:
-    """Definitions and drawing of a repeated texture: stripes, checks, dots, plaid or bricks."""
+    """Draw a repeated texture: stripes, checks, dots, plaid or bricks; return as `_gradient`."""
     side, angle = rng.uniform(24, 72), rng.uniform(0, 180)
     opacity, h = rng.uniform(0.35, 0.9), side / 2
     tile = [
@@ -209,7 +209,7 @@ def _texture(rng: Generator, colour: str) -> tuple[str, str]:
 
 
 def _shape(rng: Generator, colour: str) -> str:
-    """One circle, ring, box, band or polygon."""
+    """Draw one circle, ring, box, band or polygon."""
     x, y = rng.uniform(0, CANVAS, 2)
     r, kind = rng.uniform(0.06, 0.28) * CANVAS, int(rng.integers(5))
     paint = f'fill="{colour}" opacity="{rng.uniform(0.55, 1):.2f}"'
@@ -229,7 +229,7 @@ def _shape(rng: Generator, colour: str) -> str:
 
 
 def _background(rng: Generator) -> tuple[str, str]:
-    """Definitions and drawing of a busy background from a palette of four colours."""
+    """Draw a busy background from a palette of four colours; return as `_gradient`."""
     palette = [_random_colour(rng, 0.1, 0.2) for _ in range(4)]
     definitions, drawing = _gradient(rng, palette[0], palette[1])
     if rng.random() < 0.6:
@@ -255,7 +255,7 @@ def _document(definitions: str, body: str, edges: str) -> str:
 
 
 def _label_map(flat: Image.Image, tilt: float, eyes: np.ndarray) -> np.ndarray:
-    """Class indices from the flat drawing; eyes and brows split along the face's axis."""
+    """Read class indices off the flat drawing; split eyes and brows along the face's axis."""
     labels = (np.asarray(flat)[..., 0].astype(np.uint8) + 5) // 10
     y, x = np.mgrid[: labels.shape[0], : labels.shape[1]] + 0.5
     right = (x - eyes[0]) * math.cos(tilt) + (y - eyes[1]) * math.sin(tilt) > 0
@@ -341,7 +341,7 @@ def _check_record(settings: ToonFacesSettings) -> None:
 
 
 def _missing(settings: ToonFacesSettings) -> list[int]:
-    """Numbers of the pictures that are not there yet."""
+    """Find the numbers of the pictures that are not there yet."""
     there = {path.stem for path in (settings.out / "images").glob("*.png")}
     if not settings.no_labels:
         there &= {path.stem for path in (settings.out / "labels").glob("*.png")}

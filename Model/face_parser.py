@@ -229,12 +229,11 @@ class BiSeNet(nn.Module):
         self.stem_stride = stem_stride
         self.input_size = input_size
         faces = n_classes == len(CELEBAMASK_NAMES)
-        usual_names = CELEBAMASK_NAMES if faces else [f"class {i}" for i in range(n_classes)]
-        usual_excluded = CELEBAMASK_EXCLUDED if faces else (0,)
-        self.classes_excluded = tuple(
-            usual_excluded if classes_excluded is None else classes_excluded
-        )
-        self.class_names = tuple(class_names or usual_names)
+        if classes_excluded is None:
+            classes_excluded = CELEBAMASK_EXCLUDED if faces else (0,)
+        if not class_names:
+            class_names = CELEBAMASK_NAMES if faces else [f"class {i}" for i in range(n_classes)]
+        self.classes_excluded, self.class_names = tuple(classes_excluded), tuple(class_names)
         self._check_classes()
         self.cp = ContextPath(width, stem_stride)
         self.ffm = FeatureFusion(4 * width)
@@ -248,12 +247,10 @@ class BiSeNet(nn.Module):
     def _check_classes(self) -> None:
         for value in self.classes_excluded:
             if type(value) is not int or not 0 <= value < self.n_classes:
-                raise ValueError(
-                    f"face parser: there is no class {value!r} to exclude in 0 to"
-                    f" {self.n_classes - 1}"
-                )
-        printable = all(isinstance(name, str) and name.isprintable() for name in self.class_names)
-        if len(self.class_names) != self.n_classes or not printable:
+                known = f"0 to {self.n_classes - 1}"
+                raise ValueError(f"face parser: there is no class {value!r} to exclude in {known}")
+        printable = [isinstance(name, str) and name.isprintable() for name in self.class_names]
+        if len(printable) != self.n_classes or not all(printable):
             raise ValueError(f"face parser: class_names are not {self.n_classes} printable names")
 
     def _initialise(self) -> None:

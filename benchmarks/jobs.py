@@ -27,6 +27,7 @@ from benchmarks.timing import (
     interleaved,
     milliseconds,
     run_benchmark,
+    some_of,
     table,
 )
 from Compression.content import ContentParser
@@ -43,7 +44,6 @@ from Model.discriminator import Discriminator
 from Model.face_parser import BiSeNet, fold_batch_norm
 from Model.generator import Generator, full_size_channels
 from train_hyperparams import TrainConfig
-from Util.settings import setting
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,12 +218,7 @@ START = "start"
 class JobSettings(Measurement):
     """Which jobs are measured."""
 
-    only: tuple[str, ...] = setting(
-        (*JOBS, START),
-        f"of {','.join(JOBS)},{START} (default: all)",
-        choices=(*JOBS, START),
-        metavar="JOB,...",
-    )
+    only: tuple[str, ...] = some_of([*JOBS, START])
 
 
 def compared(pair: Pair, rounds: int) -> Result:

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from benchmarks.jobs import JOBS
-from benchmarks.timing import Measurement, run_benchmark, table
+from benchmarks.timing import Measurement, run_benchmark, some_of, table
 from Util.device import pick_device
-from Util.settings import setting
 
 SIDES = ("textbook", "ours")
 
@@ -30,13 +29,11 @@ SIDES = ("textbook", "ours")
 class MemorySettings(Measurement):
     """Which jobs are measured."""
 
-    only: tuple[str, ...] = setting(
-        tuple(JOBS), f"of {','.join(JOBS)} (default: all)", choices=tuple(JOBS), metavar="JOB,..."
-    )
+    only: tuple[str, ...] = some_of(JOBS)
 
 
 def resident_gib() -> float:
-    """Memory that this process needs now (Linux with glibc): what was freed is given back first."""
+    """Measure what this process needs now (Linux with glibc), freed memory given back first."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return _status("VmRSS")
@@ -49,7 +46,7 @@ def _status(entry: str) -> float:
 
 
 def rise(job: str, index: int, side: str, threads: int | None) -> tuple[str, float] | None:
-    """Name of a job's pair and the memory one formulation takes; None if there is no such pair."""
+    """Measure the memory one formulation of a job's pair takes; None without such a pair."""
     pick_device("cpu")
     torch.set_num_threads(threads or torch.get_num_threads())
     pair = next(itertools.islice(JOBS[job](), index, None), None)

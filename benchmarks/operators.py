@@ -57,10 +57,7 @@ class OperatorSettings(Measurement):
     """Where the operators run, and what is counted as their time."""
 
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", metavar="DEV")
-    cpu_time: bool = setting(
-        False,
-        "count this thread's processor time only (one thread, on a machine that is shared)",
-    )
+    cpu_time: bool = setting(False, "count this thread's processor time only, on a shared machine")
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class Operation:
 def textbook_epilogue(
     x: Tensor, bias: Tensor, noise: Tensor, strength: Tensor, gain: Tensor
 ) -> Tensor:
-    """Demodulation, noise, bias, leaky ReLU and gain, each over all of memory."""
+    """Demodulate, add noise and bias, apply leaky ReLU and gain, each over all of memory."""
     y = x * gain[:, :, None, None]
     y = y + strength * noise
     y = y + bias.view(1, -1, 1, 1)
@@ -83,7 +80,7 @@ def textbook_epilogue(
 
 
 def layer(n: int, c: int, side: int) -> Operation:
-    """A styled convolution with (n, c, side, side) activations, on the CPU."""
+    """Make a styled convolution with (n, c, side, side) activations, on the CPU."""
     x = torch.randn(n, c, side, side).contiguous(memory_format=torch.channels_last)
     weight, style = torch.randn(c, c, 3, 3) / (3 * c**0.5), torch.randn(n, c)
     bias, noise, strength = torch.randn(c), torch.randn(n, 1, side, side), torch.randn(1)
@@ -100,7 +97,7 @@ def layer(n: int, c: int, side: int) -> Operation:
 
 
 def operations(n: int, c: int, side: int, device: str) -> list[Operation]:
-    """The operations of a layer with (n, c, side, side) activations."""
+    """Make the operations of a layer with (n, c, side, side) activations."""
 
     def randn(*shape: int) -> Tensor:
         x = torch.randn(shape, device=device)
@@ -171,7 +168,7 @@ def timed(
 def row(
     operation: Operation, shape: tuple[int, ...], way: str, times: dict[str, Timing]
 ) -> dict[str, object]:
-    """One line of the result: times, ratios, and bytes per second where a copy is there."""
+    """Make a line of the result: times, ratios, and bytes per second where a copy is there."""
     native = times["native"].median
     result: dict[str, object] = {
         "operation": operation.name,
@@ -200,8 +197,7 @@ def measure(settings: OperatorSettings) -> list[dict[str, object]]:
         layers = [layer(n, c, side)] if settings.device == "cpu" else []
         for operation in layers + operations(n, c, side, settings.device):
             shape = tuple(operation.x.shape)
-            passes = timed(operation, settings.rounds, settings.device, clock)
-            for way, times in passes.items():
+            for way, times in timed(operation, settings.rounds, settings.device, clock).items():
                 result = row(operation, shape, way, times)
                 results.append(result)
                 speed = (

@@ -6,10 +6,10 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -43,6 +43,13 @@ class Measurement(Settings):
 Kind = TypeVar("Kind", bound=Measurement)
 
 
+def some_of(jobs: Iterable[str]) -> Any:
+    """Make the setting of the jobs to measure."""
+    names = tuple(jobs)
+    text = f"of {','.join(names)} (default: all)"
+    return setting(names, text, choices=names, metavar="JOB,...")
+
+
 def run_benchmark(
     kind: type[Kind],
     measure: Callable[[Kind], object],
@@ -52,15 +59,7 @@ def run_benchmark(
 ) -> int:
     """Parse the flags, print what the numbers depend on, measure, and write JSON if asked.
 
-    Args:
-        kind: the settings.
-        measure: measures, prints a table, and returns the numbers.
-        argv: the command line; None takes that of the process.
-        name: of the benchmark.
-        description: what it measures.
-
-    Returns:
-        The exit code.
+    ``measure`` prints a table and returns the numbers. See `run_settings`.
     """
 
     def run(settings: Kind) -> None:

@@ -25,7 +25,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What messages call a picture, with the source's path."""
+        """Name a picture for messages, with the source's path."""
 
     def read(self, index: int) -> Image.Image:
         """Decode a picture to RGB, of any size.

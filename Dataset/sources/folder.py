@@ -56,7 +56,7 @@ class Folder:
         return len(self.files)
 
     def name(self, index: int) -> str:
-        """The file, with the folder."""
+        """Name the file, with the folder."""
         return str(self.path / self.files[index])
 
     def read(self, index: int) -> Image.Image:

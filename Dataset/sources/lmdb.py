@@ -21,7 +21,7 @@ STATE_KEY = b"prepare_data"
 
 
 def image_key(size: int, index: int) -> bytes:
-    """Key of an image, like ``256-00000``."""
+    """Make the key of an image, like ``256-00000``."""
     return f"{size}-{index:05d}".encode()
 
 
@@ -50,7 +50,7 @@ class State:
         return self.done == self.settings["files"]
 
     def to_bytes(self) -> bytes:
-        """As stored in the LMDB."""
+        """Encode as stored in the LMDB."""
         return json.dumps(vars(self)).encode()
 
     @classmethod
@@ -137,7 +137,7 @@ class Lmdb:
         return self.length
 
     def name(self, index: int) -> str:
-        """The folder and the index."""
+        """Name the folder and the index."""
         return f"{self.path} image {index}"
 
     def read(self, index: int) -> Image.Image:
@@ -162,7 +162,7 @@ def open_lmdb(path: Path, size: int) -> Lmdb | None:
 
 
 def _unfit(transaction: lmdb.Transaction, stored: bytes, size: int) -> str:
-    """What is wrong with a finished LMDB, if anything."""
+    """Say what is wrong with a finished LMDB, if anything."""
     sizes, entries = _sizes_held(transaction), transaction.stat()["entries"]
     if size not in sizes:
         return f"no images of {size} px, but of {sizes}; choose one of these"
@@ -175,7 +175,7 @@ def _unfit(transaction: lmdb.Transaction, stored: bytes, size: int) -> str:
 
 
 def _unfinished(state: State | None, path: Path) -> str:
-    """What an LMDB without a length is, and how to complete it."""
+    """Say what an LMDB without a length is, and how to complete it."""
     if state is None:
         return "no key 'length'; make one with: python -m Dataset.prepare_data"
     done, settings = state.done, state.settings
@@ -188,7 +188,7 @@ def _unfinished(state: State | None, path: Path) -> str:
 
 
 def _sizes_held(transaction: lmdb.Transaction) -> list[int]:
-    """Image sizes in an LMDB, in pixels, found by jumping over each size's keys."""
+    """List the image sizes in an LMDB, in pixels, by jumping over each size's keys."""
     sizes, cursor = [], transaction.cursor()
     more = cursor.first()
     while more:
