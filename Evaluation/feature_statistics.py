@@ -72,7 +72,7 @@ def check_enough(n: int, dimensions: int) -> None:
 
 
 def mean_and_covariance(features: NDArray[np.floating]) -> tuple[Array, Array]:
-    """Mean (D,) and unbiased covariance (D, D) of features (N, D), N >= 2, in float64."""
+    """Compute mean (D,) and unbiased covariance (D, D) of features (N, D), N >= 2, in float64."""
     features = np.asarray(features, dtype=np.float64)
     return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
 
@@ -80,7 +80,7 @@ def mean_and_covariance(features: NDArray[np.floating]) -> tuple[Array, Array]:
 def statistics_of(
     features: Features, record: Mapping[str, Any], keep_features: bool = False
 ) -> Statistics:
-    """Statistics of features (N, D).
+    """Compute statistics of features (N, D).
 
     Raises:
         StatisticsError: non-finite features, or too few for a covariance of full rank.
@@ -157,7 +157,7 @@ def _check(found: Statistics, path: Path) -> None:
 
 
 def find(path: Path, record: Mapping[str, Any], need_features: bool) -> Statistics | None:
-    """Statistics from a file, or None if there is none that was made from the same record.
+    """Read statistics from a file, or return None unless they are of the same record.
 
     Raises:
         StatisticsError: the file holds no statistics.

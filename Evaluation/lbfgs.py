@@ -81,7 +81,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _evaluate(objective: Objective, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (M,) and gradients (M, D); the sum's gradient is each problem's own."""
+    """Compute values (M,) and gradients (M, D); the sum's gradient is each problem's own."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         value = objective(x, rows)
@@ -92,7 +92,7 @@ def _evaluate(objective: Objective, x: Tensor, rows: Tensor) -> tuple[Tensor, Te
 def _inverse_hessian_product(
     gradient: Tensor, moves: Tensor, turns: Tensor, weight: Tensor, scale: Tensor, order: list[int]
 ) -> Tensor:
-    """The two-loop recursion (algorithm 7.4) over the pairs of ``order``, newest first."""
+    """Run the two-loop recursion (algorithm 7.4) over the pairs of ``order``, newest first."""
     result = gradient.clone()
     alphas = []
     for i in order:

@@ -123,7 +123,7 @@ def _made(
     generator: Generator | None,
     device: torch.device,
 ) -> Features:
-    """Features of the generator's images, or of those of a folder."""
+    """Compute features of the generator's images, or of those of a folder."""
     n, batch, seed = settings.n_sample, settings.batch_size, settings.seed
     if generator:
         return sampled_features(generator, extractor, n, batch, seed, settings.truncation)
@@ -136,7 +136,7 @@ def _made(
 def _real(
     settings: MeasureSettings, size: int, extractor: Extractor, device: torch.device
 ) -> Statistics:
-    """Statistics of the real images."""
+    """Find the statistics of the real images."""
     stats, whole = settings.stats, need_features(settings.metrics)
     if stats and stats.is_dir():
         raise SettingError("stats", f"{stats} is a folder; name a file")

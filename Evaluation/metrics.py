@@ -32,7 +32,7 @@ class Metric:
         return self.distance is not None
 
     def name(self, extractor: Extractor) -> str:
-        """What the distance is called with these features; empty for other metrics."""
+        """Name the distance of these features; empty for other metrics."""
         return extractor.distance_name(*self.distance) if self.distance else ""
 
 
@@ -44,12 +44,12 @@ METRICS = {
 
 
 def need_features(metrics: Sequence[str]) -> bool:
-    """Whether any of the metrics needs the features of the real images themselves."""
+    """Return whether any of the metrics needs the features of the real images themselves."""
     return any(METRICS[metric].needs_features for metric in metrics)
 
 
 def distance_key(metrics: Sequence[str], extractor: Extractor) -> str | None:
-    """The name of the first figure that is a distance, or None."""
+    """Return the name of the first figure that is a distance, or None."""
     names = (METRICS[metric].name(extractor) for metric in metrics)
     return next(filter(None, names), None)
 
