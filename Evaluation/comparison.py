@@ -7,7 +7,7 @@ from Evaluation.distances import Distance
 
 
 def content_l1(student: Tensor, teacher: Tensor, mask: Tensor) -> float:
-    """Mean absolute difference per value inside the content mask.
+    """Compute the mean absolute difference per value inside the content mask.
 
     Args:
         student: (N, 3, H, W) images, nominally in [-1, 1].
@@ -22,7 +22,7 @@ def content_l1(student: Tensor, teacher: Tensor, mask: Tensor) -> float:
 
 
 def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Peak signal-to-noise ratio of image pairs, with the peak-to-peak range of 2 as the peak.
+    """Compute the peak signal-to-noise ratio of image pairs; the peak is their range, 2.
 
     Args:
         a: (N, 3, H, W), nominally in [-1, 1]; clamped to it, without an 8-bit step.
@@ -41,7 +41,7 @@ def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def fidelity(real: Tensor, made: Tensor, mask: Tensor, perceptual: Distance) -> dict[str, Tensor]:
-    """Distances of pictures to the real ones.
+    """Measure how close pictures are to the real ones.
 
     Args:
         real: (N, 3, H, W) in [-1, 1].

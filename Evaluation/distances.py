@@ -72,14 +72,14 @@ class ParserDistance(nn.Module):
         return [F.normalize(f, dim=1) for f in features]
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distance of each pair of (N, 3, H, W) in [-1, 1], (N,) >= 0, differentiable."""
+        """Compare pairs of (N, 3, H, W) in [-1, 1]: (N,) >= 0, differentiable."""
         pairs = zip(self._features(a), self._features(b), strict=True)
         distances = [(x - y).square().sum(dim=1).mean(dim=(1, 2)) for x, y in pairs]
         return torch.stack(distances).sum(dim=0)
 
 
 def load_lpips(name: str, trunk: str | Path | None = None) -> nn.Module:
-    """LPIPS of the lpips package, frozen.
+    """Load LPIPS of the lpips package, frozen.
 
     Args:
         name: vgg, alex or squeeze.
@@ -103,7 +103,7 @@ def load_lpips(name: str, trunk: str | Path | None = None) -> nn.Module:
 
 
 def _published_trunk(name: str) -> Path:
-    """Torchvision's ImageNet weights."""
+    """Find or download torchvision's ImageNet weights."""
     url = torchvision.models.get_model_weights(LPIPS_TRUNKS[name]).IMAGENET1K_V1.url
     file = f"torchvision's {LPIPS_TRUNKS[name]} file"
     return downloaded(url, f"name {file} by the setting perceptual_ckpt, or take perceptual parser")

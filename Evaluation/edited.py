@@ -122,7 +122,7 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
 
 
 def _load_faces(settings: EditedSettings, models: Mapping[str, Generator]) -> dict[str, Faces]:
-    """The faces A and B of every model."""
+    """Find the faces A and B of every model."""
     projected = [_projected(settings, side, models) for side in "ab"]
     a = _numbers("a", settings.a, projected[0], range(3))
     n = len(a) if settings.mode == "morphing" else 5
@@ -142,7 +142,7 @@ def _load_faces(settings: EditedSettings, models: Mapping[str, Generator]) -> di
 def _projected(
     settings: EditedSettings, side: str, models: Mapping[str, Generator]
 ) -> dict[str, Latents]:
-    """The projected pictures of a side by model, empty if there are none."""
+    """Load the projected pictures of a side by model, none if there are no files."""
     name, latents = f"projection_{side}", {}
     files: Files = getattr(settings, name)
     if files and len(files) != len(models):
@@ -161,7 +161,7 @@ def _projected(
 def _numbers(
     side: str, numbers: Numbers, projected: Mapping[str, Latents], default: Sequence[int]
 ) -> Sequence[int]:
-    """The faces that the settings name, within those there are."""
+    """Choose the faces that the settings name among those there are."""
     n = min(map(len, projected.values()), default=None)
     if numbers is None:
         return default if n is None else range(n)
@@ -220,7 +220,7 @@ def _morph(faces: Faces, scale: float, content: Content, distance: Distance, n: 
 def _frames(
     models: Mapping[str, Generator], faces: Mapping[str, Faces], scale: float, n: int
 ) -> Iterator[np.ndarray]:
-    """Pictures of an animation that goes from A to B and back, slowly at both."""
+    """Render an animation that goes from A to B and back, slowly at both."""
     for k in tqdm(range(n), desc="morphing", unit="frame", disable=not n):
         t = (1 - math.cos(2 * math.pi * k / n)) / 2
         blocks = {}
@@ -231,7 +231,7 @@ def _frames(
 
 
 def _table(figures: Mapping[str, Mapping[str, float]]) -> str:
-    """One line for each model, one column for each distance."""
+    """Format one line for each model, one column for each distance."""
     width = max(map(len, figures)) + 2
     lines = [" " * width + "".join(f"{key:>14}" for key in next(iter(figures.values())))]
     for name, distances in figures.items():
@@ -241,7 +241,7 @@ def _table(figures: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _protocol(settings: EditedSettings) -> dict[str, str]:
-    """What the distances mean."""
+    """Say what the distances mean."""
     what = "means over all pairs of A and B"
     if settings.mode == "morphing":
         what = f"means over the {settings.steps} pictures of each row and over the rows"

@@ -64,7 +64,7 @@ def morph(a: Latents, b: Latents, t: float) -> Latents:
 
 
 def style_layers(text: str, n_latent: int) -> range:
-    """Layers of w+ that a text names: coarse, middle, fine, ``3``, or ``0-3`` with both ends.
+    """Find the layers of w+ of a text: coarse, middle, fine, ``3``, or ``0-3`` with both ends.
 
     Raises:
         ValueError: it names none of the ``n_latent`` layers, or one that does not exist.
@@ -101,7 +101,7 @@ def mix(a: Latents, b: Latents, layers: Sequence[int]) -> Latents:
 
 
 def mixing_distances(a: Tensor, b: Tensor, mixed: Tensor, distance: Distance) -> dict[str, float]:
-    """How much of both faces a style mix keeps.
+    """Measure how much of both faces a style mix keeps.
 
     Args:
         a: (A, 3, H, W) unedited pictures, already multiplied by their content masks.
@@ -122,7 +122,7 @@ def mixing_distances(a: Tensor, b: Tensor, mixed: Tensor, distance: Distance) ->
 
 
 def morphing_distances(frames: Sequence[Tensor], distance: Distance) -> dict[str, float]:
-    """How much of its ends a morph keeps, and how even its steps are.
+    """Measure how much of its ends a morph keeps, and how even its steps are.
 
     Args:
         frames: at least 3 times (N, 3, H, W), from the first end to the second, already multiplied

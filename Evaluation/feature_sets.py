@@ -23,7 +23,7 @@ from Util import distributed
 def all_features(
     extractor: Extractor, batches: Iterable[Tensor], device: torch.device, n: int, what: str
 ) -> Features:
-    """Features (n, D) of every process's batches, in order, under a progress bar."""
+    """Compute features (n, D) of all processes' batches, in order, under a progress bar."""
     quiet, step, own = distributed.rank() != 0, distributed.world_size(), []
     with tqdm(total=n, desc=what, unit="img", leave=False, disable=quiet) as bar:
         for images in batches:
@@ -40,7 +40,7 @@ def sampled_features(
     seed: int,
     truncation: float = 1.0,
 ) -> Features:
-    """Features (n, D) of images 0 to n - 1 of a generator, shared by the processes."""
+    """Compute features (n, D) of a generator's images 0 to n - 1; the processes share them."""
     centre = sampling.mean_latent(generator, seed) if truncation < 1 else None
     shares = sampling.shares(n, batch_size, distributed.rank(), distributed.world_size())
     batches = (sampling.images(generator, s, seed, truncation, centre) for s in shares)
@@ -51,7 +51,7 @@ def sampled_features(
 def image_features(
     images: Images, extractor: Extractor, batch_size: int, workers: int, device: torch.device
 ) -> Features:
-    """Features (N, D) of all images of a data set, shared by the processes."""
+    """Compute features (N, D) of all images of a data set; the processes share them."""
     own = in_order(len(images), batch_size, distributed.rank(), distributed.world_size())
     batches = load_batches(images, own, workers, device.type == "cuda")
     return all_features(extractor, batches, device, len(images), f"images of {images.path}")
@@ -87,7 +87,7 @@ def real_statistics(
     workers: int = 0,
     need_features: bool = False,
 ) -> Statistics:
-    """Statistics of real images, made once and kept; all processes take part.
+    """Make statistics of real images once and keep them; all processes take part.
 
     Args:
         images: the data set.

@@ -39,6 +39,26 @@ class Statistics:
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
+def check_features(features: Features, real: Statistics) -> None:
+    """Refuse features that are not finite, or not those of the real images' statistics.
+
+    Raises:
+        StatisticsError: says what is wrong.
+    """
+    if features.shape[1] != len(real.mean):
+        raise StatisticsError(
+            f"statistics of {features.shape[1]} and of {len(real.mean)} features cannot be"
+            " compared; make them again with the same features"
+        )
+    _check_finite(features)
+
+
+def _check_finite(features: Features) -> None:
+    bad = int((~np.isfinite(features)).any(axis=1).sum())
+    if bad:
+        raise StatisticsError(f"features of {bad} of {len(features)} images are NaN or infinite")
+
+
 def check_enough(n: int, dimensions: int) -> None:
     """Refuse a number of images that is too small for statistics of so many features.
 
@@ -52,7 +72,7 @@ def check_enough(n: int, dimensions: int) -> None:
 
 
 def mean_and_covariance(features: NDArray[np.floating]) -> tuple[Array, Array]:
-    """Mean (D,) and unbiased covariance (D, D) of features (N, D), N >= 2, in float64."""
+    """Compute mean (D,) and unbiased covariance (D, D) of features (N, D), N >= 2, in float64."""
     features = np.asarray(features, dtype=np.float64)
     return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
 
@@ -60,16 +80,13 @@ def mean_and_covariance(features: NDArray[np.floating]) -> tuple[Array, Array]:
 def statistics_of(
     features: Features, record: Mapping[str, Any], keep_features: bool = False
 ) -> Statistics:
-    """Statistics of features (N, D).
+    """Compute statistics of features (N, D).
 
     Raises:
         StatisticsError: non-finite features, or too few for a covariance of full rank.
     """
-    n, dimensions = features.shape
-    if not np.isfinite(features).all():
-        bad = int((~np.isfinite(features)).any(axis=1).sum())
-        raise StatisticsError(f"features of {bad} of {n} images are NaN or infinite")
-    check_enough(n, dimensions)
+    _check_finite(features)
+    check_enough(*features.shape)
     mean, cov = mean_and_covariance(features)
     return Statistics(mean, cov, features if keep_features else None, record)
 
@@ -140,7 +157,7 @@ def _check(found: Statistics, path: Path) -> None:
 
 
 def find(path: Path, record: Mapping[str, Any], need_features: bool) -> Statistics | None:
-    """Statistics from a file, or None if there is none that was made from the same record.
+    """Read statistics from a file, or return None unless they are of the same record.
 
     Raises:
         StatisticsError: the file holds no statistics.

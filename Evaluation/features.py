@@ -43,13 +43,13 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features (N, D) in float32."""
+        """Compute features (N, D) in float32."""
         if self.mask is not None:
             images = images * self.mask(images)
         return self.network(images).float()
 
     def distance_name(self, abbreviation: str, kind: str) -> str:
-        """What a distance of these features is called.
+        """Name a distance of these features.
 
         Args:
             abbreviation: its name with the features of Inception, such as "FID".
@@ -64,13 +64,13 @@ class Extractor:
 
 
 def fingerprint(file: Path) -> str:
-    """First eight hexadecimal digits of a file's SHA-256."""
+    """Return the first eight hexadecimal digits of a file's SHA-256."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:8]
 
 
 def _inception_extractor(file: Path | None, device: torch.device) -> Extractor:
-    """The FID Inception network's pooled features; None takes the downloaded weights."""
+    """Extract the FID Inception network's pooled features; None takes downloaded weights."""
     network = load_inception(file, device)
     protocol = (
         f"Inception {fingerprint(file or download_path(URL))}, {DIMENSIONS} pooled features; float"
@@ -80,7 +80,7 @@ def _inception_extractor(file: Path | None, device: torch.device) -> Extractor:
 
 
 def _parser_extractor(file: Path, device: torch.device) -> Extractor:
-    """The features of a face parser's trunk, each stage averaged over the picture."""
+    """Extract the features of a face parser's trunk, each stage averaged over the picture."""
     parser = fold_batch_norm(load_face_parser(file, device))
 
     def network(images: Tensor) -> Tensor:

@@ -2,36 +2,21 @@
 
 import numpy as np
 
-from Evaluation.feature_statistics import (
-    Array,
-    Features,
-    Statistics,
-    StatisticsError,
-    statistics_of,
-)
+from Evaluation.feature_statistics import Array, Features, Statistics, statistics_of
 
 
 def measure(generated: Features, real: Statistics, name: str, seed: int) -> dict[str, float]:
-    """The metric fid; see `Evaluation.metrics.Metric`."""
+    """Measure fid; see `Evaluation.metrics.Metric`."""
     return {name: distance(statistics_of(generated, {}), real)}
 
 
 def distance(a: Statistics, b: Statistics) -> float:
-    """Frechet distance of two sets.
-
-    Raises:
-        StatisticsError: they are of different features.
-    """
-    if a.mean.shape != b.mean.shape:
-        raise StatisticsError(
-            f"statistics of {len(a.mean)} and of {len(b.mean)} features cannot be compared; make"
-            " them again with the same features"
-        )
+    """Compute the Frechet distance of two sets of the same features."""
     return frechet_distance(a.mean, a.cov, b.mean, b.cov)
 
 
 def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:
-    """Squared Frechet distance of two normal distributions (eq. 6).
+    """Compute the squared Frechet distance of two normal distributions (eq. 6).
 
     The trace of the matrix root is that of the symmetric A^(1/2) B A^(1/2), so two symmetric
     eigenvalue problems replace the general root: no imaginary parts, and singular covariances

@@ -83,6 +83,6 @@ def _renderer(settings: GeneratedSettings, models: Mapping[str, Generator]) -> R
 
 
 def _walk(n: int, render: Render, start: Tensor, through: Tensor) -> Iterator[np.ndarray]:
-    """Frames of a closed walk; the first one is the picture of ``start``."""
+    """Render a closed walk; the first frame is the picture of ``start``."""
     for k in tqdm(range(n), desc="walking", unit="frame", disable=not n):
         yield render(circle(start, through, k / n))

@@ -131,7 +131,7 @@ def _made(
     generated: Generator | Images,
     device: torch.device,
 ) -> Features:
-    """Features of the generator's images, or of those of a folder."""
+    """Compute features of the generator's images, or of those of a folder."""
     n, batch, seed = settings.n_sample, settings.batch_size, settings.seed
     if isinstance(generated, Generator):
         return sampled_features(generated, extractor, n, batch, seed, settings.truncation)
@@ -142,7 +142,7 @@ def _made(
 def _real(
     settings: MeasureSettings, size: int, extractor: Extractor, device: torch.device
 ) -> Statistics:
-    """Statistics of the real images."""
+    """Find the statistics of the real images."""
     stats, whole = settings.stats, need_features(settings.metrics)
     if stats and stats.is_dir():
         raise SettingError("stats", f"{stats} is a folder; name a file")

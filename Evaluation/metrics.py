@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from Evaluation import fid, kid, precision_recall
-from Evaluation.feature_statistics import Features, Statistics
+from Evaluation.feature_statistics import Features, Statistics, check_features
 from Evaluation.features import Extractor
 
 
@@ -15,7 +15,7 @@ class Metric:
     Attributes:
         measure: features of generated images (N, D), statistics of real ones, the distance's name
             and a seed >= 0 -> figures by name, the distance first. A metric that is no distance
-            names its figures itself. It raises StatisticsError for too few or non-finite features.
+            names its figures itself.
         description: one line for the command line's help.
         distance: what a distance is called, see `Extractor.distance_name`; None for other metrics.
         needs_features: mean and covariance of the real images are not enough.
@@ -32,7 +32,7 @@ class Metric:
         return self.distance is not None
 
     def name(self, extractor: Extractor) -> str:
-        """What the distance is called with these features; empty for other metrics."""
+        """Name the distance of these features; empty for other metrics."""
         return extractor.distance_name(*self.distance) if self.distance else ""
 
 
@@ -44,12 +44,12 @@ METRICS = {
 
 
 def need_features(metrics: Sequence[str]) -> bool:
-    """Whether any of the metrics needs the features of the real images themselves."""
+    """Return whether any of the metrics needs the features of the real images themselves."""
     return any(METRICS[metric].needs_features for metric in metrics)
 
 
 def distance_key(metrics: Sequence[str], extractor: Extractor) -> str | None:
-    """The name of the first figure that is a distance, or None."""
+    """Return the name of the first figure that is a distance, or None."""
     names = (METRICS[metric].name(extractor) for metric in metrics)
     return next(filter(None, names), None)
 
@@ -69,6 +69,7 @@ def evaluate(
     Raises:
         StatisticsError: too few generated images, non-finite features, or others than the real.
     """
+    check_features(generated, real)
     figures: dict[str, float] = {}
     for metric in metrics:
         name = METRICS[metric].name(extractor)

@@ -49,7 +49,7 @@ class PathPairs:
 
     @torch.no_grad()
     def images(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Both images of these pairs, (n, 3, size, size) each."""
+        """Make both images of these pairs, (n, 3, size, size) each."""
         n, g = len(indices), self.generator
         ends = [2 * i for i in indices], [2 * i + 1 for i in indices]
         start, end = (g.mapping(draw_z(g, numbers, self.seed)) for numbers in ends)
@@ -61,7 +61,7 @@ class PathPairs:
         return images[:n], images[n:]
 
     def _positions(self, indices: Sequence[int]) -> Tensor:
-        """Where on their lines the two images of every pair are, (2, n, 1)."""
+        """Draw where on their lines the two images of every pair are, (2, n, 1)."""
         t = [torch.rand(1, generator=stream(self.seed, i, POSITION)) for i in indices]
         return torch.stack(t).repeat(2, 1, 1) + torch.tensor([0.0, self.eps]).view(2, 1, 1)
 
@@ -72,7 +72,7 @@ def pair_distances(
     batches: Sequence[Sequence[int]],
     progress: Callable[[int], object] = lambda n: None,
 ) -> list[Tensor]:
-    """Perceptual distances of pairs, one (n,) on the CPU for every batch of their numbers."""
+    """Compute distances of pairs, one (n,) on the CPU for every batch of their numbers."""
     distances = []
     for indices in batches:
         distances.append(perceptual(*pairs.images(indices)).flatten().cpu())
@@ -83,7 +83,7 @@ def pair_distances(
 def perceptual_path_length(
     distances: NDArray[np.floating], eps: float, protocol: Protocol
 ) -> float:
-    """Mean of the distances between the 1st and the 99th percentile.
+    """Average the distances between the 1st and the 99th percentile.
 
     Args:
         distances: of all pairs, (N,).
@@ -106,7 +106,7 @@ def path_length(
     eps: float = 1e-4,
     seed: int = 0,
 ) -> float:
-    """Perceptual path length of a generator over ``n`` `PathPairs`, which the processes share."""
+    """Measure a generator's path length over ``n`` `PathPairs`, which the processes share."""
     pairs = PathPairs(generator, eps, seed, shared_noise=protocol == "standard")
     rank, world = distributed.rank(), distributed.world_size()
     batches = list(shares(n, batch_size, rank, world))

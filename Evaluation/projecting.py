@@ -136,7 +136,7 @@ def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Resul
 
 
 def _targets(settings: ProjectionSettings, generator: Generator) -> Targets:
-    """Pictures of files, or some that the generator makes with layer noise of their own."""
+    """Find pictures of files, or let the generator make some with layer noise of their own."""
     if settings.image_file:
         return _targets_from_files(settings, settings.image_file, generator)
     n, seed = settings.n_sample or 4, settings.seed
@@ -148,7 +148,7 @@ def _targets(settings: ProjectionSettings, generator: Generator) -> Targets:
 
 
 def _picture_files(place: Path, n: int | None) -> list[Path]:
-    """A picture, or the first ``n`` pictures of a folder, whose result files must differ."""
+    """List a picture, or the first ``n`` of a folder, whose result files must differ."""
     if not place.exists():
         raise ValueError(f"{place}: no such file or folder")
     if not place.is_dir():
@@ -165,7 +165,7 @@ def _picture_files(place: Path, n: int | None) -> list[Path]:
 
 
 def _targets_from_files(settings: ProjectionSettings, place: Path, generator: Generator) -> Targets:
-    """Pictures of files, each read once now, so that none stops the work later."""
+    """Find pictures of files, each read once now, so that none stops the work later."""
     files, size = _picture_files(place, settings.n_sample), generator.size
     notes = [note for file in files if (note := _fit(file, size))]
     if notes and not settings.info_print:
@@ -184,7 +184,7 @@ def _targets_from_files(settings: ProjectionSettings, place: Path, generator: Ge
 
 
 def _fit(file: Path, size: int) -> str:
-    """How a picture is made to fit a size; empty if it does already."""
+    """Say how a picture is made to fit a size; empty if it does already."""
     try:
         width, height = read_image(file).size
     except UnreadableImageError as error:
@@ -253,14 +253,14 @@ def _save_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _means(rows: Sequence[Row]) -> dict[str, float]:
-    """Mean of every figure; the content-aware ones leave out pictures without content."""
+    """Average every figure; the content-aware ones leave out pictures without content."""
     columns = {name: np.array([row[name] for row in rows], dtype=float) for name in FIGURES}
     known = {name: values[~np.isnan(values)] for name, values in columns.items()}
     return {k: float(values.mean()) if values.size else math.nan for k, values in known.items()}
 
 
 def _table(rows: Sequence[Row], distance: str) -> str:
-    """The figures of every picture, and their means."""
+    """Format the figures of every picture, and their means."""
     heads = ("PSNR (dB)", distance, "content PSNR (dB)", f"content {distance}")
     summary = [*rows, {"picture": "mean"} | _means(rows)] if len(rows) > 1 else rows
     width = max(len(str(row["picture"])) for row in summary)
@@ -274,7 +274,7 @@ def _table(rows: Sequence[Row], distance: str) -> str:
 
 
 def _protocol(settings: ProjectionSettings, distance: str) -> str:
-    """What the figures mean."""
+    """Say what the figures mean."""
     return (
         "PSNR of values clamped to [-1, 1], peak-to-peak 2, no 8-bit step;"
         f" {distance} at no more than 256 px; content: the real picture's content mask, PSNR over"
@@ -285,5 +285,5 @@ def _protocol(settings: ProjectionSettings, distance: str) -> str:
 
 
 def _finite(row: Mapping[str, str | float]) -> dict[str, str | float | None]:
-    """What JSON can hold: None for values that are not finite."""
+    """Replace values that are not finite by None, which JSON can hold."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -35,7 +35,7 @@ class Latents:
         return len(self.w_plus)
 
     def __getitem__(self, indices: Sequence[int]) -> "Latents":
-        """Pictures of these numbers, in this order, with repetitions."""
+        """Select pictures by their numbers, in this order, with repetitions."""
         i = list(indices)
         return Latents(self.w_plus[i], [n if len(n) == 1 else n[i] for n in self.noise])
 
@@ -66,7 +66,7 @@ def draw_noise(generator: Generator, indices: Sequence[int], seed: int) -> list[
 
 @torch.no_grad()
 def mean_latent(generator: Generator, seed: int, n: int = 4096) -> Tensor:
-    """Mean w of ``n`` random z, (1, style_dim): the centre of truncation."""
+    """Average w over ``n`` random z, (1, style_dim): the centre of truncation."""
     z = torch.randn(n, generator.style_dim, generator=stream(seed, 0, MEAN))
     return generator.mapping(z.to(generator.device)).mean(dim=0, keepdim=True)
 
@@ -79,7 +79,7 @@ def from_z(
     centre: Tensor | None = None,
     noise: Sequence[Tensor] | None = None,
 ) -> Latents:
-    """Map z.
+    """Map z to latents.
 
     Args:
         generator: any.

@@ -130,7 +130,7 @@ class PictureSettings(EvaluationSettings):
         return self.ckpt or tuple(file for file in bundled_files if file.is_file())
 
     def scale_of(self, size: int) -> float:
-        """The factor from the pictures of a model to those that are shown."""
+        """Return the factor from the pictures of a model to those that are shown."""
         scale = self.scale or PICTURE_SIDE / size
         if size * scale < 8:
             raise SettingError("scale", f"{scale:g} leaves less than 8 px of {size} px; take more")

@@ -42,7 +42,7 @@ def load_models(settings: PictureSettings, device: torch.device) -> dict[str, Ge
 
 
 def sizes(settings: PictureSettings, models: Mapping[str, Generator]) -> list[str]:
-    """A line for each model, if the settings ask for details."""
+    """Describe each model in a line, if the settings ask for details."""
     return [
         f"{name}: {model.size} px, {macs(model):,} MACs, {parameters(model):,} parameters"
         for name, model in models.items()
@@ -63,7 +63,7 @@ def stacked(
 
 
 def target_stem(out: Path, default: str) -> Path:
-    """Where pictures go: ``out`` without .png or .gif, or the default name in that folder.
+    """Find where pictures go: ``out`` without .png or .gif, or the default name in that folder.
 
     Raises:
         SettingError: no file can be made there.

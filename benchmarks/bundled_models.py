@@ -37,7 +37,7 @@ Row = dict[str, str]
 
 
 def speeds(networks: Mapping[str, Generator], batch: int, rounds: int = 7) -> dict[str, float]:
-    """Images per second of each network, medians of rounds in which they take turns."""
+    """Time the networks in turns: images per second of each, medians of the rounds."""
     times: dict[str, list[float]] = {name: [] for name in networks}
     for _ in range(rounds + 1):
         for name, network in networks.items():
@@ -54,7 +54,7 @@ def speeds(networks: Mapping[str, Generator], batch: int, rounds: int = 7) -> di
 def to_teacher(
     student: Generator, teacher: Generator, mask: ContentParser, perceptual: Distance, n: int
 ) -> tuple[float, float]:
-    """Distance of a student's pictures to its teacher's inside the content: L1 and perceptual."""
+    """Compare a student's pictures with its teacher's inside the content: L1 and perceptual."""
     l1, distances = [], []
     for part in sampling.shares(n, 50):
         ours, target = (
@@ -67,7 +67,7 @@ def to_teacher(
 
 
 def frechet(generator: Generator, extractor: Extractor, file: Path, n: int) -> float:
-    """Frechet distance to bundled statistics of the real images."""
+    """Compute the Frechet distance to bundled statistics of the real images."""
     features = sampled_features(generator, extractor, n, batch_size=50, seed=0)
     real = feature_statistics.load(file)
     (value,) = evaluate(["fid"], extractor, features, real, seed=0).values()
@@ -75,7 +75,7 @@ def frechet(generator: Generator, extractor: Extractor, file: Path, n: int) -> f
 
 
 def rows(networks: Mapping[str, Generator], n_sample: int, n_pairs: int) -> dict[str, Row]:
-    """The figures of every network by column."""
+    """Measure every network; figures by column."""
     device = torch.device("cpu")
     parser = load_content_parser(bundled.PARSER, device)
     perceptual = load_distance("parser", None, lambda: bundled.PARSER, device)
@@ -108,7 +108,7 @@ def rows(networks: Mapping[str, Generator], n_sample: int, n_pairs: int) -> dict
 def content_shares(
     networks: Mapping[str, Generator], parser: ContentParser, path: Path | None, n: int = 500
 ) -> str:
-    """Share of pixels inside the content mask, of generated and of real pictures."""
+    """Compute the share of pixels inside the content mask, of generated and of real pictures."""
     parts = list(sampling.shares(n, 50))
     shares = {
         name: [parser(sampling.images(network, part, seed=1)).mean() for part in parts]
@@ -123,7 +123,7 @@ def content_shares(
 
 
 def markdown(table: Mapping[str, Row]) -> str:
-    """The table with one row for each network."""
+    """Format a table with one row for each network."""
     columns = list(next(iter(table.values())))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(row.values()) + " |" for name, row in table.items()]

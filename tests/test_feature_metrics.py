@@ -9,7 +9,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from Evaluation import inception
-from Evaluation.feature_statistics import mean_and_covariance, statistics_of
+from Evaluation.feature_statistics import StatisticsError, mean_and_covariance, statistics_of
 from Evaluation.features import Extractor
 from Evaluation.fid import frechet_distance
 from Evaluation.inception import FIDInception, load_inception
@@ -87,6 +87,16 @@ def test_metrics_come_in_their_order(features):
     assert distance_key(["pr"], extractor) is None
     assert need_features(["fid", "pr"])
     assert evaluate(["fid"], extractor, a, statistics_of(b, {}), seed=0) == {"FID": figures["FID"]}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_features_that_cannot_be_measured_are_refused(features, metric):
+    extractor, (a, b) = Extractor(lambda x: x, "", ""), features
+    real = statistics_of(b, {}, True)
+    with pytest.raises(StatisticsError, match="statistics of 15 and of 16 features"):
+        evaluate([metric], extractor, a[:, :15], real, seed=0)
+    with pytest.raises(StatisticsError, match="features of 1 of 300 images are NaN"):
+        evaluate([metric], extractor, np.where(a == a.max(), np.nan, a), real, seed=0)
 
 
 @pytest.fixture(scope="module")
