@@ -86,7 +86,9 @@ def filtered_leaky_relu(
     Returns:
         (N, C, H + sum(pad) - K + 1, W + sum(pad) - K + 1).
     """
-    if not use_native("filtered_leaky_relu", impl, x, bias, noise, noise_strength, gain):
+    if kernel.requires_grad or not use_native(
+        "filtered_leaky_relu", impl, x, bias, noise, noise_strength, gain
+    ):
         y = upfirdn2d(x, kernel, pad=pad, impl=impl)
         return fused_leaky_relu(
             y, bias, negative_slope, scale, impl,
