@@ -297,10 +297,9 @@ def build_once(name: str, make: Callable[[Path], None], retry: bool = False) -> 
 
 
 def _cpu_library(retry: bool) -> Path:
-    # Compiled with OpenMP but not linked to it: the runtime PyTorch has loaded is to be the only
-    # one, or two pools of threads would fight.
     cxx = compiler()
-    # The libraries are not meant to travel.
+    # For this very processor. Compiled with OpenMP but not linked to it: the runtime PyTorch has
+    # loaded is to be the only one, or two pools of threads would fight.
     march = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
     command = (cxx, *FLAGS, march, "-fopenmp")
     name = f"cpu_{key(_identity(cxx), _processor(), *command)}"
