@@ -102,6 +102,8 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     config = replace(config, out=config.out or distributed.gather(_new_folder())[0])
     log = _open_log(config, trainer, evaluation)
     try:
+        for term in trainer.teacher.terms if trainer.teacher else ():
+            term.parts.prepare()
         if log:
             announce(
                 f"{config.path}: {config.size} px; generator {config.channels};"
@@ -131,7 +133,10 @@ def check(config: TrainConfig) -> None:
     check_writable("out", Path(config.out or "runs") / "config.json")
     if config.load_train_state and not config.ckpt:
         raise SettingError("load_train_state", "goes with ckpt; name the checkpoint to go on from")
-    distillation.weights(config)
+    weights = distillation.weights(config)
+    if (config.kd or config.recipe) and not config.teacher_ckpt:
+        name, what = ("kd", ",".join(weights)) if config.kd else ("recipe", config.recipe)
+        raise SettingError(name, f"{what} needs a teacher; name its file by teacher_ckpt")
     processes = distributed.launched_processes()
     if config.batch_size % processes:
         raise SettingError(
@@ -150,19 +155,40 @@ def _device(config: TrainConfig) -> torch.device:
 
 def _make_networks(
     config: TrainConfig, content: Mapping[str, Any]
-) -> tuple[Generator, Generator | None, Discriminator]:
-    """Generator, its moving average if there is one, and discriminator, loaded or new."""
-    if not content:
-        new = Generator(config.size or 64, config.style_dim, config.n_mlp, config.channels)
-        # The discriminator is as wide as the generator's last convolution at each resolution.
-        return new, None, Discriminator(new.size, channels=new.channels[1::2])
+) -> tuple[Generator, Generator | None]:
+    """Generator and its moving average if there is one, loaded or new."""
     size = config.size or None
+    if not content:
+        new = Generator(
+            size or 64, config.style_dim, config.n_mlp, config.channels, config.channel_multiplier
+        )
+        return new, None
     g_ema = checkpoint.load_generator(content, size=size) if "g_ema" in content else None
     generator = checkpoint.load_generator(content, "g" if "g" in content else "g_ema", size=size)
-    return generator, g_ema, checkpoint.load_discriminator(content)
+    return generator, g_ema
 
 
-def _make_teacher(config: TrainConfig, size: int, device: torch.device) -> Teacher | None:
+def _make_discriminator(
+    config: TrainConfig, content: Mapping[str, Any], generator: Generator, resume: bool
+) -> Discriminator:
+    """The checkpoint's, the teacher's where it has none, or a new one of their widths."""
+    if not content:
+        # As wide as the generator's last convolution at each resolution.
+        return Discriminator(generator.size, channels=generator.channels[1::2])
+    if "d" not in content and config.teacher_ckpt:
+        with blame("teacher_ckpt"):
+            others = checkpoint.read(config.teacher_ckpt)
+        content = {**content, **{key: others[key] for key in ("d",) if key in others}}
+    scratch = config.discriminator == "scratch" and not resume
+    if scratch and "d" not in content:
+        return Discriminator(generator.size, config.channel_multiplier)
+    found = checkpoint.load_discriminator(content)
+    return Discriminator(found.size, channels=found.channels) if scratch else found
+
+
+def _make_teacher(
+    config: TrainConfig, size: int, discriminator: Discriminator, device: torch.device
+) -> Teacher | None:
     """The full-size generator with its mask and the terms, or None without a teacher."""
     if not config.teacher_ckpt:
         return None
@@ -172,7 +198,8 @@ def _make_teacher(config: TrainConfig, size: int, device: torch.device) -> Teach
     mask = None
     if config.content_aware_KD:
         mask = parser_for(config.parser_ckpt, config.teacher_ckpt, device)
-    terms = distillation.make_terms(distillation.Sources(config, generator, device))
+    sources = distillation.Sources(config, generator, device, discriminator)
+    terms = distillation.make_terms(sources)
     return Teacher(generator, mask, terms)
 
 
@@ -187,10 +214,9 @@ def _make_trainer(config: TrainConfig, device: torch.device) -> Trainer:
     torch.manual_seed(config.seed)
     with blame("ckpt" if source else "size and --channels:"):
         content = checkpoint.read(source) if source else {}
-        if content and "d" not in content and config.teacher_ckpt:
-            content["d"] = checkpoint.read(config.teacher_ckpt).get("d")
-        generator, g_ema, discriminator = _make_networks(config, content)
-    teacher = _make_teacher(config, generator.size, device)
+        generator, g_ema = _make_networks(config, content)
+        discriminator = _make_discriminator(config, content, generator, resume)
+    teacher = _make_teacher(config, generator.size, discriminator, device)
     trainer = Trainer(generator, discriminator, config, device, teacher, g_ema)
     if distributed.world_size() > 1:
         torch.manual_seed(config.seed * distributed.world_size() + distributed.rank() + 1)

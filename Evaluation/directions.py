@@ -1,9 +1,9 @@
 """Directions of w along which the pictures change much.
 
 - Principal components of w = mapping(z): GANSpace (Härkönen et al., 2020), and the perturbations of
-  diversity-aware pruning (Chung et al., CVPR 2024, section 3.2).
+  diversity-aware pruning (Chung et al., CVPR 2024).
 - Leading eigenvectors of the modulations, the directions of StyleKD's relation loss (Xu et al.,
-  ECCV 2022, section 3.3).
+  ECCV 2022).
 """
 
 from collections.abc import Sequence
@@ -81,7 +81,7 @@ def modulation_directions(generator: Generator, blocks: int = 5, each: int = 5) 
         Unit vectors (blocks * each, style_dim): 25 from 128 px on.
     """
     found = []
-    layers = list(generator.convs)[: 2 * blocks]
+    layers = generator.styled_convs[1 : 2 * blocks + 1]
     for pair in zip(layers[::2], layers[1::2], strict=True):
         # A row of the weights makes one channel's style, so it is a column of A.
         rows = torch.cat([F.normalize(layer.conv.modulation.weight, dim=1) for layer in pair])

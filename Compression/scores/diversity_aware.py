@@ -6,7 +6,7 @@ For a batch b of latents and directions d_1 ... d_J, the same for the whole batc
     g_bj[c]  = mean over (o, k, k) of | d L_bj / d W[o, c, k, k] |
     score_c  = sum over b, j of  (g_bj[c] - mean over j of g_bj[c])^2
 
-(Chung et al., "Diversity-aware Channel Pruning for StyleGAN Compression", CVPR 2024, section 3.2).
+(Chung et al., "Diversity-aware Channel Pruning for StyleGAN Compression", CVPR 2024).
 The d_j are principal components of w, drawn with replacement by their share of the variance. Every
 picture has layer noise of its own.
 """
