@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from Compression import distillation
+from Compression import distillation, recipes
 from Compression.content import parser_for
 from Compression.training import Event, NonFiniteError, Teacher, Trainer, iterate
 from Dataset.images import DatasetError, EndlessBatches, Images, load_batches
@@ -90,7 +90,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     """
     check(config)
     set_tf32(config.tf32)
-    trainer = _make_trainer(config, distributed.join(_device(config)))
+    trainer, origin = _make_trainer(config, distributed.join(_device(config)))
     if config.dry_run:
         config = replace(config, iter=trainer.iteration + 2, log_freq=1)
     config = replace(config, size=trainer.generator.size, channels=trainer.generator.channels)
@@ -108,8 +108,10 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
             announce(
                 f"{config.path}: {config.size} px; generator {config.channels};"
                 f" {distributed.world_size()} x {trainer.device.type}; run folder {config.out}"
+                + (f"; recipe {config.recipe}" if config.recipe else "")
             )
-        signal = _train(config, trainer, _stream(config, trainer, images), log, evaluation)
+        batches = _stream(config, trainer, images)
+        signal = _train(config, trainer, batches, log, evaluation, origin | _making(config))
     finally:
         if log:
             log.close()
@@ -133,10 +135,14 @@ def check(config: TrainConfig) -> None:
     check_writable("out", Path(config.out or "runs") / "config.json")
     if config.load_train_state and not config.ckpt:
         raise SettingError("load_train_state", "goes with ckpt; name the checkpoint to go on from")
-    weights = distillation.weights(config)
+    distillation.weights(config)
+    if config.recipe:
+        recipes.named(config.recipe)
     if (config.kd or config.recipe) and not config.teacher_ckpt:
-        name, what = ("kd", ",".join(weights)) if config.kd else ("recipe", config.recipe)
-        raise SettingError(name, f"{what} needs a teacher; name its file by teacher_ckpt")
+        raise SettingError(
+            "teacher_ckpt",
+            f"is missing; {config.recipe or ','.join(config.kd)} distils from a full-size model",
+        )
     processes = distributed.launched_processes()
     if config.batch_size % processes:
         raise SettingError(
@@ -203,8 +209,12 @@ def _make_teacher(
     return Teacher(generator, mask, terms)
 
 
-def _make_trainer(config: TrainConfig, device: torch.device) -> Trainer:
-    """Build networks, teacher and optimisers, and take up a saved state if asked."""
+def _make_trainer(config: TrainConfig, device: torch.device) -> tuple[Trainer, dict[str, Any]]:
+    """Build networks, teacher and optimisers, and take up a saved state if asked.
+
+    Returns:
+        The trainer, and what the checkpoint remembers of its making.
+    """
     source, resume = config.ckpt, config.load_train_state
     if config.resume:
         file = Path(config.resume)
@@ -223,7 +233,15 @@ def _make_trainer(config: TrainConfig, device: torch.device) -> Trainer:
     if resume:
         with blame(f"ckpt {source}:"):
             trainer.load_state(content)
-    return trainer
+    origin = content.get("config")
+    return trainer, dict(origin) if isinstance(origin, Mapping) else {}
+
+
+def _making(config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint remembers of a run: its settings, files by their names alone."""
+    values = _plain(config)
+    settings = {k: Path(v).name if isinstance(v, str) else v for k, v in values.items()}
+    return {"training": settings} | ({"recipe": config.recipe} if config.recipe else {})
 
 
 def _make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> Evaluation | None:
@@ -286,19 +304,24 @@ def _new_folder() -> str:
     return ""
 
 
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """All settings, those of terms among them, as values that JSON holds."""
+    settings = plain(config)
+    for options in settings.pop("options"):
+        settings |= plain(options)
+    return settings
+
+
 def _open_log(
     config: TrainConfig, trainer: Trainer, evaluation: Evaluation | None
 ) -> RunLog | None:
     """The run's folder, in the first process only."""
     if distributed.rank() != 0:
         return None
-    settings = plain(config)
-    for options in settings.pop("options"):
-        settings |= plain(options)
     with blame("out"):
         return RunLog(
             config.out,
-            settings,
+            _plain(config),
             checkpoint.save,
             trainer.iteration if config.resume or config.load_train_state else None,
             config.keep_checkpoints,
@@ -316,8 +339,10 @@ class _Actions:
         log: RunLog | None,
         bar: tqdm,
         evaluation: Evaluation | None,
+        making: Mapping[str, Any],
     ) -> None:
         self.trainer, self.run_log, self.bar, self.evaluation = trainer, log, bar, evaluation
+        self.making = dict(making)
         stream = torch.Generator().manual_seed(config.seed)
         z = torch.randn(config.n_sample, trainer.generator.style_dim, generator=stream)
         self.z = z.to(trainer.device)
@@ -349,7 +374,7 @@ class _Actions:
         """Write a checkpoint."""
         state = self.trainer.state()
         if self.run_log:
-            self.run_log.checkpoint(self.trainer.iteration, state)
+            self.run_log.checkpoint(self.trainer.iteration, state | {"config": self.making})
 
 
 def _train(
@@ -358,12 +383,13 @@ def _train(
     batches: Iterator[torch.Tensor],
     log: RunLog | None,
     evaluation: Evaluation | None,
+    making: Mapping[str, Any],
 ) -> int:
     """Train under a progress bar until the end or a signal; returns the signal's number or 0."""
     bar = tqdm(
         total=config.iter, initial=trainer.iteration, unit="it", dynamic_ncols=True, disable=not log
     )
-    actions = _Actions(config, trainer, log, bar, evaluation)
+    actions = _Actions(config, trainer, log, bar, evaluation, making)
     events = [
         Event(1, bar.update),
         Event(config.log_freq, actions.log),

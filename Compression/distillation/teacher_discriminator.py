@@ -11,6 +11,7 @@ from torch import Tensor
 from Compression import losses
 from Compression.distillation.terms import Parts, Pass, Sources
 from Model import checkpoint
+from Model.discriminator import Discriminator
 from Util.settings import blame
 
 
@@ -22,6 +23,12 @@ def make(sources: Sources) -> Parts:
     """
     with blame("teacher_ckpt"):
         network = checkpoint.load_discriminator(sources.config.teacher_ckpt, device=sources.device)
+
+    return adversary(network)
+
+
+def adversary(network: Discriminator) -> Parts:
+    """The term of a discriminator."""
 
     def teacher_discriminator(student: Pass, teacher: Pass, mask: Tensor | None) -> Tensor:
         with student.context():
