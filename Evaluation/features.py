@@ -79,7 +79,7 @@ def _inception_extractor(file: Path | None, device: torch.device) -> Extractor:
     return Extractor(network, "", protocol)
 
 
-def _parser_extractor(file: Path, device: torch.device) -> Extractor:
+def parser_extractor(file: Path, device: torch.device) -> Extractor:
     """Extract the features of a face parser's trunk, each stage averaged over the picture."""
     parser = fold_batch_norm(load_face_parser(file, device))
 
@@ -119,7 +119,7 @@ def make_extractor(
         if parser_ckpt is None:
             raise ValueError("is missing; name a face parser")
         if features == "parser":
-            extractor = _parser_extractor(parser_ckpt, device)
+            extractor = parser_extractor(parser_ckpt, device)
         if load_mask is None:
             return extractor
         masks = f"images times the content mask of face parser {fingerprint(parser_ckpt)}"

@@ -139,8 +139,7 @@ def test_a_trained_filter_has_its_gradient():
     x, kernel = values(2, 3, 7, 6), taps(4, True).requires_grad_()
     parameters = epilogue(2, 3, (6, 5), torch.float64)
     results = [
-        filtered_leaky_relu(x, kernel, (1, 1), parameters, impl)
-        for impl in ("native", "reference")
+        filtered_leaky_relu(x, kernel, (1, 1), parameters, impl) for impl in ("native", "reference")
     ]
     torch.testing.assert_close(*(torch.autograd.grad(y.sum(), kernel) for y in results))
 
