@@ -142,14 +142,19 @@ class Trainer:
         s = self.settings
         for network, _ in self._discriminators.values():
             network.requires_grad_(True)
+        # 1. Discriminator: softplus(-D(x)) + softplus(D(G(z))) (Goodfellow et al., 2014).
         metrics = self._d_phase(real)
+        # 2. Every 16 iterations, R1: 16 * r1 / 2 * |dD/dx|^2 (Mescheder et al., 2018, eq. 9).
         if s.r1 and self.iteration % s.d_reg_every == 0:
             metrics |= self._r1_phase(real)
         for network, _ in self._discriminators.values():
             network.requires_grad_(False)
+        # 3. Generator: softplus(-D(G(z))) + distillation inside the content (paper, eq. 4).
         metrics |= self._g_phase(real.shape[0])
+        # 4. Every 4 iterations, path length: 4 * weight * (|J^T y| - a)^2 (StyleGAN2, eq. 4).
         if s.path_regularize and self.iteration % s.g_reg_every == 0:
             metrics |= self._path_phase(max(1, real.shape[0] // s.path_batch_shrink))
+        # The average of the generators of some hundred iterations is what is kept and measured.
         accumulate(self.g_ema, self.generator, s.ema_decay)
         self.iteration += 1
         self.images_seen += s.batch_size
@@ -190,8 +195,8 @@ class Trainer:
         """
         if not torch.isfinite(loss):
             raise NonFiniteError(
-                f"the {phase} loss is {loss.item()} in iteration {self.iteration + 1}; lower --lr,"
-                " set --grad_clip, or look at the data"
+                f"the {phase} loss is {loss.item()} in iteration {self.iteration + 1}; lower lr,"
+                " set grad_clip, or look at the data"
             )
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
