@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from Compression.initialisation import INITIALISATIONS
+from Compression.parsers import PARSERS
 from Compression.pruning import PruneSettings, option_kinds, prune
 from Compression.report import details, score_table, summary
 from Compression.scores import SCORES
@@ -15,11 +16,16 @@ EPILOG = """metrics (--metric; higher scores stay):
 initialisations (--init):
 {initialisations}
 
+parsers (--parser KIND:..., or a file):
+{parsers}
+
 examples:
   python3 prune.py
       prunes the bundled 64 px model
   python3 prune.py --generated_img_size 256 --ckpt FILE --remove_ratio 0.7 --info_print
       prunes a 256 px generator of human faces, prints the details of every layer
+  python3 prune.py --ckpt FILE --content skin,hair,eyes
+      keeps these classes of the parser; python3 -m Compression.content shows what they are
   python3 prune.py --ckpt FILE --metric l1_out --out small.pt
       prunes by weights alone, without a face parser
 """
@@ -32,6 +38,8 @@ def run(settings: PruneSettings) -> None:
         print(f"{details(result.full, result.pruned)}\n")
         print(f"{score_table(result.scores, result.keep)}\n")
     print(f"{summary(result.full, result.pruned)}\nsaved {result.path}")
+    if result.warning:
+        print(f"prune.py: warning: {result.warning}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="prune.py",
         description="Score the channels of a StyleGAN2 generator, remove the lowest of every layer"
         " and save what remains to Model/pruned_model/. Retrain it with train.py.",
-        epilog=EPILOG.format(metrics=listed(SCORES), initialisations=listed(INITIALISATIONS)),
+        epilog=EPILOG.format(
+            metrics=listed(SCORES),
+            initialisations=listed(INITIALISATIONS),
+            parsers=listed(PARSERS),
+        ),
         options=option_kinds(),
     )
 

@@ -124,7 +124,7 @@ def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Resul
         raise SettingError("out", f"{settings.out} is no folder; name another")
     check_writable("out", settings.out / PICTURE)
     rows = _project_and_save(settings, generator, targets, mask, perceptual)
-    protocol = _protocol(settings, distance)
+    protocol = _protocol(settings, distance, mask.chosen)
     lines = [targets.origin, _table(rows, distance), f"({protocol})"]
     if settings.info_print:
         passes = ", ".join(f"{row['evaluations']}" for row in rows)
@@ -273,11 +273,12 @@ def _table(rows: Sequence[Row], distance: str) -> str:
     return "\n".join(lines)
 
 
-def _protocol(settings: ProjectionSettings, distance: str) -> str:
+def _protocol(settings: ProjectionSettings, distance: str, content: str) -> str:
     """What the figures mean."""
+    of = f" of {content}" if content else ""
     return (
         "PSNR of values clamped to [-1, 1], peak-to-peak 2, no 8-bit step;"
-        f" {distance} at no more than 256 px; content: the real picture's content mask, PSNR over"
+        f" {distance} at no more than 256 px; content: the real picture's content mask{of}, PSNR over"
         f" its pixels only, {distance} of both pictures times the mask; w+ and layer noise by"
         f" {settings.optimizer}, {settings.num_iters} iterations, on {settings.mse_weight:g} MSE +"
         f" {settings.weight:g} {distance}"
