@@ -16,8 +16,9 @@ from Dataset.sources.folder import SUFFIXES, image_files
 from Evaluation import sampling
 from Evaluation.comparison import fidelity
 from Evaluation.distances import Distance
+from Evaluation.features import Mask
 from Evaluation.projection import LEARNING_RATE, Projection, project, save_projection
-from Evaluation.settings import LoadMask, Mask, ModelSettings, PerceptualSettings, Result
+from Evaluation.settings import LoadMask, ModelSettings, PerceptualSettings, Result
 from Model.generator import Generator
 from Util.cli import check_writable
 from Util.device import pick_device
@@ -278,9 +279,9 @@ def _protocol(settings: ProjectionSettings, distance: str, content: str) -> str:
     of = f" of {content}" if content else ""
     return (
         "PSNR of values clamped to [-1, 1], peak-to-peak 2, no 8-bit step;"
-        f" {distance} at no more than 256 px; content: the real picture's content mask{of}, PSNR over"
-        f" its pixels only, {distance} of both pictures times the mask; w+ and layer noise by"
-        f" {settings.optimizer}, {settings.num_iters} iterations, on {settings.mse_weight:g} MSE +"
+        f" {distance} at no more than 256 px; content: the real picture's content mask{of},"
+        f" PSNR over its pixels only, {distance} of both pictures times the mask; w+ and"
+        f" layer noise by {settings.optimizer}, {settings.num_iters} iterations, on {settings.mse_weight:g} MSE +"
         f" {settings.weight:g} {distance}"
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from Evaluation.distances import LPIPS_TRUNKS, Distance, load_distance
-from Evaluation.features import ContentMask, LoadMask, Mask
+from Evaluation.features import ContentMask, LoadMask
 from Model import bundled
 from Model.checkpoint import load_generator
 from Model.generator import Generator

@@ -75,8 +75,10 @@ def compress(settings: ContentsSettings, name: str) -> Generator:
         out=f"{out}/{name}",
     )
     print(f"$ {command('python3 train.py', config)}", flush=True)
-    made = train(config, print).checkpoint
-    return load_generator(made).eval().requires_grad_(False)
+    result = train(config, print)
+    if result.signal:
+        raise KeyboardInterrupt
+    return load_generator(result.checkpoint).eval().requires_grad_(False)
 
 
 def distances(networks: Mapping[str, Generator], teacher: Generator, n: int) -> str:
