@@ -102,7 +102,8 @@ def worst_cases(
             confusion = confusion_matrix(own, label, len(names))
             worst.append((scores_of(confusion, is_content, names).mean_iou, image, label, own))
         worst = sorted(worst, key=lambda case: case[0])[:n]
-    pictures, maps, found = (torch.stack([case[k] for case in worst]) for k in (1, 2, 3))
+    _, *tensors = zip(*worst, strict=True)
+    pictures, maps, found = (torch.stack(list(column)) for column in tensors)
     palette, size = colours(len(names)), pictures.shape[2:]
     wrong = (maps != found).float().unsqueeze(1).expand(-1, 3, *size) * 2 - 1
     rows = {

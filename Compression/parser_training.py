@@ -208,23 +208,23 @@ def train_parser(
     network = _network(settings).to(device)
     parser = ContentParser(network)
     run = ParserRun(network, settings, generator, _class_weights(train_set, settings))
-    best = run.load(settings.state_file) if settings.resume else None
-    batches, final = _endless(loader), best
+    if settings.resume:
+        run.load(settings.state_file)
+    batches = _endless(loader)
     while run.step < settings.iter and not run.ended:
         loss = run.train_on(next(batches))
         after_step(run.step, loss)
         if run.step % settings.eval_every == 0 or run.step == settings.iter:
-            final = evaluate(parser, held_out, settings.image_size)
-            better = run.improved(final.mean_iou)
-            if better or not settings.patience:
+            scores = evaluate(parser, held_out, settings.image_size)
+            if run.improved(scores.mean_iou) or not settings.patience:
                 checkpoint.save(settings.out, {"parser": network, "config": network.config})
-                best = final
             checkpoint.save(settings.state_file, run.state())
-            after_evaluation(run.step, loss, final)
+            after_evaluation(run.step, loss, scores)
     saved = ContentParser(checkpoint.load_face_parser(settings.out, device))
     if settings.report:
         save_png(settings.report, worst_cases(saved, held_out, settings.image_size))
-    return best or evaluate(saved, held_out, settings.image_size)
+    settings.state_file.unlink(missing_ok=True)
+    return evaluate(saved, held_out, settings.image_size)
 
 
 def _class_weights(dataset: Dataset[Batch], settings: ParserSettings) -> Tensor | None:
