@@ -15,7 +15,7 @@ from Evaluation import editing, sampling
 from Evaluation.distances import Distance
 from Evaluation.projection import load_projection
 from Evaluation.sampling import Latents
-from Evaluation.settings import LoadMask, PerceptualSettings, PictureSettings, Result
+from Evaluation.settings import ContentSettings, LoadMask, PictureSettings, Result
 from Evaluation.side_by_side import load_models, save_pictures, sizes, stacked, target_stem
 from Model.generator import Generator
 from Util.device import pick_device
@@ -34,7 +34,7 @@ PROJECTION = "take {} from projected pictures: a file for each checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditedSettings(PerceptualSettings, PictureSettings):
+class EditedSettings(ContentSettings, PictureSettings):
     """Settings of `show_edited`."""
 
     mode: str = setting("mixing", "what to do", choices=tuple(STEMS))

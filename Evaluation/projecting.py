@@ -18,7 +18,7 @@ from Evaluation.comparison import fidelity
 from Evaluation.distances import Distance
 from Evaluation.features import Mask
 from Evaluation.projection import LEARNING_RATE, Projection, project, save_projection
-from Evaluation.settings import LoadMask, ModelSettings, PerceptualSettings, Result
+from Evaluation.settings import ContentSettings, LoadMask, ModelSettings, Result
 from Model.generator import Generator
 from Util.cli import check_writable
 from Util.device import pick_device
@@ -35,7 +35,7 @@ Row = dict[str, str | float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectionSettings(PerceptualSettings, ModelSettings):
+class ProjectionSettings(ContentSettings, ModelSettings):
     """Settings of `project_pictures`."""
 
     image_file: Path | None = setting(

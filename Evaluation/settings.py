@@ -49,7 +49,7 @@ class ModelSettings(EvaluationSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PerceptualSettings(Settings):
-    """Settings of a perceptual distance and of the content; the defaults depend on the model."""
+    """Settings of a perceptual distance; the defaults depend on the model."""
 
     perceptual: str | None = setting(
         None,
@@ -67,13 +67,6 @@ class PerceptualSettings(Settings):
         metavar="FILE",
         aliases=("parser",),
     )
-    content: tuple[str, ...] = setting(
-        (),
-        "classes of the parser that are content, such as skin,hair,eyes or all,-background"
-        " (default: the parser's own)",
-        metavar="CLASS,...",
-        parse=some_words,
-    )
 
     def network(self, model: Path) -> str:
         """Name the network of the perceptual distance for a model."""
@@ -89,13 +82,26 @@ class PerceptualSettings(Settings):
         network, trunk = self.network(model), self.perceptual_ckpt
         return load_distance(network, trunk, lambda: self._parser_file(model), device)
 
+    def _parser_file(self, model: Path) -> Path:
+        return self.parser_ckpt or bundled.default_parser(model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContentSettings(PerceptualSettings):
+    """Settings of a perceptual distance and of the content."""
+
+    content: tuple[str, ...] = setting(
+        (),
+        "classes of the parser that are content, such as skin,hair,eyes or all,-background"
+        " (default: the parser's own)",
+        metavar="CLASS,...",
+        parse=some_words,
+    )
+
     def load_mask(self, load_mask: LoadMask, model: Path, device: torch.device) -> ContentMask:
         """Load the content mask for a model."""
         with blame("parser_ckpt"):
             return load_mask(self._parser_file(model), device, self.content)
-
-    def _parser_file(self, model: Path) -> Path:
-        return self.parser_ckpt or bundled.default_parser(model)
 
 
 @dataclass(frozen=True, kw_only=True)

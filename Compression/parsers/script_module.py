@@ -16,6 +16,7 @@ are refused, all of them: PyTorch reads them with a pickle that may run any code
 import itertools
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,7 +78,9 @@ def load(argument: str, device: torch.device) -> Loaded:
     given = _facts(file.with_suffix(".json"))
     _check_source(file)
     try:
-        network = torch.jit.load(str(file), map_location=device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's advice to take torch.export, see above
+            network = torch.jit.load(str(file), map_location=device)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"{file}: no readable TorchScript module ({reason})") from None
@@ -137,6 +140,9 @@ def _check_source(file: Path) -> None:
     Raises:
         ValueError: names the file and what it would call.
     """
+    with open(file, "rb") as stream:
+        if stream.read(2) != b"PK":
+            raise ValueError(f"{file}: no TorchScript module; make one by torch.jit.trace")
     if unpacked_size(file) > 2**26 + 16 * file.stat().st_size:
         raise ValueError(f"{file}: refused, it would unpack to far more than its size")
     with zipfile.ZipFile(file) as archive:
