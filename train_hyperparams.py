@@ -7,7 +7,7 @@ wants other defaults changes them here. Where no other reason is given, the valu
 
 from dataclasses import dataclass
 
-from Util.settings import Settings, setting
+from Util.settings import Settings, setting, some_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +117,19 @@ class TrainConfig(Settings):
     content_aware_KD: bool = setting(True, "distil only inside the teacher's content mask")
     parser_ckpt: str = setting(
         "",
-        "face parser that makes the mask; empty: the bundled one for the bundled teacher, else"
-        " Model/parser_model/79999_iter.pth",
+        "parser that makes the mask: a file, or a name as prune.py has it; empty: the bundled one"
+        " for the bundled teacher, else Model/parser_model/79999_iter.pth",
+        aliases=("parser",),
+    )
+    content: tuple[str, ...] = setting(
+        (),
+        "classes that the mask holds, such as skin,hair,eyes or all,-background; empty: the"
+        " parser's own, of faces all but background and cloth",
+        metavar="CLASS,...",
+        parse=some_words,
+    )
+    kd_soft_mask: bool = setting(
+        False, "mask by the probability of the content; the paper's mask is 0 or 1"
     )
     perceptual: str = setting(
         "vgg",

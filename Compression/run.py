@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from Compression import distillation, recipes
-from Compression.content import parser_for
+from Compression.content import ContentParser, parser_for
 from Compression.training import Event, NonFiniteError, Teacher, Trainer, iterate
 from Dataset import DatasetError
 from Dataset.batches import EndlessBatches
@@ -197,8 +197,19 @@ def _make_discriminator(
     return Discriminator(found.size, channels=found.channels) if scratch else found
 
 
+def _make_parser(config: TrainConfig, device: torch.device) -> ContentParser | None:
+    """What makes the teacher's mask, or None where nothing is masked."""
+    if not (config.has_teacher and config.content_aware_KD):
+        return None
+    return parser_for(config.parser_ckpt, config.teacher_ckpt, device, config.content)
+
+
 def _make_teacher(
-    config: TrainConfig, size: int, discriminator: Discriminator, device: torch.device
+    config: TrainConfig,
+    size: int,
+    discriminator: Discriminator,
+    device: torch.device,
+    parser: ContentParser | None,
 ) -> Teacher | None:
     """The full-size generator with its mask and the terms, or None without a teacher."""
     if not config.has_teacher:
@@ -206,9 +217,7 @@ def _make_teacher(
     with blame("teacher_ckpt"):
         generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
     generator.eval().requires_grad_(False)
-    mask = None
-    if config.content_aware_KD:
-        mask = parser_for(config.parser_ckpt, config.teacher_ckpt, device)
+    mask = parser.soft if parser and config.kd_soft_mask else parser
     sources = distillation.Sources(config, generator, device, discriminator)
     terms = distillation.make_terms(sources)
     return Teacher(generator, mask, terms)
@@ -234,7 +243,10 @@ def _make_trainer(
         _check_teacher(config, source, content)
         generator, g_ema = _make_networks(config, content)
         discriminator = _make_discriminator(config, content, generator, resume)
-    teacher = _make_teacher(config, generator.size, discriminator, device)
+    parser = _make_parser(config, device)
+    if parser:
+        _compare_content(source, content, parser, announce)
+    teacher = _make_teacher(config, generator.size, discriminator, device, parser)
     trainer = Trainer(generator, discriminator, config, device, teacher, g_ema)
     if distributed.world_size() > 1:
         torch.manual_seed(config.seed * distributed.world_size() + distributed.rank() + 1)
@@ -267,6 +279,22 @@ def _check_teacher(config: TrainConfig, source: str, content: Mapping[str, Any])
             "teacher_ckpt",
             f"is missing; {source} was pruned and learns from its full-size teacher"
             f" ({made.get('source', 'unknown')}): name it, or none for the GAN losses alone",
+        )
+
+
+def _compare_content(
+    source: str,
+    content: Mapping[str, Any],
+    parser: ContentParser,
+    announce: Callable[[str], None],
+) -> None:
+    """Tell that a checkpoint was pruned for another content than it is trained for."""
+    made = content.get("config")
+    pruned_for = made.get("content") if isinstance(made, Mapping) else None
+    if isinstance(pruned_for, str) and pruned_for and pruned_for != parser.content:
+        announce(
+            f"{source} was pruned for {pruned_for}, and learns {parser.content} from its teacher;"
+            " set content to train for what it was pruned for"
         )
 
 

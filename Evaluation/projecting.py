@@ -16,8 +16,9 @@ from Dataset.sources.folder import SUFFIXES, image_files
 from Evaluation import sampling
 from Evaluation.comparison import fidelity
 from Evaluation.distances import Distance
+from Evaluation.features import Mask
 from Evaluation.projection import LEARNING_RATE, Projection, project, save_projection
-from Evaluation.settings import LoadMask, Mask, ModelSettings, PerceptualSettings, Result
+from Evaluation.settings import ContentSettings, LoadMask, ModelSettings, Result
 from Model.generator import Generator
 from Util.cli import check_writable
 from Util.device import pick_device
@@ -34,7 +35,7 @@ Row = dict[str, str | float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectionSettings(PerceptualSettings, ModelSettings):
+class ProjectionSettings(ContentSettings, ModelSettings):
     """Settings of `project_pictures`."""
 
     image_file: Path | None = setting(
@@ -124,7 +125,7 @@ def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Resul
         raise SettingError("out", f"{settings.out} is no folder; name another")
     check_writable("out", settings.out / PICTURE)
     rows = _project_and_save(settings, generator, targets, mask, perceptual)
-    protocol = _protocol(settings, distance)
+    protocol = _protocol(settings, distance, mask.chosen)
     lines = [targets.origin, _table(rows, distance), f"({protocol})"]
     if settings.info_print:
         passes = ", ".join(f"{row['evaluations']}" for row in rows)
@@ -273,14 +274,15 @@ def _table(rows: Sequence[Row], distance: str) -> str:
     return "\n".join(lines)
 
 
-def _protocol(settings: ProjectionSettings, distance: str) -> str:
+def _protocol(settings: ProjectionSettings, distance: str, content: str) -> str:
     """Say what the figures mean."""
+    of = f" of {content}" if content else ""
     return (
         "PSNR of values clamped to [-1, 1], peak-to-peak 2, no 8-bit step;"
-        f" {distance} at no more than 256 px; content: the real picture's content mask, PSNR over"
-        f" its pixels only, {distance} of both pictures times the mask; w+ and layer noise by"
-        f" {settings.optimizer}, {settings.num_iters} iterations, on {settings.mse_weight:g} MSE +"
-        f" {settings.weight:g} {distance}"
+        f" {distance} at no more than 256 px; content: the real picture's content mask{of},"
+        f" PSNR over its pixels only, {distance} of both pictures times the mask; w+ and"
+        f" layer noise by {settings.optimizer}, {settings.num_iters} iterations, on"
+        f" {settings.mse_weight:g} MSE + {settings.weight:g} {distance}"
     )
 
 
