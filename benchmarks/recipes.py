@@ -1,10 +1,10 @@
 """What an iteration of each recipe costs, relative to cagc.
 
-``python -m benchmarks.recipes [--only RECIPE,...] [--threads N]``. 64 px networks of full width, a
-student pruned by 0.7, random weights, batches of 2 whatever the recipe's own. An iteration is the
-mean over sixteen: R1 once, path length four times. Times are those of the processor, which others
-on the machine change little. Multiply-accumulates are those of convolutions and matrix products,
-forwards and backwards, counted on plain PyTorch operators.
+``python -m benchmarks.recipes [--only RECIPE,...] [--threads N]``. Multiply-accumulates: full-size
+teachers at 64 and 256 px, students pruned by 0.7; convolutions and matrix products, forwards and
+backwards, of plain PyTorch operators, counted without computing them. Times: the bundled 64 px
+model's widths, random weights, batches of 4 whatever the recipe's own, in seconds of the processor.
+An iteration is the mean over sixteen: R1 once, path length four times.
 """
 
 import os
@@ -14,31 +14,36 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 import torchvision
 from lpips import LPIPS
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from benchmarks.jobs import CPU, frozen, generator, published_parsers
+from benchmarks.jobs import frozen, generator, published_parsers
 from benchmarks.timing import Timing, interleaved, machine, parser, table, write_json
-from Compression import recipes
+from Compression import distillation, recipes
+from Compression.content import load_content_parser
 from Compression.distillation import (
+    Parts,
     Term,
     high_band,
     moments,
     perceptual,
     pixels,
     relation,
-    weights,
+    teacher_discriminator,
 )
-from Compression.distillation.teacher_discriminator import adversary
-from Compression.distillation.terms import Call, Parts
+from Compression.distillation.terms import Call
 from Compression.training import Teacher, Trainer
 from Evaluation.clip import ClipResNet
 from Evaluation.directions import modulation_directions
 from Evaluation.embeddings import Embedding
+from Model import bundled, checkpoint
 from Model.discriminator import Discriminator
 from Model.generator import Generator
 from Model.ops.dispatch import VARIABLE
@@ -46,57 +51,96 @@ from train_hyperparams import TrainConfig
 from Util.device import pick_device
 from Util.settings import from_flags
 
-SIZE, BATCH = 64, 2
+CPU, META = torch.device("cpu"), torch.device("meta")
+BATCH = 4
 PHASES = {"plain": (1, 12), "path length": (4, 3), "path length and R1": (16, 1)}
 """An iteration of each kind, and how many of sixteen are of it."""
 
 
-def _moments() -> Call:
-    dino = frozen(torchvision.models.resnet50(weights=None))
+class Operations(TorchDispatchMode):
+    """Counts the multiply-accumulates of what runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        cost = flop_registry.get(func._overloadpacket)
+        if cost is not None:
+            self.count += cost(*args, **(kwargs or {}), out_val=out) / 2
+        return out
+
+
+class CountedTrainer(Trainer):
+    """A trainer that only counts: its tensors have no values, so it cannot look at them."""
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", enabled=False)
+
+    def _step(self, optimizer: Optimizer, phase: str, loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+
+
+def _moments(device: torch.device) -> Call:
+    dino = frozen(torchvision.models.resnet50(weights=None)).to(device)
     dino.fc = nn.Identity()
-    networks = {"dino": Embedding(dino, ""), "clip": Embedding(frozen(ClipResNet()), "")}
-    widths = {"dino": 2048, "clip": 1024}
-    target = {name: (torch.zeros(n), torch.zeros(n)) for name, n in widths.items()}
+    clip = frozen(ClipResNet()).to(device)
+    target = {
+        name: (torch.zeros(n, device=device),) * 2 for name, n in (("dino", 2048), ("clip", 1024))
+    }
+    networks = {"dino": Embedding(dino, ""), "clip": Embedding(clip, "")}
     return moments.term(networks, {"dino": 20.0, "clip": 15.0}, target)
 
 
-def _made(name: str, teacher: Generator) -> Call | Parts:
-    """A term with random networks."""
-    layer = 2 * (SIZE.bit_length() - 3)
-    draw = relation.offsets(modulation_directions(teacher), 5.0)
+def _perceptual(device: torch.device) -> Call:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the package calls torchvision in an outdated way
-        lpips = frozen(LPIPS(net="vgg", pnet_rand=True, verbose=False))
+        lpips = frozen(LPIPS(net="vgg", pnet_rand=True, verbose=False)).to(device)
+    return perceptual.term(lambda a, b: lpips(a, b))
+
+
+def _made(name: str, teacher: Generator, widths: Sequence[int]) -> Call | Parts:
+    """A term with random networks."""
     makers: dict[str, Callable[[], Call | Parts]] = {
         "l1": pixels.term,
-        "perceptual": lambda: perceptual.term(lambda a, b: lpips(a, b)),
+        "perceptual": lambda: _perceptual(teacher.device),
         "relation": lambda: relation.term(
-            relation.layers_of(teacher), draw, relation.RelationSettings()
+            relation.layers_of(teacher),
+            relation.offsets(modulation_directions(teacher), 5.0),
+            relation.RelationSettings(),
         ),
-        "moments": _moments,
-        "high_band": lambda: Parts(critic=high_band.term(layer, SIZE)),
-        "teacher_discriminator": lambda: adversary(Discriminator(SIZE)),
+        "moments": lambda: _moments(teacher.device),
+        "high_band": lambda: Parts(critic=high_band.term(8, 64)),
+        "teacher_discriminator": lambda: teacher_discriminator.adversary(
+            Discriminator(teacher.size, channels=widths).to(teacher.device)
+        ),
     }
     return makers[name]()
 
 
-def trainer(name: str) -> Trainer:
-    """A trainer of a recipe."""
+def trainer(
+    name: str, teacher: Generator, student: Generator, parser: nn.Module, kind: type[Trainer]
+) -> Trainer:
+    """A trainer of a recipe, on the teacher's device."""
+    device, widths = teacher.device, teacher.channels[1::2]
     settings = from_flags(TrainConfig, recipes.train_values(name))
-    teacher = frozen(generator(SIZE))
     terms = [
-        Term(term, weight, _made(term, teacher), features=term == "relation")
-        for term, weight in weights(settings).items()
+        Term(term, weight, _made(term, teacher, widths), distillation.TERMS[term].features)
+        for term, weight in distillation.weights(settings).items()
     ]
-    mask = published_parsers()[1] if settings.content_aware_KD else None
+    mask = parser if settings.content_aware_KD else None
+    network = Discriminator(teacher.size, channels=widths)
     settings = replace(settings, batch_size=BATCH)
-    distils = Teacher(teacher, mask, terms)
-    return Trainer(generator(SIZE, 0.7), Discriminator(SIZE), settings, CPU, distils)
+    return kind(student, network, settings, device, Teacher(teacher, mask, terms))
 
 
 def phases(job: Trainer) -> dict[str, Callable[[], object]]:
     """One iteration of each kind."""
-    real = torch.rand(BATCH, 3, SIZE, SIZE) * 2 - 1
+    real = torch.zeros(BATCH, 3, job.generator.size, job.generator.size, device=job.device)
 
     def run(iteration: int) -> object:
         job.iteration = iteration
@@ -122,31 +166,37 @@ def _plain_operators() -> Iterator[None]:
             os.environ[VARIABLE] = before
 
 
-def macs(job: Trainer) -> float:
-    """Multiply-accumulates of an iteration for one image."""
+def macs(name: str, size: int) -> float:
+    """Multiply-accumulates of a recipe's iteration for one image."""
+    teacher, student = frozen(generator(size)).to(META), generator(size, 0.7).to(META)
+    parser = published_parsers()[1].to(META)
+    job = trainer(name, teacher, student, parser, CountedTrainer)
     counts = {}
     with _plain_operators():
         for kind, run in phases(job).items():
-            with FlopCounterMode(display=False) as counter:
+            with Operations() as operations:
                 run()
-            counts[kind] = counter.get_total_flops() / 2 / BATCH
+            counts[kind] = operations.count / BATCH
     return mean(counts)
 
 
-def measure(names: Sequence[str], rounds: int) -> list[dict[str, object]]:
-    """Multiply-accumulates and seconds of the recipes' iterations; all recipes take turns."""
-    jobs = {name: trainer(name) for name in names}
-    variants = {f"{n} {kind}": f for n, job in jobs.items() for kind, f in phases(job).items()}
+def seconds(names: Sequence[str], rounds: int) -> dict[str, Timing]:
+    """Time of the recipes' iterations on the bundled model's widths; all recipes take turns."""
+    teacher = frozen(checkpoint.load_generator(bundled.MODEL))
+    content = load_content_parser(bundled.PARSER, CPU)
+    widths = [c - int(0.7 * c) for c in teacher.channels]
+    variants: dict[str, Callable[[], object]] = {}
+    for name in names:
+        student = Generator(teacher.size, teacher.style_dim, teacher.n_mlp, widths)
+        job = trainer(name, teacher, student, content, Trainer)
+        variants |= {f"{name} {kind}": run for kind, run in phases(job).items()}
     times = interleaved(variants, rounds, clock=time.process_time)
-    results: list[dict[str, object]] = []
-    for name, job in jobs.items():
-        parts = {kind: times[f"{name} {kind}"] for kind in PHASES}
-        seconds = {
-            field: mean({kind: asdict(t)[field] for kind, t in parts.items()})
-            for field in ("median", "fastest", "slowest")
-        }
-        results.append({"recipe": name, "macs": macs(job), "seconds": asdict(Timing(**seconds))})
-    return results
+    found = {}
+    for name in names:
+        parts = {kind: asdict(times[f"{name} {kind}"]) for kind in PHASES}
+        fields = ("median", "fastest", "slowest")
+        found[name] = Timing(*(mean({k: t[field] for k, t in parts.items()}) for field in fields))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,26 +205,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser("Cost of an iteration of each recipe.", names).parse_args(argv)
     pick_device("cpu")
     torch.set_num_threads(options.threads)
-    results = measure(options.only, options.rounds)
-    first = results[0]
-    rows = []
-    for result in results:
-        seconds, base = (r["seconds"]["median"] for r in (result, first))  # type: ignore[index]
-        count, whole = result["macs"], first["macs"]
-        assert isinstance(count, float)
-        assert isinstance(whole, float)
-        rows.append(
-            [
-                result["recipe"],
-                f"{count / 1e9:.1f}",
-                f"{count / whole:.2f}",
-                f"{seconds:.2f}",
-                f"{seconds / base:.2f}",
-            ]
-        )
-    head = ("recipe", "GMACs an image", "ratio", f"s a batch of {BATCH}", "ratio")
+    counts = {size: {name: macs(name, size) for name in options.only} for size in (64, 256)}
+    times = seconds(options.only, options.rounds)
+    columns: list[tuple[str, dict[str, float], float, int]] = [
+        (f"GMACs an image, {size} px", found, 1e-9, 0) for size, found in counts.items()
+    ]
+    columns.append((f"s a batch of {BATCH}", {k: t.median for k, t in times.items()}, 1, 2))
+    head, rows = ["recipe"], [[name] for name in options.only]
+    for title, found, unit, digits in columns:
+        head += [title, "ratio"]
+        for row in rows:
+            value, first = found[row[0]], found[options.only[0]]
+            row += [f"{value * unit:.{digits}f}", f"{value / first:.2f}"]
     print(machine("cpu"))
     print(table(head, rows))
+    results: dict[str, Any] = {f"macs_{size}": found for size, found in counts.items()}
+    results["seconds"] = {name: asdict(timing) for name, timing in times.items()}
     write_json(options.json, "cpu", results)
     return 0
 
