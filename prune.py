@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from Compression import recipes
 from Compression.initialisation import INITIALISATIONS
+from Compression.parsers import PARSERS
 from Compression.pruning import PruneSettings, option_kinds, prune
 from Compression.report import details, score_table, summary
 from Compression.scores import SCORES
@@ -19,6 +20,9 @@ initialisations (--init):
 recipes (--recipe):
 {recipes}
 
+parsers (--parser KIND:..., or a file):
+{parsers}
+
 examples:
   python3 prune.py
       prunes the bundled 64 px model
@@ -26,6 +30,8 @@ examples:
       prunes a 256 px generator of human faces, prints the details of every layer
   python3 prune.py --ckpt FILE --recipe dcp --n_sample 1000
       prunes as a paper did, but scores by fewer images
+  python3 prune.py --ckpt FILE --content skin,hair,eyes
+      keeps these classes of the parser; python3 -m Compression.content shows what they are
   python3 prune.py --ckpt FILE --metric l1_out --out small.pt
       prunes by weights alone, without a face parser
 """
@@ -41,6 +47,8 @@ def run(settings: PruneSettings) -> None:
         print(f"{details(result.full, result.pruned)}\n")
         print(f"{score_table(result.scores, result.keep)}\n")
     print(f"{summary(result.full, result.pruned)}\nsaved {result.path}")
+    if result.warning:
+        print(f"prune.py: warning: {result.warning}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             metrics=listed(SCORES),
             initialisations=listed(INITIALISATIONS),
             recipes=listed(recipes.RECIPES),
+            parsers=listed(PARSERS),
         ),
         options=option_kinds(),
         defaults=lambda args: recipes.prune_values(args.recipe),

@@ -7,7 +7,7 @@ wants other defaults changes them here. Where no other reason is given, the valu
 
 from dataclasses import dataclass
 
-from Util.settings import Settings, setting
+from Util.settings import Settings, setting, some_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,11 @@ class TrainConfig(Settings):
     path: str = setting("", "training images: a folder, or an LMDB with keys like 256-00000")
     size: int = setting(0, "image side in px; 0: as the checkpoint has it (64 without one)", low=0)
     ckpt: str = setting("", "checkpoint to start from, e.g. a pruned one; empty: from scratch")
-    teacher_ckpt: str = setting("", "full-size checkpoint to distil from; empty: GAN loss only")
+    teacher_ckpt: str = setting(
+        "",
+        "full-size checkpoint to distil from; empty or none: GAN loss only, which a pruned --ckpt"
+        " asks to be said by none",
+    )
     resume: str = setting(
         "", "go on with a run: its folder (newest checkpoint), or one of its checkpoints"
     )
@@ -50,7 +54,7 @@ class TrainConfig(Settings):
     channel_multiplier: int = setting(
         2, "width factor of the full size above 32 px; 1: StyleGAN2's small architecture", low=1
     )
-    style_dim: int = setting(512, "size of z and w", low=1)
+    style_dim: int = setting(512, "size of z and w", low=1, aliases=("latent",))
     n_mlp: int = setting(8, "layers of the mapping network", low=1)
 
     # Length and batch. The paper: 450,000 iterations of 16 images at 256 px.
@@ -113,8 +117,19 @@ class TrainConfig(Settings):
     content_aware_KD: bool = setting(True, "distil only inside the teacher's content mask")
     parser_ckpt: str = setting(
         "",
-        "face parser that makes the mask; empty: the bundled one for the bundled teacher, else"
-        " Model/parser_model/79999_iter.pth",
+        "parser that makes the mask: a file, or a name as prune.py has it; empty: the bundled one"
+        " for the bundled teacher, else Model/parser_model/79999_iter.pth",
+        aliases=("parser",),
+    )
+    content: tuple[str, ...] = setting(
+        (),
+        "classes that the mask holds, such as skin,hair,eyes or all,-background; empty: the"
+        " parser's own, of faces all but background and cloth",
+        metavar="CLASS,...",
+        parse=some_words,
+    )
+    kd_soft_mask: bool = setting(
+        False, "mask by the probability of the content; the paper's mask is 0 or 1"
     )
     perceptual: str = setting(
         "vgg",
@@ -176,3 +191,8 @@ class TrainConfig(Settings):
     workers: int = setting(2, "data loading processes; 0: load in the training process", low=0)
     seed: int = setting(0, "seed of networks, latents and data order")
     options: tuple[Settings, ...] = ()
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher to distil from."""
+        return self.teacher_ckpt not in ("", "none")

@@ -15,17 +15,18 @@ import torch
 from tqdm import tqdm
 
 from Compression import distillation, recipes
-from Compression.content import parser_for
+from Compression.content import ContentParser, parser_for
 from Compression.training import Event, NonFiniteError, Teacher, Trainer, iterate
-from Dataset.images import DatasetError, EndlessBatches, Images, load_batches
-from Evaluation import feature_statistics
-from Evaluation.comparison import render
+from Dataset import DatasetError
+from Dataset.batches import EndlessBatches
+from Dataset.images import Images
+from Dataset.loading import load_batches
+from Evaluation import feature_statistics, sampling
 from Evaluation.feature_sets import real_statistics, sampled_features
-from Evaluation.feature_statistics import statistics_of
 from Evaluation.features import make_extractor
+from Evaluation.metrics import METRICS, distance_key, evaluate, need_features
 from Model import bundled, checkpoint
 from Model.discriminator import Discriminator
-from Model.face_parser import fold_batch_norm
 from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig
 from Util import distributed, pictures
@@ -90,7 +91,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     """
     check(config)
     set_tf32(config.tf32)
-    trainer, origin = _make_trainer(config, distributed.join(_device(config)))
+    trainer, origin = _make_trainer(config, distributed.join(_device(config)), announce)
     if config.dry_run:
         config = replace(config, iter=trainer.iteration + 2, log_freq=1)
     config = replace(config, size=trainer.generator.size, channels=trainer.generator.channels)
@@ -136,9 +137,13 @@ def check(config: TrainConfig) -> None:
     if config.load_train_state and not config.ckpt:
         raise SettingError("load_train_state", "goes with ckpt; name the checkpoint to go on from")
     distillation.weights(config)
+    unknown = set(config.fid_metrics) - METRICS.keys()
+    if unknown or not config.fid_metrics:
+        named = ",".join(config.fid_metrics)
+        raise SettingError("fid_metrics", f"{named!r}: take some of {', '.join(METRICS)}")
     if config.recipe:
         recipes.named(config.recipe)
-    if (config.kd or config.recipe) and not config.teacher_ckpt:
+    if (config.kd or config.recipe) and not config.has_teacher:
         raise SettingError(
             "teacher_ckpt",
             f"is missing; {config.recipe or ','.join(config.kd)} distils from a full-size model",
@@ -181,7 +186,7 @@ def _make_discriminator(
     if not content:
         # As wide as the generator's last convolution at each resolution.
         return Discriminator(generator.size, channels=generator.channels[1::2])
-    if "d" not in content and config.teacher_ckpt:
+    if "d" not in content and config.has_teacher:
         with blame("teacher_ckpt"):
             others = checkpoint.read(config.teacher_ckpt)
         content = {**content, **{key: others[key] for key in ("d",) if key in others}}
@@ -192,24 +197,35 @@ def _make_discriminator(
     return Discriminator(found.size, channels=found.channels) if scratch else found
 
 
+def _make_parser(config: TrainConfig, device: torch.device) -> ContentParser | None:
+    """What makes the teacher's mask, or None where nothing is masked."""
+    if not (config.has_teacher and config.content_aware_KD):
+        return None
+    return parser_for(config.parser_ckpt, config.teacher_ckpt, device, config.content)
+
+
 def _make_teacher(
-    config: TrainConfig, size: int, discriminator: Discriminator, device: torch.device
+    config: TrainConfig,
+    size: int,
+    discriminator: Discriminator,
+    device: torch.device,
+    parser: ContentParser | None,
 ) -> Teacher | None:
     """The full-size generator with its mask and the terms, or None without a teacher."""
-    if not config.teacher_ckpt:
+    if not config.has_teacher:
         return None
     with blame("teacher_ckpt"):
         generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
     generator.eval().requires_grad_(False)
-    mask = None
-    if config.content_aware_KD:
-        mask = parser_for(config.parser_ckpt, config.teacher_ckpt, device)
+    mask = parser.soft if parser and config.kd_soft_mask else parser
     sources = distillation.Sources(config, generator, device, discriminator)
     terms = distillation.make_terms(sources)
     return Teacher(generator, mask, terms)
 
 
-def _make_trainer(config: TrainConfig, device: torch.device) -> tuple[Trainer, dict[str, Any]]:
+def _make_trainer(
+    config: TrainConfig, device: torch.device, announce: Callable[[str], None]
+) -> tuple[Trainer, dict[str, Any]]:
     """Build networks, teacher and optimisers, and take up a saved state if asked.
 
     Returns:
@@ -224,15 +240,26 @@ def _make_trainer(config: TrainConfig, device: torch.device) -> tuple[Trainer, d
     torch.manual_seed(config.seed)
     with blame("ckpt" if source else "size and --channels:"):
         content = checkpoint.read(source) if source else {}
+        _check_teacher(config, source, content)
         generator, g_ema = _make_networks(config, content)
         discriminator = _make_discriminator(config, content, generator, resume)
-    teacher = _make_teacher(config, generator.size, discriminator, device)
+    parser = _make_parser(config, device)
+    if parser:
+        _compare_content(source, content, parser, announce)
+    teacher = _make_teacher(config, generator.size, discriminator, device, parser)
     trainer = Trainer(generator, discriminator, config, device, teacher, g_ema)
     if distributed.world_size() > 1:
         torch.manual_seed(config.seed * distributed.world_size() + distributed.rank() + 1)
     if resume:
+        name = Path(source).stem
+        iteration = int(name) if name.isdecimal() else None
         with blame(f"ckpt {source}:"):
-            trainer.load_state(content)
+            trainer.load_state(content, iteration)
+        if "train_state" not in content:
+            announce(
+                f"{source}: written by the original code; going on at iteration {iteration}, as its"
+                " name says, with the mean path length at 0 and new random streams"
+            )
     origin = content.get("config")
     return trainer, dict(origin) if isinstance(origin, Mapping) else {}
 
@@ -244,38 +271,74 @@ def _making(config: TrainConfig) -> dict[str, Any]:
     return {"training": settings} | ({"recipe": config.recipe} if config.recipe else {})
 
 
+def _check_teacher(config: TrainConfig, source: str, content: Mapping[str, Any]) -> None:
+    """Ask for the teacher of a checkpoint that says it was pruned."""
+    made = content.get("config")
+    if isinstance(made, Mapping) and "channels_after" in made and not config.teacher_ckpt:
+        raise SettingError(
+            "teacher_ckpt",
+            f"is missing; {source} was pruned and learns from its full-size teacher"
+            f" ({made.get('source', 'unknown')}): name it, or none for the GAN losses alone",
+        )
+
+
+def _compare_content(
+    source: str,
+    content: Mapping[str, Any],
+    parser: ContentParser,
+    announce: Callable[[str], None],
+) -> None:
+    """Tell that a checkpoint was pruned for another content than it is trained for."""
+    made = content.get("config")
+    pruned_for = made.get("content") if isinstance(made, Mapping) else None
+    if isinstance(pruned_for, str) and pruned_for and pruned_for != parser.content:
+        announce(
+            f"{source} was pruned for {pruned_for}, and learns {parser.content} from its teacher;"
+            " set content to train for what it was pruned for"
+        )
+
+
 def _make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> Evaluation | None:
     """What measures g_ema, or None where nothing is asked for."""
     if not config.fid_n_sample:
         return None
-    parser, parser_file = None, None
+    parser = None
     if config.fid_features == "parser":
         with blame("parser_ckpt"):
-            parser_file = Path(config.parser_ckpt or bundled.default_parser(config.teacher_ckpt))
-            parser = fold_batch_norm(checkpoint.load_face_parser(parser_file, trainer.device))
+            parser = Path(config.parser_ckpt or bundled.default_parser(config.teacher_ckpt))
     inception = Path(config.inception_ckpt) if config.inception_ckpt else None
-    extractor = make_extractor(
-        config.fid_features, inception, parser, parser_file, None, trainer.device
-    )
+    extractor = make_extractor(config.fid_features, inception, parser, None, trainer.device)
     with blame("fid_n_sample"):
         width = extractor.dimensions(trainer.generator.size, trainer.device)
         feature_statistics.check_enough(config.fid_n_sample, width)
     if config.dry_run:
         return None
     stats = Path(config.fid_stats) if config.fid_stats else None
+    metrics = config.fid_metrics
     with blame("fid_stats" if stats and stats.is_file() else "path"):
         real = real_statistics(
-            images, stats, extractor, trainer.device, config.fid_batch, config.workers
+            images,
+            stats,
+            extractor,
+            trainer.device,
+            config.fid_batch,
+            config.workers,
+            need_features(metrics),
         )
-    name = extractor.name.lower().replace(" ", "_")
 
     def measure() -> dict[str, float]:
         features = sampled_features(
             trainer.g_ema, extractor, config.fid_n_sample, config.fid_batch, config.seed
         )
-        return {name: feature_statistics.distance(statistics_of(features, {}), real)}
+        figures = evaluate(metrics, extractor, features, real, config.seed)
+        return {_log_name(name): value for name, value in figures.items()}
 
-    return Evaluation(measure, name)
+    best_by = distance_key(metrics, extractor)
+    return Evaluation(measure, _log_name(best_by) if best_by else None)
+
+
+def _log_name(figure: str) -> str:
+    return figure.lower().replace(" ", "_")
 
 
 def _stream(config: TrainConfig, trainer: Trainer, images: Images) -> Iterator[torch.Tensor]:
@@ -359,7 +422,8 @@ class _Actions:
     def sample(self) -> None:
         """Write a grid of g_ema's images, always of the same latents."""
         if self.run_log:
-            samples = render(self.trainer.g_ema, self.z)
+            g_ema = self.trainer.g_ema
+            samples = sampling.render(g_ema, sampling.from_z(g_ema, self.z))
             self.run_log.samples(self.trainer.iteration, pictures.grid(samples))
 
     def evaluate(self) -> None:

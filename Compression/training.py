@@ -142,14 +142,19 @@ class Trainer:
         s = self.settings
         for network, _ in self._discriminators.values():
             network.requires_grad_(True)
+        # 1. Discriminator: softplus(-D(x)) + softplus(D(G(z))) (Goodfellow et al., 2014).
         metrics = self._d_phase(real)
+        # 2. Every 16 iterations, R1: 16 * r1 / 2 * |dD/dx|^2 (Mescheder et al., 2018, eq. 9).
         if s.r1 and self.iteration % s.d_reg_every == 0:
             metrics |= self._r1_phase(real)
         for network, _ in self._discriminators.values():
             network.requires_grad_(False)
+        # 3. Generator: softplus(-D(G(z))) + distillation inside the content (paper, eq. 4).
         metrics |= self._g_phase(real.shape[0])
+        # 4. Every 4 iterations, path length: 4 * weight * (|J^T y| - a)^2 (StyleGAN2, eq. 4).
         if s.path_regularize and self.iteration % s.g_reg_every == 0:
             metrics |= self._path_phase(max(1, real.shape[0] // s.path_batch_shrink))
+        # The average of the generators of some hundred iterations is what is kept and measured.
         accumulate(self.g_ema, self.generator, s.ema_decay)
         self.iteration += 1
         self.images_seen += s.batch_size
@@ -190,11 +195,12 @@ class Trainer:
         """
         if not torch.isfinite(loss):
             raise NonFiniteError(
-                f"the {phase} loss is {loss.item()} in iteration {self.iteration + 1}; lower --lr,"
-                " set --grad_clip, or look at the data"
+                f"the {phase} loss is {loss.item()} in iteration {self.iteration + 1}; lower lr,"
+                " set grad_clip, or look at the data"
             )
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        _fill_gradients(optimizer)
         for group in optimizer.param_groups:
             # Before they are unscaled, so that all processes leave out the same steps.
             distributed.average_gradients(group["params"])
@@ -350,18 +356,23 @@ class Trainer:
             },
         }
 
-    def load_state(self, content: Mapping[str, Any]) -> None:
+    def load_state(self, content: Mapping[str, Any], iteration: int | None = None) -> None:
         """Go on from `state`; generators and first discriminator have been loaded already.
 
         The learning rates stay those of the settings. The random streams go on where they were if
         the number of processes is the same; otherwise each process keeps its own fresh one.
+
+        Args:
+            content: the checkpoint.
+            iteration: where to go on if it has optimisers but no ``train_state``, as the original
+                code writes it; the mean path length then starts at 0.
 
         Raises:
             ValueError: the checkpoint has no training state, or of another architecture.
         """
         optimizers = {"g_optim": self.g_optim, "d_optim": self.d_optim}
         optimizers |= {f"{name}_optim": pair[1] for name, pair in self.further.items()}
-        wanted = [*self.further, *optimizers, "train_state"]
+        wanted = [*self.further, *optimizers, *(["train_state"] if iteration is None else [])]
         missing = [key for key in wanted if key not in content]
         if missing:
             raise ValueError(f"no {missing[0]!r} in the checkpoint, so training cannot go on")
@@ -370,7 +381,11 @@ class Trainer:
                 network.load_state_dict(load_discriminator(content, name).state_dict())
             for name, optimizer in optimizers.items():
                 _restore(optimizer, content[name])
-            self._load_progress(content["train_state"])
+            if "train_state" in content:
+                self._load_progress(content["train_state"])
+            else:
+                self.iteration = iteration or 0
+                self.images_seen = self.iteration * self.settings.batch_size
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(
@@ -390,6 +405,18 @@ class Trainer:
             torch.set_rng_state(streams["cpu"])
             if self.device.type == "cuda" and "cuda" in streams:
                 torch.cuda.set_rng_state(streams["cuda"], self.device)
+
+
+def _fill_gradients(optimizer: Optimizer) -> None:
+    """Give every trained parameter that the loss did not reach a gradient of zero.
+
+    The regularisers do not reach the last biases. Adam passes over parameters without a gradient;
+    with a zero one their averages decay and the step counts, as in the original.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 def _restore(optimizer: Optimizer, saved: dict[str, Any]) -> None:

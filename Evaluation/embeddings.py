@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from Evaluation.clip import SIDE, load_clip
 from Evaluation.features import fingerprint, parser_extractor
-from Model.checkpoint import CheckpointError, load_face_parser, load_strict, read
+from Model.checkpoint import CheckpointError, load_strict, read
 from Model.downloads import downloaded
-from Model.face_parser import fold_batch_norm
 from Util.settings import SettingError, blame
 
 DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth"
@@ -76,10 +75,7 @@ def load_embedding(
     """
     if name == "parser":
         with blame("parser_ckpt"):
-            weights = Path(parser())
-            extractor = parser_extractor(
-                fold_batch_norm(load_face_parser(weights, device)), weights
-            )
+            extractor = parser_extractor(Path(parser()), device)
         return Embedding(extractor.network, extractor.protocol)
     with blame(f"{name}_ckpt"):
         if name == "dino":
