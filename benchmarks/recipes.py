@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.jobs import frozen, generator, published_parsers
-from benchmarks.timing import Timing, interleaved, machine, parser, table, write_json
+from benchmarks.timing import (
+    Measurement,
+    Timing,
+    interleaved,
+    run_benchmark,
+    some_of,
+    table,
+)
 from Compression import distillation, recipes
 from Compression.content import load_content_parser
 from Compression.distillation import (
@@ -48,7 +55,6 @@ from Model.discriminator import Discriminator
 from Model.generator import Generator
 from Model.ops.dispatch import VARIABLE
 from train_hyperparams import TrainConfig
-from Util.device import pick_device
 from Util.settings import from_flags
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -57,8 +63,15 @@ PHASES = {"plain": (1, 12), "path length": (4, 3), "path length and R1": (16, 1)
 """An iteration of each kind, and how many of sixteen are of it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecipeSettings(Measurement):
+    """Settings of the benchmark."""
+
+    only: tuple[str, ...] = some_of(name for name in recipes.RECIPES if name != "ours")
+
+
 class Operations(TorchDispatchMode):
-    """Counts the multiply-accumulates of what runs inside."""
+    """Count the multiply-accumulates of what runs inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +117,7 @@ def _perceptual(device: torch.device) -> Call:
 
 
 def _made(name: str, teacher: Generator, widths: Sequence[int]) -> Call | Parts:
-    """A term with random networks."""
+    """Make a term with random networks."""
     makers: dict[str, Callable[[], Call | Parts]] = {
         "l1": pixels.term,
         "perceptual": lambda: _perceptual(teacher.device),
@@ -125,7 +138,7 @@ def _made(name: str, teacher: Generator, widths: Sequence[int]) -> Call | Parts:
 def trainer(
     name: str, teacher: Generator, student: Generator, parser: nn.Module, kind: type[Trainer]
 ) -> Trainer:
-    """A trainer of a recipe, on the teacher's device."""
+    """Make a trainer of a recipe, on the teacher's device."""
     device, widths = teacher.device, teacher.channels[1::2]
     settings = from_flags(TrainConfig, recipes.train_values(name))
     terms = [
@@ -139,7 +152,7 @@ def trainer(
 
 
 def phases(job: Trainer) -> dict[str, Callable[[], object]]:
-    """One iteration of each kind."""
+    """Give functions that run one iteration of each kind."""
     real = torch.zeros(BATCH, 3, job.generator.size, job.generator.size, device=job.device)
 
     def run(iteration: int) -> object:
@@ -150,7 +163,7 @@ def phases(job: Trainer) -> dict[str, Callable[[], object]]:
 
 
 def mean(costs: Mapping[str, float]) -> float:
-    """Cost of an iteration, of those of the kinds."""
+    """Average the costs of the kinds."""
     return sum(costs[kind] * n for kind, (_, n) in PHASES.items()) / 16
 
 
@@ -167,7 +180,7 @@ def _plain_operators() -> Iterator[None]:
 
 
 def macs(name: str, size: int) -> float:
-    """Multiply-accumulates of a recipe's iteration for one image."""
+    """Count the multiply-accumulates of a recipe's iteration for one image."""
     teacher, student = frozen(generator(size)).to(META), generator(size, 0.7).to(META)
     parser = published_parsers()[1].to(META)
     job = trainer(name, teacher, student, parser, CountedTrainer)
@@ -181,7 +194,7 @@ def macs(name: str, size: int) -> float:
 
 
 def seconds(names: Sequence[str], rounds: int) -> dict[str, Timing]:
-    """Time of the recipes' iterations on the bundled model's widths; all recipes take turns."""
+    """Time the recipes' iterations on the bundled model's widths; all recipes take turns."""
     teacher = frozen(checkpoint.load_generator(bundled.MODEL))
     content = load_content_parser(bundled.PARSER, CPU)
     widths = [c - int(0.7 * c) for c in teacher.channels]
@@ -199,30 +212,29 @@ def seconds(names: Sequence[str], rounds: int) -> dict[str, Timing]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table, and write JSON if asked."""
-    names = [name for name in recipes.RECIPES if name != "ours"]
-    options = parser("Cost of an iteration of each recipe.", names).parse_args(argv)
-    pick_device("cpu")
-    torch.set_num_threads(options.threads)
-    counts = {size: {name: macs(name, size) for name in options.only} for size in (64, 256)}
-    times = seconds(options.only, options.rounds)
+def measure(settings: RecipeSettings) -> dict[str, Any]:
+    """Print the table; return the numbers."""
+    counts = {size: {name: macs(name, size) for name in settings.only} for size in (64, 256)}
+    times = seconds(settings.only, settings.rounds)
     columns: list[tuple[str, dict[str, float], float, int]] = [
         (f"GMACs an image, {size} px", found, 1e-9, 0) for size, found in counts.items()
     ]
     columns.append((f"s a batch of {BATCH}", {k: t.median for k, t in times.items()}, 1, 2))
-    head, rows = ["recipe"], [[name] for name in options.only]
+    head, rows = ["recipe"], [[name] for name in settings.only]
     for title, found, unit, digits in columns:
         head += [title, "ratio"]
         for row in rows:
-            value, first = found[row[0]], found[options.only[0]]
+            value, first = found[row[0]], found[settings.only[0]]
             row += [f"{value * unit:.{digits}f}", f"{value / first:.2f}"]
-    print(machine("cpu"))
     print(table(head, rows))
     results: dict[str, Any] = {f"macs_{size}": found for size, found in counts.items()}
-    results["seconds"] = {name: asdict(timing) for name, timing in times.items()}
-    write_json(options.json, "cpu", results)
-    return 0
+    return results | {"seconds": {name: asdict(timing) for name, timing in times.items()}}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    what = "Cost of an iteration of each recipe."
+    return run_benchmark(RecipeSettings, measure, argv, "recipes", what)
 
 
 if __name__ == "__main__":
