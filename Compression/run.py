@@ -37,6 +37,13 @@ from Util.settings import SettingError, Settings, blame, plain
 from Util.stopping import StopRequest
 
 
+NOT_REMEMBERED = frozenset(
+    "resume out dry_run workers device gpu_device_ids primary_device"
+    " log_freq n_sample val_sample_freq model_save_freq keep_checkpoints".split()
+)
+"""Settings that do not change what a run computes: its checkpoints are the same without them."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What measures the moving average before a checkpoint.
@@ -265,8 +272,8 @@ def _make_trainer(
 
 
 def _making(config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint remembers of a run: its settings, files by their names alone."""
-    values = _plain(config)
+    """What a checkpoint remembers of a run: what made its weights, files by their names alone."""
+    values = {k: v for k, v in _plain(config).items() if k not in NOT_REMEMBERED}
     settings = {k: Path(v).name if isinstance(v, str) else v for k, v in values.items()}
     return {"training": settings} | ({"recipe": config.recipe} if config.recipe else {})
 
