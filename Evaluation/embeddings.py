@@ -43,7 +43,7 @@ def load_dino(file: Path | None) -> nn.Module:
     Raises:
         CheckpointError: no download, or not the network's weights.
     """
-    file = file or downloaded(DINO_URL, "name the file by --dino_ckpt")
+    file = file or downloaded(DINO_URL, "name the file (dino_ckpt), or take another network")
     network = torchvision.models.resnet50(weights=None)
     network.fc = nn.Identity()
     # Counters that inference does not use.

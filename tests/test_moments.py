@@ -178,6 +178,20 @@ def test_dino_file(tmp_path):
         load_embedding("dino", tmp_path / "part.pth", lambda: "", CPU)
 
 
+def test_no_download_of_dino_is_one_line(tmp_path, monkeypatch):
+    asked = []
+
+    def fail(url, file, hash_prefix):
+        asked.append((url, hash_prefix))
+        raise OSError("offline")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    with pytest.raises(SettingError, match=r"^dino_ckpt .*dino_resnet50_pretrain\.pth is missing"):
+        load_embedding("dino", None, lambda: "", CPU)
+    assert asked == [(embeddings.DINO_URL, None)]  # the name has no digits of a checksum
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_clip_wants_tensors_and_runs_no_program(tmp_path):
     with pytest.raises(SettingError, match="clip_ckpt is missing; name the tensors"):
