@@ -53,7 +53,9 @@ def parse_config(argv: Sequence[str] | None) -> TrainConfig:
     if args.resume:
         folder = run_folder(args.resume)
         with blame("resume"):
-            saved = known_settings(read_config(folder), TrainConfig, *option_kinds())
+            # Runs from before this setting had that filter.
+            stored = {"resample": "lanczos"} | read_config(folder)
+            saved = known_settings(stored, TrainConfig, *option_kinds())
         parser.set_defaults(**saved | {"out": str(folder)})
         args = parser.parse_args(argv)
     return from_flags(TrainConfig, vars(args), option_kinds())
