@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from Compression.channel_pictures import save_channel_pictures
 from Compression.initialisation import INITIALISATIONS
 from Compression.pruning import PruneSettings, option_kinds, prune
 from Compression.report import details, score_table, summary
@@ -32,6 +33,9 @@ def run(settings: PruneSettings) -> None:
         print(f"{details(result.full, result.pruned)}\n")
         print(f"{score_table(result.scores, result.keep)}\n")
     print(f"{summary(result.full, result.pruned)}\nsaved {result.path}")
+    if settings.info_pictures:
+        file = save_channel_pictures(result.path, result.full, result.scores, settings.seed)
+        print(f"saved {file}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
