@@ -3,8 +3,10 @@
 import sys
 from collections.abc import Sequence
 
+from Compression import recipes
 from Compression.channel_pictures import save_channel_pictures
 from Compression.initialisation import INITIALISATIONS
+from Compression.parsers import PARSERS
 from Compression.pruning import PruneSettings, option_kinds, prune
 from Compression.report import details, score_table, summary
 from Compression.scores import SCORES
@@ -16,11 +18,21 @@ EPILOG = """metrics (--metric; higher scores stay):
 initialisations (--init):
 {initialisations}
 
+recipes (--recipe):
+{recipes}
+
+parsers (--parser KIND:..., or a file):
+{parsers}
+
 examples:
   python3 prune.py
       prunes the bundled 64 px model
   python3 prune.py --generated_img_size 256 --ckpt FILE --remove_ratio 0.7 --info_print
       prunes a 256 px generator of human faces, prints the details of every layer
+  python3 prune.py --ckpt FILE --recipe dcp --n_sample 1000
+      prunes as a paper did, but scores by fewer images
+  python3 prune.py --ckpt FILE --content skin,hair,eyes
+      keeps these classes of the parser; python3 -m Compression.content shows what they are
   python3 prune.py --ckpt FILE --metric l1_out --out small.pt
       prunes by weights alone, without a face parser
 """
@@ -28,6 +40,9 @@ examples:
 
 def run(settings: PruneSettings) -> None:
     """Prune and report."""
+    if settings.recipe == recipes.LIST:
+        print(recipes.table())
+        return
     result = prune(settings)
     if settings.info_print:
         print(f"{details(result.full, result.pruned)}\n")
@@ -36,6 +51,8 @@ def run(settings: PruneSettings) -> None:
     if settings.info_pictures:
         file = save_channel_pictures(result.path, result.full, result.scores, settings.seed)
         print(f"saved {file}")
+    if result.warning:
+        print(f"prune.py: warning: {result.warning}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,8 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="prune.py",
         description="Score the channels of a StyleGAN2 generator, remove the lowest of every layer"
         " and save what remains to Model/pruned_model/. Retrain it with train.py.",
-        epilog=EPILOG.format(metrics=listed(SCORES), initialisations=listed(INITIALISATIONS)),
+        epilog=EPILOG.format(
+            metrics=listed(SCORES),
+            initialisations=listed(INITIALISATIONS),
+            recipes=listed(recipes.RECIPES),
+            parsers=listed(PARSERS),
+        ),
         options=option_kinds(),
+        defaults=lambda args: recipes.prune_values(args.recipe),
     )
 
 

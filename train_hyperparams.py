@@ -7,7 +7,7 @@ wants other defaults changes them here. Where no other reason is given, the valu
 
 from dataclasses import dataclass
 
-from Util.settings import Settings, setting
+from Util.settings import Settings, setting, some_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +34,25 @@ class TrainConfig(Settings):
         False, "also take optimisers, iteration and random state from --ckpt"
     )
     out: str = setting("", "folder of this run; empty: runs/DATE-TIME, or that of --resume")
+    recipe: str = setting(
+        "",
+        "settings of a paper, see below; what else is given wins. Empty: as the pruned checkpoint"
+        " remembers; none: no recipe; list: print them",
+        metavar="NAME",
+    )
+    discriminator: str = setting(
+        "teacher",
+        "where the discriminator starts: the checkpoint's (a pruned one has the teacher's), or from"
+        " scratch",
+        choices=("teacher", "scratch"),
+    )
 
     # Networks made from scratch. Widths: StyleGAN2's pyramid unless given.
     channels: tuple[int, ...] = setting(
         (), "generator widths a,b,... (constant input, conv1, convs.0, ...); empty: full size"
     )
     channel_multiplier: int = setting(
-        2, "width of the full-size networks above 32 px: 2, or 1 for the small ones", low=1
+        2, "width factor of the full size above 32 px; 1: StyleGAN2's small architecture", low=1
     )
     style_dim: int = setting(512, "size of z and w", low=1, aliases=("latent",))
     n_mlp: int = setting(8, "layers of the mapping network", low=1)
@@ -82,6 +94,13 @@ class TrainConfig(Settings):
         0.0, "largest norm of a phase's gradients; 0: no clipping, as in StyleGAN2", low=0
     )
 
+    gan_ramp: int = setting(
+        0,
+        "images over which the GAN loss in the generator's phase grows from nothing; 0: there from"
+        " the start, as published",
+        low=0,
+    )
+
     # Distillation (paper, section 3.3).
     kd_l1_lambda: float = setting(3.0, "weight of the L1 distance to the teacher's images", low=0)
     kd_lpips_lambda: float = setting(
@@ -103,8 +122,19 @@ class TrainConfig(Settings):
     content_aware_KD: bool = setting(True, "distil only inside the teacher's content mask")
     parser_ckpt: str = setting(
         "",
-        "face parser that makes the mask; empty: the bundled one for the bundled teacher, else"
-        " Model/parser_model/79999_iter.pth",
+        "parser that makes the mask: a file, or a name as prune.py has it; empty: the bundled one"
+        " for the bundled teacher, else Model/parser_model/79999_iter.pth",
+        aliases=("parser",),
+    )
+    content: tuple[str, ...] = setting(
+        (),
+        "classes that the mask holds, such as skin,hair,eyes or all,-background; empty: the"
+        " parser's own, of faces all but background and cloth",
+        metavar="CLASS,...",
+        parse=some_words,
+    )
+    kd_soft_mask: bool = setting(
+        False, "mask by the probability of the content; the paper's mask is 0 or 1"
     )
     perceptual: str = setting(
         "vgg",

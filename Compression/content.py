@@ -1,6 +1,12 @@
-"""The content of interest: which pixels of a picture belong to it, by a parser's class map."""
+"""The content of interest: which pixels of a picture belong to it, by a parser's classes.
 
-from collections.abc import Iterable
+``python -m Compression.content`` shows it (`Compression.content_picture`).
+"""
+
+import difflib
+import itertools
+import sys
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -8,10 +14,66 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from Compression.parsers import Parser, load_parser
 from Model import bundled
-from Model.checkpoint import load_face_parser
-from Model.face_parser import BiSeNet, fold_batch_norm
 from Util.settings import blame
+
+GROUPS = {
+    "brows": ("l_brow", "r_brow"),
+    "ears": ("l_ear", "r_ear"),
+    "eyes": ("l_eye", "r_eye"),
+    "lips": ("u_lip", "l_lip"),
+}
+"""Names for several classes, where a parser has them."""
+
+
+def excluded_classes(content: Sequence[str], parser: Parser) -> tuple[int, ...]:
+    """The classes that are not content by a user's choice.
+
+    Args:
+        content: in turn, each adds classes, or removes them after a minus: a class's name or
+            index, a group of `GROUPS`, or ``all``. If the first removes, it does so from the
+            parser's own content. Empty: the parser's own content.
+        parser: has the names.
+
+    Raises:
+        ValueError: an unknown class, or nothing is left.
+    """
+    names, everything = parser.class_names, set(range(len(parser.class_names)))
+    own = everything - set(parser.classes_excluded)
+    chosen = own if not content or content[0].startswith("-") else set()
+    for item in content:
+        found = _classes_of(item.removeprefix("-").strip(), names)
+        chosen = chosen - found if item.startswith("-") else chosen | found
+    if not chosen and content:
+        raise ValueError(f"{','.join(content)}: leaves no class; name at least one")
+    return tuple(sorted(everything - chosen))
+
+
+def _classes_of(item: str, names: Sequence[str]) -> set[int]:
+    """The classes that a name means.
+
+    Raises:
+        ValueError: none; says which are close.
+    """
+    if item == "all":
+        return set(range(len(names)))
+    found = {i for i, name in enumerate(names) if name == item}
+    found = found or {i for i, name in enumerate(names) if name in GROUPS.get(item, ())}
+    if found or (item.isdecimal() and int(item) < len(names)):
+        return found or {int(item)}
+    groups = [group for group, members in GROUPS.items() if set(members) & set(names)]
+    close = difflib.get_close_matches(item, [*names, *groups], n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
+    raise ValueError(f"{item}: the parser has no such class; {hint}")
+
+
+def describe(excluded: Iterable[int], names: Sequence[str]) -> str:
+    """The shortest list of classes that means the content; `excluded_classes` understands it."""
+    texts = [name if name.isidentifier() else str(i) for i, name in enumerate(names)]
+    out = [texts[i] for i in sorted(excluded)]
+    inside = [text for text in texts if text not in out]
+    return ",".join(["all", *(f"-{text}" for text in out)] if len(out) < len(inside) else inside)
 
 
 class ContentParser(nn.Module):
@@ -21,12 +83,19 @@ class ContentParser(nn.Module):
     and clothes. Works at any batch size, without gradients, and leaves the network in eval mode.
 
     Args:
-        network: the parser; its `input_size` is the side in pixels of the pictures it is shown.
+        network: the parser.
         classes_excluded: classes that are not content. None takes those of the network, which are
             CelebAMask-HQ's background and cloth, (0, 16), unless it was trained for others.
         chunk: images parsed at a time. It bounds the memory and does not change the result. None
             takes as many as have half a million pixels on a CPU, where more gain little, and four
             million on a GPU.
+        name: what a checkpoint remembers of the parser.
+        identity: kind and weights of the parser in words.
+
+    Attributes:
+        content: the classes that are content; `describe`.
+        chosen: the same, or empty where it is the network's own.
+        protocol: how the masks are made, in words; they are comparable where this agrees.
 
     Raises:
         ValueError: if a class to exclude is not one of the network's, or `chunk` is not positive.
@@ -36,28 +105,34 @@ class ContentParser(nn.Module):
 
     def __init__(
         self,
-        network: BiSeNet,
+        network: Parser,
         classes_excluded: Iterable[int] | None = None,
         chunk: int | None = None,
+        name: str = "",
+        identity: str = "a parser",
     ) -> None:
         super().__init__()
-        excluded = network.classes_excluded if classes_excluded is None else tuple(classes_excluded)
-        device = next(network.parameters()).device
-        unknown = [c for c in excluded if not 0 <= c < network.n_classes]
+        own, count = tuple(network.classes_excluded), len(network.class_names)
+        excluded = own if classes_excluded is None else tuple(classes_excluded)
+        unknown = [c for c in excluded if not 0 <= c < count]
         if unknown:
             raise ValueError(
-                f"classes_excluded has {unknown}, but the parser's {network.n_classes} classes are "
-                f"0 to {network.n_classes - 1}; name the classes outside the content of interest"
+                f"classes_excluded has {unknown}, but the parser's {count} classes are "
+                f"0 to {count - 1}; name the classes outside the content of interest"
             )
+        device = _device_of(network)
         if chunk is None:
             pixels = 2**19 if device.type == "cpu" else 2**22
             chunk = max(1, pixels // network.input_size**2)
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; at least one image is parsed at a time")
-        is_content = torch.ones(network.n_classes)
+        is_content = torch.ones(count)
         is_content[list(excluded)] = 0
-        self.network = network
-        self.chunk = chunk
+        self.network, self.chunk, self.name = network, chunk, name
+        self.content = describe(excluded, network.class_names)
+        self.chosen = "" if set(excluded) == set(own) else self.content
+        inside = f", content {self.chosen}" if self.chosen else ""
+        self.protocol = f"the content mask of {identity}{inside}"
         self.register_buffer("is_content", is_content.to(device), persistent=False)
         self.eval()
 
@@ -65,15 +140,19 @@ class ContentParser(nn.Module):
         """Stays in eval mode: the masks must not depend on what else is in the batch."""
         return super().train(False)
 
-    def _parse_chunk(self, images: Tensor) -> Tensor:
-        # Channels last from the start: the convolutions are faster on it, and the maximum is then
-        # taken over contiguous values, several times faster than over strided planes. (PyTorch's
-        # argmax takes twice as long as its max.)
-        images = images.float().contiguous(memory_format=torch.channels_last)
-        size = (self.network.input_size, self.network.input_size)
-        logits = self.network.main_logits(self.network.prepare(images))
-        logits = self.network.upsample(logits, size)
-        return logits.permute(0, 2, 3, 1).max(dim=3).indices
+    def _chunks(self, images: Tensor) -> Iterable[Tensor]:
+        """What the network says of the images, few at a time."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"expected images (N, 3, H, W), got {tuple(images.shape)}")
+        for part in images.split(self.chunk):
+            # Channels last from the start: the convolutions are faster on it, and the maximum over
+            # classes is then taken over contiguous values, several times faster than over planes.
+            part = part.float().contiguous(memory_format=torch.channels_last)
+            yield self.network.classify(part)
+
+    def _class_map(self, found: Tensor) -> Tensor:
+        # PyTorch's argmax takes twice as long as its max.
+        return found.permute(0, 2, 3, 1).max(dim=3).indices if found.ndim == 4 else found
 
     @torch.no_grad()
     def parse(self, images: Tensor) -> Tensor:
@@ -83,10 +162,12 @@ class ContentParser(nn.Module):
             images: (N, 3, H, W), nominally in [-1, 1].
 
         Returns:
-            (N, input_size, input_size), int64 class indices.
+            (N, h, w), int64 class indices, of the size that the parser works at.
         """
-        _check_images(images)
-        return torch.cat([self._parse_chunk(part) for part in images.split(self.chunk)])
+        return torch.cat([self._class_map(found) for found in self._chunks(images)])
+
+    def _inside(self, class_map: Tensor) -> Tensor:
+        return self.is_content.to(class_map.device)[class_map].unsqueeze(1)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -101,38 +182,121 @@ class ContentParser(nn.Module):
         Raises:
             ValueError: if `images` is not of that shape.
         """
-        _check_images(images)
-        size = images.shape[2:]
+        masks = [self._inside(self._class_map(found)) for found in self._chunks(images)]
+        masks = [_resized(mask, images) > 0.5 for mask in masks]
+        return torch.cat(masks).to(images.dtype)
+
+    @torch.no_grad()
+    def soft(self, images: Tensor) -> Tensor:
+        """Probability of the content, sum_c p_c over its classes, in place of 0 and 1.
+
+        Of a parser that knows no probabilities, it is the mask before it is rounded.
+
+        Args:
+            images: (N, 3, H, W), nominally in [-1, 1].
+
+        Returns:
+            (N, 1, H, W) in [0, 1], in the images' type.
+        """
         masks = []
-        for part in images.split(self.chunk):
-            mask = self.is_content[self._parse_chunk(part)].unsqueeze(1)
-            if mask.shape[2:] != size:
-                mask = F.interpolate(mask, size, mode="bilinear", align_corners=False)
-            masks.append((mask > 0.5).to(images.dtype))
-        return torch.cat(masks)
+        for found in self._chunks(images):
+            if found.ndim == 4:
+                weights = self.is_content.to(found.device)
+                probabilities = found.permute(0, 2, 3, 1).softmax(dim=3)
+                mask = (probabilities @ weights).unsqueeze(1).clamp(0, 1)
+            else:
+                mask = self._inside(found)
+            masks.append(_resized(mask, images))
+        return torch.cat(masks).to(images.dtype)
 
 
-def load_content_parser(path: str | PathLike[str], device: torch.device) -> ContentParser:
-    """Make the content parser of a face parser's file, with the exclusions it was trained for.
+class Metered:
+    """A content mask that remembers which share of the pixels was inside.
+
+    Attributes:
+        parser: makes the masks.
+        share: of all pixels so far, NaN before the first.
+    """
+
+    def __init__(self, parser: ContentParser) -> None:
+        self.parser = parser
+        self._inside, self._pixels = 0.0, 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """See `ContentParser.forward`."""
+        mask = self.parser(images)
+        self._inside += float(mask.sum())
+        self._pixels += mask.numel()
+        return mask
+
+    @property
+    def share(self) -> float:
+        """Content pixels over all pixels."""
+        return self._inside / self._pixels if self._pixels else float("nan")
+
+
+def share_warning(share: float, parser: ContentParser) -> str:
+    """One line if the masks hold next to nothing or next to everything, else empty."""
+    if 0.05 <= share <= 0.95 or share != share or parser.is_content.all():
+        return ""
+    return (
+        f"the masks of {parser.content} hold {share:.1%} of the pixels; look at them by"
+        " python3 -m Compression.content before you train"
+    )
+
+
+def load_content_parser(
+    path: str | PathLike[str], device: torch.device, content: Sequence[str] = ()
+) -> ContentParser:
+    """Make the content parser of a name (`Compression.parsers`).
+
+    Args:
+        path: a parser's file, or its name.
+        device: where it runs.
+        content: see `excluded_classes`.
 
     Raises:
-        CheckpointError: the file holds no face parser.
+        ValueError: the parser cannot be loaded.
+        SettingError: names the setting content.
     """
-    return ContentParser(fold_batch_norm(load_face_parser(path, device)))
+    loaded = load_parser(path, device)
+    with blame("content"):
+        excluded = excluded_classes(content, loaded.parser)
+    return ContentParser(loaded.parser, excluded, name=loaded.name, identity=loaded.identity)
 
 
 def parser_for(
-    parser_ckpt: str | Path | None, model: str | Path, device: torch.device
+    parser_ckpt: str | Path | None,
+    model: str | Path,
+    device: torch.device,
+    content: Sequence[str] = (),
 ) -> ContentParser:
-    """The content parser of a file, or where none is named the one that fits the model.
+    """The content parser of a name, or where none is given the one that fits the model.
 
     Raises:
-        SettingError: names the setting parser_ckpt and what is wrong.
+        SettingError: names the setting, parser_ckpt or content, and what is wrong.
     """
     with blame("parser_ckpt"):
-        return load_content_parser(parser_ckpt or bundled.default_parser(model), device)
+        return load_content_parser(parser_ckpt or bundled.default_parser(model), device, content)
 
 
-def _check_images(images: Tensor) -> None:
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"expected images (N, 3, H, W), got {tuple(images.shape)}")
+def _device_of(network: Parser) -> torch.device:
+    """Where the network's tensors are."""
+    if isinstance(network, nn.Module):
+        for tensor in itertools.chain(network.parameters(), network.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _resized(mask: Tensor, images: Tensor) -> Tensor:
+    """A mask at the images' size."""
+    size = images.shape[2:]
+    if mask.shape[2:] == size:
+        return mask
+    return F.interpolate(mask, size, mode="bilinear", align_corners=False)
+
+
+if __name__ == "__main__":
+    from Compression.content_picture import main
+
+    sys.exit(main())

@@ -1,13 +1,17 @@
-"""Measure a parser against label maps."""
+"""Measure a parser against label maps, and show where it fails."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from Compression.content import ContentParser
+from Compression.content_picture import colours, paint
 from Compression.parser_augmentation import Batch, reduce_images
+from Util.pictures import captioned, grid
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,58 @@ def evaluate(
         image_size: as for `Augmentation`.
     """
     parser.eval()
-    n_classes, device = parser.network.n_classes, parser.is_content.device
+    n_classes, device = len(parser.network.class_names), parser.is_content.device
     confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64, device=device)
     for images, labels in batches:
         predicted = parser.parse(reduce_images(images.to(device), image_size))
         confusion += confusion_matrix(predicted, labels.to(device), n_classes)
     return scores_of(confusion, parser.is_content, parser.network.class_names)
+
+
+@torch.no_grad()
+def worst_cases(
+    parser: ContentParser, batches: Iterable[Batch], image_size: int | None = None, n: int = 8
+) -> np.ndarray:
+    """Draw the pictures whose own mean IoU is lowest, the worst first.
+
+    Args:
+        parser: see `evaluate`, as the further arguments.
+        batches: at least one.
+        image_size: see `evaluate`.
+        n: pictures at most.
+
+    Returns:
+        Picture, label map, class map, and white where they differ, (H, W, 3) bytes.
+    """
+    worst: list[tuple[float, Tensor, Tensor, Tensor]] = []
+    names, is_content = parser.network.class_names, parser.is_content
+    for images, labels in batches:
+        predicted = parser.parse(reduce_images(images.to(is_content.device), image_size)).cpu()
+        for image, label, own in zip(images, labels, predicted, strict=True):
+            confusion = confusion_matrix(own, label, len(names))
+            worst.append((scores_of(confusion, is_content, names).mean_iou, image, label, own))
+        worst = sorted(worst, key=lambda case: case[0])[:n]
+    _, *tensors = zip(*worst, strict=True)
+    pictures, maps, found = (torch.stack(list(column)) for column in tensors)
+    palette, size = colours(len(names)), pictures.shape[2:]
+    wrong = (maps != found).float().unsqueeze(1).expand(-1, 3, *size) * 2 - 1
+    rows = {
+        "picture": pictures,
+        "label map": paint(maps, palette),
+        "parser": paint(found, palette),
+        "wrong": wrong,
+        "mean IoU": torch.ones(len(worst), 3, 20, size[1]),
+    }
+    strips = {name: grid(images, len(worst), gap=4) for name, images in rows.items()}
+    strips["mean IoU"] = _labelled(strips["mean IoU"], [f"{case[0]:.2f}" for case in worst])
+    return captioned(strips)
+
+
+def _labelled(strip: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """Write texts side by side into a strip of equal cells."""
+    canvas = Image.fromarray(strip)
+    draw, cell = ImageDraw.Draw(canvas), (canvas.width + 4) / len(texts)
+    for i, text in enumerate(texts):
+        place = (cell * (i + 0.5), canvas.height / 2)
+        draw.text(place, text, fill="black", font=ImageFont.load_default(14), anchor="mm")
+    return np.asarray(canvas)

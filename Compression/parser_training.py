@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from Compression.content import ContentParser
 from Compression.parser_augmentation import CELEBAMASK_FLIP_PAIRS, Augmentation, Batch, augment
-from Compression.parser_scores import Scores, evaluate
+from Compression.parser_scores import Scores, evaluate, worst_cases
 from Dataset.label_maps import LabelMapDataset
 from Model import checkpoint
 from Model.face_parser import CELEBAMASK_NAMES, BiSeNet
 from Util.device import pick_device
+from Util.pictures import save_png
 from Util.settings import SettingError, Settings, blame, integers, setting
 
 WARM_UP = 0.05
@@ -78,11 +80,34 @@ class ParserSettings(Settings):
         " most, 4 is the published parser",
         choices=(1, 2, 4),
     )
+    class_balance: float = setting(
+        0.0,
+        "exponent p of the class weights f**-p, f being a class's share of the pixels: 0 weighs all"
+        " pixels alike, 1 all classes, 0.5 is between; for rare classes",
+        low=0,
+        high=1,
+        metavar="P",
+    )
     iter: int = setting(4000, "training iterations", low=1, metavar="N")
     batch_size: int = setting(16, "pictures per iteration, at least 2", low=2, metavar="N")
     lr: float = setting(0.01, "highest learning rate of AdamW", above=0, metavar="X")
     eval_every: int = setting(
         1000, "iterations between evaluations, each of which saves", low=1, metavar="N"
+    )
+    patience: int = setting(
+        0,
+        "end after so many evaluations without a better mean IoU, and save only the best; 0: train"
+        " to the end, and save the last",
+        low=0,
+        metavar="N",
+    )
+    resume: bool = setting(
+        False, "go on with the run that wrote --out, from its last evaluation (OUT's .state file)"
+    )
+    report: Path | None = setting(
+        None,
+        "picture of the held-out pictures that the parser gets worst, with their label maps",
+        metavar="PNG",
     )
     seed: int = setting(0, "random seed", metavar="N")
     device: str = setting(
@@ -111,6 +136,11 @@ class ParserSettings(Settings):
             raise SettingError("class_names", f"names {count} classes, but there are {n_classes}")
 
     @property
+    def state_file(self) -> Path:
+        """Where a run keeps what it needs to go on."""
+        return self.out.with_suffix(".state")
+
+    @property
     def augmentation(self) -> Augmentation:
         """How the training pictures are varied."""
         usual = CELEBAMASK_FLIP_PAIRS if self.n_classes == len(CELEBAMASK_NAMES) else ()
@@ -130,13 +160,15 @@ def train_parser(
         after_evaluation: called with these and the scores on the pictures held out.
 
     Returns:
-        The scores at the end.
+        The scores of the parser that was saved.
 
     Raises:
         SettingError: a folder or a setting cannot be used.
         LabelMapError: a picture or its label map cannot.
         FloatingPointError: the loss is no longer finite.
     """
+    if settings.resume and not settings.state_file.is_file():
+        raise SettingError("resume", f": {settings.state_file} is missing; train without it")
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -149,19 +181,42 @@ def train_parser(
     loader = DataLoader(train_set, size, shuffle=True, drop_last=True, num_workers=workers)
     held_out = DataLoader(val_set, size, num_workers=workers)
 
-    parser = ContentParser(_network(settings).to(device))
-    network = parser.network
-    results = []
+    network = _network(settings).to(device)
+    parser = ContentParser(network)
+    run = ParserRun(network, settings, generator, _class_weights(train_set, settings))
+    if settings.resume:
+        run.load(settings.state_file)
+    batches = _endless(loader)
+    while run.step < settings.iter and not run.ended:
+        loss = run.train_on(next(batches))
+        after_step(run.step, loss)
+        if run.step % settings.eval_every == 0 or run.step == settings.iter:
+            scores = evaluate(parser, held_out, settings.image_size)
+            if run.improved(scores.mean_iou) or not settings.patience:
+                checkpoint.save(settings.out, {"parser": network, "config": network.config})
+            checkpoint.save(settings.state_file, run.state())
+            after_evaluation(run.step, loss, scores)
+    saved = ContentParser(checkpoint.load_face_parser(settings.out, device))
+    if settings.report:
+        save_png(settings.report, worst_cases(saved, held_out, settings.image_size))
+    settings.state_file.unlink(missing_ok=True)
+    return evaluate(saved, held_out, settings.image_size)
 
-    def after(step: int, loss: float) -> None:
-        after_step(step, loss)
-        if step % settings.eval_every == 0 or step == settings.iter:
-            results.append(evaluate(parser, held_out, settings.image_size))
-            checkpoint.save(settings.out, {"parser": network, "config": network.config})
-            after_evaluation(step, loss, results[-1])
 
-    train(network, _endless(loader), settings, generator, after)
-    return results[-1]
+def _class_weights(dataset: Dataset[Batch], settings: ParserSettings) -> Tensor | None:
+    """Weights f_c**-p of the classes' shares f_c, scaled to mean 1 over the pixels.
+
+    Counted on no more than 500 label maps; a class that none of them shows has weight 1.
+    """
+    if not settings.class_balance:
+        return None
+    counts = torch.zeros(settings.n_classes, dtype=torch.float64)
+    for i in range(min(500, len(dataset))):  # type: ignore[arg-type]
+        counts += torch.bincount(dataset[i][1].flatten(), minlength=settings.n_classes)
+    shares = counts / counts.sum()
+    weights = torch.where(shares > 0, shares.clamp_min(1e-6) ** -settings.class_balance, 0)
+    weights = weights / (weights * shares).sum()
+    return torch.where(shares > 0, weights, 1).float()
 
 
 def score_parser(
@@ -188,6 +243,8 @@ def score_parser(
     dataset = _open(settings, name, network.input_size, network.n_classes)
     batches = DataLoader(dataset, settings.batch_size, num_workers=settings.workers)
     parser = ContentParser(network, settings.classes_excluded)
+    if settings.report:
+        save_png(settings.report, worst_cases(parser, batches, settings.image_size))
     return evaluate(parser, shown(batches), settings.image_size)
 
 
@@ -220,7 +277,12 @@ def _open_both(settings: ParserSettings) -> tuple[Dataset[Batch], Dataset[Batch]
     return Subset(everything, order[held_out:]), Subset(everything, order[:held_out])
 
 
-def segmentation_loss(outputs: Sequence[Tensor], labels: Tensor, aux_weight: float) -> Tensor:
+def segmentation_loss(
+    outputs: Sequence[Tensor],
+    labels: Tensor,
+    aux_weight: float,
+    class_weights: Tensor | None = None,
+) -> Tensor:
     """Add `aux_weight` times each other output's cross-entropy to that of the main output.
 
     Args:
@@ -228,6 +290,7 @@ def segmentation_loss(outputs: Sequence[Tensor], labels: Tensor, aux_weight: flo
             label maps, those are reduced to the nearest value.
         labels: (N, H, W), int64.
         aux_weight: weight of the auxiliary losses (BiSeNet paper, equation 2; 1 there).
+        class_weights: (n_classes,); None weighs all pixels alike.
     """
 
     def cross_entropy(logits: Tensor) -> Tensor:
@@ -236,7 +299,9 @@ def segmentation_loss(outputs: Sequence[Tensor], labels: Tensor, aux_weight: flo
             reduced = F.interpolate(labels.unsqueeze(1).float(), logits.shape[2:], mode="nearest")
             target = reduced.squeeze(1).long()
         # Classes last: softmax then runs over contiguous values, twice as fast on a CPU.
-        return F.cross_entropy(logits.permute(0, 2, 3, 1).flatten(0, 2), target.flatten())
+        return F.cross_entropy(
+            logits.permute(0, 2, 3, 1).flatten(0, 2), target.flatten(), class_weights
+        )
 
     main, *others = (cross_entropy(logits) for logits in outputs)
     return main + aux_weight * sum(others, start=torch.zeros_like(main))
@@ -268,45 +333,103 @@ def _optimiser(network: nn.Module, learning_rate: float) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=learning_rate)
 
 
-def train(
-    network: BiSeNet,
-    batches: Iterator[Batch],
-    settings: ParserSettings,
-    generator: torch.Generator,
-    after_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> None:
-    """Train a parser in place.
+class ParserRun:
+    """The training of a parser in place, from a step to the next.
 
     Args:
         network: the parser, on the device to train on.
-        batches: pictures (N, 3, H, W) in [-1, 1], N > 1, and label maps of the network's input
-            size (N, input_size, input_size), int64.
         settings: length, learning rate, augmentation.
         generator: a CPU generator that the augmentation draws from.
-        after_step: called with the number of steps done and the loss. It may evaluate the network
-            and need not restore its mode.
+        class_weights: of the loss, (n_classes,); None weighs all pixels alike.
 
-    Raises:
-        FloatingPointError: if the loss is no longer finite.
+    Attributes:
+        step: steps done.
     """
-    device, how = next(network.parameters()).device, settings.augmentation
-    optimiser = _optimiser(network, settings.lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: learning_rate_factor(step, settings.iter)
-    )
-    for step in range(1, settings.iter + 1):
-        images, labels = (part.to(device) for part in next(batches))
-        images, labels = augment(images, labels, how, generator)
+
+    def __init__(
+        self,
+        network: BiSeNet,
+        settings: ParserSettings,
+        generator: torch.Generator,
+        class_weights: Tensor | None = None,
+    ) -> None:
+        self.network, self.settings, self.generator = network, settings, generator
+        self.device = next(network.parameters()).device
+        self.class_weights = None if class_weights is None else class_weights.to(self.device)
+        self.optimiser = _optimiser(network, settings.lr)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimiser, lambda step: learning_rate_factor(step, settings.iter)
+        )
+        self.step, self._best, self._worse = 0, -math.inf, 0
+
+    def train_on(self, batch: Batch) -> float:
+        """Take a step; returns the loss.
+
+        Args:
+            batch: pictures (N, 3, H, W) in [-1, 1], N > 1, and label maps of the network's input
+                size (N, input_size, input_size), int64.
+
+        Raises:
+            FloatingPointError: the loss is no longer finite.
+        """
+        network = self.network
+        images, labels = (part.to(self.device) for part in batch)
+        images, labels = augment(images, labels, self.settings.augmentation, self.generator)
         network.train()
         images = network.prepare(images).contiguous(memory_format=torch.channels_last)
         main, *others = network.all_logits(images)
         # The auxiliary outputs only guide the lower layers; small maps do, and are far cheaper.
         outputs = (network.upsample(main, images.shape[2:]), *others)
-        loss = segmentation_loss(outputs, labels, AUX_WEIGHT)
+        loss = segmentation_loss(outputs, labels, AUX_WEIGHT, self.class_weights)
         if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()} in step {step}")
-        optimiser.zero_grad()
+            raise FloatingPointError(f"the loss is {loss.item()} in step {self.step + 1}")
+        self.optimiser.zero_grad()
         loss.backward()
-        optimiser.step()
-        schedule.step()
-        after_step(step, loss.item())
+        self.optimiser.step()
+        self.schedule.step()
+        self.step += 1
+        return loss.item()
+
+    def improved(self, mean_iou: float) -> bool:
+        """Take note of an evaluation; returns whether it is the best so far."""
+        better = mean_iou > self._best
+        self._best, self._worse = (mean_iou, 0) if better else (self._best, self._worse + 1)
+        return better
+
+    @property
+    def ended(self) -> bool:
+        """Whether there have been as many evaluations without a better one as the settings bear."""
+        return 0 < self.settings.patience <= self._worse
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the order of the pictures, in the layout of `Model.checkpoint`."""
+        return {
+            "parser": self.network,
+            "config": self.network.config,
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "run": {"step": self.step, "best": self._best, "worse": self._worse},
+            "augmentation": self.generator.get_state(),
+        }
+
+    def load(self, file: Path) -> None:
+        """Go on from a `state`, with a new order of the pictures.
+
+        Raises:
+            SettingError: the file is damaged or of another run; names the setting resume.
+        """
+        with blame("resume"):
+            saved = checkpoint.read(file)
+            if saved.get("config") != self.network.config:
+                raise ValueError(f": {file} is of a parser with other sizes or classes")
+            try:
+                checkpoint.load_strict(self.network, saved["parser"], str(file))
+                self.optimiser.load_state_dict(saved["optimiser"])
+                self.schedule.load_state_dict(saved["schedule"])
+                progress = saved["run"]
+                self.step, self._worse = int(progress["step"]), int(progress["worse"])
+                self._best = float(progress["best"])
+                self.generator.set_state(saved["augmentation"])
+            except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+                raise ValueError(f": {file} is damaged ({error})".splitlines()[0]) from None
+        torch.manual_seed(self.settings.seed + self.step)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from Compression.content import ContentParser, parser_for
+from Compression import recipes
+from Compression.content import ContentParser, Metered, parser_for, share_warning
 from Compression.initialisation import INITIALISATIONS, Initialisation
 from Compression.scores import SCORES, EmptyContentError, Score
 from Compression.scores.sampling import Sampling, Scores, draw_sampling
@@ -27,7 +28,7 @@ from Model.generator import Generator
 from Util.cli import check_writable
 from Util.device import pick_device
 from Util.files import folder_lock
-from Util.settings import SettingError, Settings, blame, chosen, plain, setting
+from Util.settings import SettingError, Settings, blame, chosen, plain, setting, some_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,12 @@ class PruneSettings(Settings):
         bundled.MODEL,
         "full-size checkpoint (default: Model/full_size_model/toon_faces_64px.pt)",
         metavar="FILE",
+    )
+    recipe: str = setting(
+        "",
+        "settings of a paper, see below; what else is given wins, train.py goes on with it. list:"
+        " print them",
+        metavar="NAME",
     )
     remove_ratio: float = setting(
         0.7, "fraction of every layer's channels to remove, in [0, 1)", low=0, below=1, metavar="R"
@@ -80,10 +87,18 @@ class PruneSettings(Settings):
     )
     parser_ckpt: Path | None = setting(
         None,
-        "face parser that finds the content, for content_aware alone (default: for the bundled"
-        " model Model/parser_model/toon_faces_128px.pt, for any other"
+        "parser that finds the content, for content_aware alone: a file, or a name, see below"
+        " (default: for the bundled model Model/parser_model/toon_faces_128px.pt, for any other"
         " Model/parser_model/79999_iter.pth)",
         metavar="FILE",
+        aliases=("parser",),
+    )
+    content: tuple[str, ...] = setting(
+        (),
+        "classes that are kept, such as skin,hair,eyes or all,-background (default: the parser's"
+        " own: of faces all but background and cloth)",
+        metavar="CLASS,...",
+        parse=some_words,
     )
     init: str = setting(
         "pruned",
@@ -120,6 +135,7 @@ class PruneResult:
         pruned: the generator after.
         scores: one 1-D tensor per channel group.
         keep: one bool tensor per channel group.
+        warning: what to look at before training, or empty.
     """
 
     path: Path
@@ -127,6 +143,7 @@ class PruneResult:
     pruned: Generator
     scores: Scores
     keep: Sequence[Tensor]
+    warning: str = ""
 
 
 def prune(settings: PruneSettings) -> PruneResult:
@@ -135,13 +152,16 @@ def prune(settings: PruneSettings) -> PruneResult:
     Raises:
         SettingError: names the setting or file.
     """
+    if settings.recipe:
+        recipes.named(settings.recipe)
     device = pick_device(settings.device)
     full, others = _load_full_size(settings, device)
     target = _target(settings, full.size)
     parser = _parser(settings, device)
+    metered = Metered(parser) if parser else None
     sampling = draw_sampling(
         full,
-        parser=parser,
+        parser=metered,
         n_sample=settings.n_sample,
         batch_size=settings.batch_size,
         noise_prob=settings.noise_prob,
@@ -153,9 +173,15 @@ def prune(settings: PruneSettings) -> PruneResult:
     initialisation = INITIALISATIONS[settings.init]
     own = replace(sampling, options=chosen(settings.options, initialisation.options))
     initialisation.function(pruned, full, keep, own)
-    content = {"g": pruned, "g_ema": pruned, **others, "config": _config(settings, full, pruned)}
+    content = {
+        "g": pruned,
+        "g_ema": pruned,
+        **others,
+        "config": _config(settings, full, pruned, parser),
+    }
     path = _save(target, content, overwrite=target == settings.out)
-    return PruneResult(path, full, pruned, scores, keep)
+    warning = share_warning(metered.share, parser) if metered and parser else ""
+    return PruneResult(path, full, pruned, scores, keep, warning)
 
 
 def _load_full_size(
@@ -178,7 +204,7 @@ def _parser(settings: PruneSettings, device: torch.device) -> ContentParser | No
     """The face parser, if the score needs one."""
     if not SCORES[settings.metric].needs_parser:
         return None
-    return parser_for(settings.parser_ckpt, settings.ckpt, device)
+    return parser_for(settings.parser_ckpt, settings.ckpt, device, settings.content)
 
 
 def _target(settings: PruneSettings, size: int) -> Path:
@@ -209,18 +235,28 @@ def _score(settings: PruneSettings, generator: Generator, sampling: Sampling) ->
             raise SettingError("parser_ckpt", f"{file}: {error}") from None
 
 
-def _config(settings: PruneSettings, before: Generator, after: Generator) -> dict[str, Any]:
+def _config(
+    settings: PruneSettings, before: Generator, after: Generator, parser: ContentParser | None
+) -> dict[str, Any]:
     """What the checkpoint remembers of its making, in plain values."""
-    names = ("metric", "remove_ratio", "seed", "n_sample", "batch_size", "noise_prob", "init")
-    parser = ""
-    if SCORES[settings.metric].needs_parser:
-        parser = (settings.parser_ckpt or bundled.default_parser(settings.ckpt)).name
+    names = (
+        "recipe",
+        "metric",
+        "remove_ratio",
+        "seed",
+        "n_sample",
+        "batch_size",
+        "noise_prob",
+        "init",
+    )
     config = {name: getattr(settings, name) for name in names}
-    for options in settings.options:
-        config |= plain(options)
+    for kind in (SCORES[settings.metric].options, INITIALISATIONS[settings.init].options):
+        if kind is not None:
+            config |= plain(chosen(settings.options, kind))
     return config | {
         "source": settings.ckpt.name,
-        "parser": parser,
+        "parser": parser.name if parser else "",
+        "content": parser.content if parser else "",
         "channels_before": list(before.channels),
         "channels_after": list(after.channels),
     }

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from Compression import distillation
-from Compression.content import parser_for
+from Compression import distillation, recipes
+from Compression.content import ContentParser, parser_for
 from Compression.training import Event, NonFiniteError, Teacher, Trainer, iterate
 from Dataset import DatasetError
 from Dataset.batches import EndlessBatches
@@ -35,6 +35,12 @@ from Util.device import peak_memory_gib, pick_device, set_tf32
 from Util.run_log import RunLog, newest_checkpoint, read_metrics
 from Util.settings import SettingError, Settings, blame, plain
 from Util.stopping import StopRequest
+
+NOT_REMEMBERED = (
+    *("resume", "out", "dry_run", "workers", "device", "gpu_device_ids", "primary_device"),
+    *("log_freq", "n_sample", "val_sample_freq", "model_save_freq", "keep_checkpoints"),
+)
+"""Settings that do not change what a run computes: its checkpoints are the same without them."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     """
     check(config)
     set_tf32(config.tf32)
-    trainer = _make_trainer(config, distributed.join(_device(config)), announce)
+    trainer, origin = _make_trainer(config, distributed.join(_device(config)), announce)
     if config.dry_run:
         config = replace(config, iter=trainer.iteration + 2, log_freq=1)
     config = replace(config, size=trainer.generator.size, channels=trainer.generator.channels)
@@ -105,14 +111,18 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     config = replace(config, out=config.out or distributed.gather(_new_folder())[0])
     log = _open_log(config, trainer, evaluation)
     try:
+        for term in trainer.teacher.terms if trainer.teacher else ():
+            term.parts.prepare()
         if log:
             announce(
                 f"{config.path}: {config.size} px; generator {config.channels};"
                 f" {distributed.world_size()} x {trainer.device.type}; run folder {config.out}"
+                + (f"; recipe {config.recipe}" if config.recipe else "")
             )
             if evaluation:
                 announce(f"{', '.join(config.fid_metrics)} by {evaluation.about}")
-        signal = _train(config, trainer, _stream(config, trainer, images), log, evaluation)
+        batches = _stream(config, trainer, images)
+        signal = _train(config, trainer, batches, log, evaluation, origin | _making(config))
     finally:
         if log:
             log.close()
@@ -143,6 +153,13 @@ def check(config: TrainConfig) -> None:
     if unknown or not config.fid_metrics:
         named = ",".join(config.fid_metrics)
         raise SettingError("fid_metrics", f"{named!r}: take some of {', '.join(METRICS)}")
+    if config.recipe:
+        recipes.named(config.recipe)
+    if (config.kd or config.recipe) and not config.has_teacher:
+        raise SettingError(
+            "teacher_ckpt",
+            f"is missing; {config.recipe or ','.join(config.kd)} distils from a full-size model",
+        )
     processes = distributed.launched_processes()
     if config.batch_size % processes:
         raise SettingError(
@@ -161,42 +178,76 @@ def _device(config: TrainConfig) -> torch.device:
 
 def _make_networks(
     config: TrainConfig, content: Mapping[str, Any]
-) -> tuple[Generator, Generator | None, Discriminator]:
-    """Generator, its moving average if there is one, and discriminator, loaded or new."""
+) -> tuple[Generator, Generator | None]:
+    """Generator and its moving average if there is one, loaded or new."""
+    size = config.size or None
     if not content:
         new = Generator(
-            config.size or 64,
-            config.style_dim,
-            config.n_mlp,
-            config.channels,
-            config.channel_multiplier,
+            size or 64, config.style_dim, config.n_mlp, config.channels, config.channel_multiplier
         )
-        # The discriminator is as wide as the generator's last convolution at each resolution.
-        return new, None, Discriminator(new.size, channels=new.channels[1::2])
-    size = config.size or None
+        return new, None
     g_ema = checkpoint.load_generator(content, size=size) if "g_ema" in content else None
     generator = checkpoint.load_generator(content, "g" if "g" in content else "g_ema", size=size)
-    return generator, g_ema, checkpoint.load_discriminator(content)
+    return generator, g_ema
 
 
-def _make_teacher(config: TrainConfig, size: int, device: torch.device) -> Teacher | None:
-    """The full-size generator with its mask and the terms, or None without a teacher."""
+def _make_discriminator(
+    config: TrainConfig, content: Mapping[str, Any], generator: Generator, resume: bool
+) -> Discriminator:
+    """The checkpoint's, the teacher's where it has none, or a new one of their widths."""
+    if not content:
+        # As wide as the generator's last convolution at each resolution.
+        return Discriminator(generator.size, channels=generator.channels[1::2])
+    if "d" not in content and config.has_teacher:
+        with blame("teacher_ckpt"):
+            others = checkpoint.read(config.teacher_ckpt)
+        content = {**content, **{key: others[key] for key in ("d",) if key in others}}
+    scratch = config.discriminator == "scratch" and not resume
+    if scratch and "d" not in content:
+        return Discriminator(generator.size, config.channel_multiplier)
+    found = checkpoint.load_discriminator(content)
+    return Discriminator(found.size, channels=found.channels) if scratch else found
+
+
+def _make_parser(config: TrainConfig, device: torch.device) -> ContentParser | None:
+    """What makes the teacher's mask, or None where nothing is masked."""
+    if not (config.has_teacher and config.content_aware_KD):
+        return None
+    return parser_for(config.parser_ckpt, config.teacher_ckpt, device, config.content)
+
+
+def _load_teacher(config: TrainConfig, size: int, device: torch.device) -> Generator | None:
+    """The frozen full-size generator, or None without a teacher."""
     if not config.has_teacher:
         return None
     with blame("teacher_ckpt"):
         generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
-    generator.eval().requires_grad_(False)
-    mask = None
-    if config.content_aware_KD:
-        mask = parser_for(config.parser_ckpt, config.teacher_ckpt, device)
-    terms = distillation.make_terms(distillation.Sources(config, generator, device))
-    return Teacher(generator, mask, terms)
+    return generator.eval().requires_grad_(False)
+
+
+def _make_teacher(
+    config: TrainConfig,
+    generator: Generator | None,
+    discriminator: Discriminator,
+    device: torch.device,
+    parser: ContentParser | None,
+) -> Teacher | None:
+    """The full-size generator with its mask and the terms, or None without a teacher."""
+    if generator is None:
+        return None
+    mask = parser.soft if parser and config.kd_soft_mask else parser
+    sources = distillation.Sources(config, generator, device, discriminator)
+    return Teacher(generator, mask, distillation.make_terms(sources))
 
 
 def _make_trainer(
     config: TrainConfig, device: torch.device, announce: Callable[[str], None]
-) -> Trainer:
-    """Build networks, teacher and optimisers, and take up a saved state if asked."""
+) -> tuple[Trainer, dict[str, Any]]:
+    """Build networks, teacher and optimisers, and take up a saved state if asked.
+
+    Returns:
+        The trainer, and what the checkpoint remembers of its making.
+    """
     source, resume = config.ckpt, config.load_train_state
     if config.resume:
         file = Path(config.resume)
@@ -207,10 +258,13 @@ def _make_trainer(
     with blame("ckpt" if source else "size and --channels:"):
         content = checkpoint.read(source) if source else {}
         _check_teacher(config, source, content)
-        if content and "d" not in content and config.has_teacher:
-            content["d"] = checkpoint.read(config.teacher_ckpt).get("d")
-        generator, g_ema, discriminator = _make_networks(config, content)
-    teacher = _make_teacher(config, generator.size, device)
+        generator, g_ema = _make_networks(config, content)
+        discriminator = _make_discriminator(config, content, generator, resume)
+    full = _load_teacher(config, generator.size, device)
+    parser = _make_parser(config, device)
+    if parser:
+        _compare_content(source, content, parser, announce)
+    teacher = _make_teacher(config, full, discriminator, device, parser)
     trainer = Trainer(generator, discriminator, config, device, teacher, g_ema)
     if distributed.world_size() > 1:
         torch.manual_seed(config.seed * distributed.world_size() + distributed.rank() + 1)
@@ -224,7 +278,15 @@ def _make_trainer(
                 f"{source}: written by the original code; going on at iteration {iteration}, as its"
                 " name says, with the mean path length at 0 and new random streams"
             )
-    return trainer
+    origin = content.get("config")
+    return trainer, dict(origin) if isinstance(origin, Mapping) else {}
+
+
+def _making(config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint remembers of a run: what made its weights, files by their names alone."""
+    values = {k: v for k, v in _plain(config).items() if k not in NOT_REMEMBERED}
+    settings = {k: Path(v).name if isinstance(v, str) else v for k, v in values.items()}
+    return {"training": settings} | ({"recipe": config.recipe} if config.recipe else {})
 
 
 def _check_teacher(config: TrainConfig, source: str, content: Mapping[str, Any]) -> None:
@@ -235,6 +297,22 @@ def _check_teacher(config: TrainConfig, source: str, content: Mapping[str, Any])
             "teacher_ckpt",
             f"is missing; {source} was pruned and learns from its full-size teacher"
             f" ({made.get('source', 'unknown')}): name it, or none for the GAN losses alone",
+        )
+
+
+def _compare_content(
+    source: str,
+    content: Mapping[str, Any],
+    parser: ContentParser,
+    announce: Callable[[str], None],
+) -> None:
+    """Tell that a checkpoint was pruned for another content than it is trained for."""
+    made = content.get("config")
+    pruned_for = made.get("content") if isinstance(made, Mapping) else None
+    if isinstance(pruned_for, str) and pruned_for and pruned_for != parser.content:
+        announce(
+            f"{source} was pruned for {pruned_for}, and learns {parser.content} from its teacher;"
+            " set content to train for what it was pruned for"
         )
 
 
@@ -307,19 +385,24 @@ def _new_folder() -> str:
     return ""
 
 
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """All settings, those of terms among them, as values that JSON holds."""
+    settings = plain(config)
+    for options in settings.pop("options"):
+        settings |= plain(options)
+    return settings
+
+
 def _open_log(
     config: TrainConfig, trainer: Trainer, evaluation: Evaluation | None
 ) -> RunLog | None:
     """The run's folder, in the first process only."""
     if distributed.rank() != 0:
         return None
-    settings = plain(config)
-    for options in settings.pop("options"):
-        settings |= plain(options)
     with blame("out"):
         return RunLog(
             config.out,
-            settings,
+            _plain(config),
             checkpoint.save,
             trainer.iteration if config.resume or config.load_train_state else None,
             config.keep_checkpoints,
@@ -337,8 +420,10 @@ class _Actions:
         log: RunLog | None,
         bar: tqdm,
         evaluation: Evaluation | None,
+        making: Mapping[str, Any],
     ) -> None:
         self.trainer, self.run_log, self.bar, self.evaluation = trainer, log, bar, evaluation
+        self.making = dict(making)
         stream = torch.Generator().manual_seed(config.seed)
         z = torch.randn(config.n_sample, trainer.generator.style_dim, generator=stream)
         self.z = z.to(trainer.device)
@@ -371,7 +456,7 @@ class _Actions:
         """Write a checkpoint."""
         state = self.trainer.state()
         if self.run_log:
-            self.run_log.checkpoint(self.trainer.iteration, state)
+            self.run_log.checkpoint(self.trainer.iteration, state | {"config": self.making})
 
 
 def _train(
@@ -380,12 +465,13 @@ def _train(
     batches: Iterator[torch.Tensor],
     log: RunLog | None,
     evaluation: Evaluation | None,
+    making: Mapping[str, Any],
 ) -> int:
     """Train under a progress bar until the end or a signal; returns the signal's number or 0."""
     bar = tqdm(
         total=config.iter, initial=trainer.iteration, unit="it", dynamic_ncols=True, disable=not log
     )
-    actions = _Actions(config, trainer, log, bar, evaluation)
+    actions = _Actions(config, trainer, log, bar, evaluation, making)
     events = [
         Event(1, bar.update),
         Event(config.log_freq, actions.log),

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from Model.checkpoint import CheckpointError, load_face_parser, load_strict, read
+from Evaluation.features import trunk_parser
+from Model.checkpoint import CheckpointError, load_strict, read
 from Model.downloads import downloaded
-from Model.face_parser import BiSeNet, fold_batch_norm
+from Model.face_parser import BiSeNet
 from Util.settings import blame
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -45,7 +46,7 @@ def load_distance(
     network: nn.Module
     if name == "parser":
         with blame("parser_ckpt"):
-            network = ParserDistance(fold_batch_norm(load_face_parser(parser(), device)))
+            network = ParserDistance(trunk_parser(parser(), device))
     else:
         with blame("perceptual_ckpt"):
             network = load_lpips(name, trunk).to(device)

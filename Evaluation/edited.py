@@ -15,7 +15,7 @@ from Evaluation import editing, sampling
 from Evaluation.distances import Distance
 from Evaluation.projection import load_projection
 from Evaluation.sampling import Latents
-from Evaluation.settings import LoadMask, PerceptualSettings, PictureSettings, Result
+from Evaluation.settings import ContentSettings, LoadMask, PictureSettings, Result
 from Evaluation.side_by_side import load_models, save_pictures, sizes, stacked, target_stem
 from Model.generator import Generator
 from Util.device import pick_device
@@ -34,7 +34,7 @@ PROJECTION = "take {} from projected pictures: a file for each checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditedSettings(PerceptualSettings, PictureSettings):
+class EditedSettings(ContentSettings, PictureSettings):
     """Settings of `show_edited`."""
 
     mode: str = setting("mixing", "what to do", choices=tuple(STEMS))
@@ -123,7 +123,7 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
     lines += [_table(distances), f"saved {' and '.join(files)}"]
     chosen = {"ckpt": settings.checkpoints, "perceptual": settings.network(first)}
     figures = {"files": files, "models": distances}
-    return Result(figures, _protocol(settings), lines, settings, chosen)
+    return Result(figures, _protocol(settings, mask.chosen), lines, settings, chosen)
 
 
 def _load_faces(settings: EditedSettings, models: Mapping[str, Generator]) -> dict[str, Faces]:
@@ -251,10 +251,11 @@ def _table(figures: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _protocol(settings: EditedSettings) -> dict[str, str]:
+def _protocol(settings: EditedSettings, content: str) -> dict[str, str]:
     """Say what the distances mean."""
     what = "means over all pairs of A and B"
     if settings.mode == "morphing":
         what = f"means over the {settings.steps} pictures of each row and over the rows"
     name = settings.distance_name(settings.checkpoints[0])
-    return {"distance": f"{name} of images times their own content mask", "of": what}
+    mask = f"content mask of {content}" if content else "content mask"
+    return {"distance": f"{name} of images times their own {mask}", "of": what}

@@ -1,24 +1,43 @@
 """Extractors: what turns images into the features that sets of images are compared by."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from Evaluation.inception import DIMENSIONS, URL, load_inception
-from Model.checkpoint import load_face_parser
+from Model.checkpoint import CheckpointError, load_face_parser
 from Model.downloads import download_path
-from Model.face_parser import fold_batch_norm
+from Model.face_parser import BiSeNet, fold_batch_norm
 from Util.settings import blame
 
 Mask = Callable[[Tensor], Tensor]
 """Images (N, 3, H, W), nominally in [-1, 1] -> content masks (N, 1, H, W) in {0, 1}."""
 
-LoadMask = Callable[[Path, torch.device], Mask]
-"""Makes the content mask of a face parser's file."""
+
+class ContentMask(Protocol):
+    """A `Mask` of which is known how it is made.
+
+    Attributes:
+        protocol: kind, weights and content in words; masks are comparable where this agrees.
+        chosen: the classes that are content, by name; empty where they are the parser's own.
+    """
+
+    protocol: str
+    chosen: str
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """See `Mask`."""
+        ...
+
+
+LoadMask = Callable[[Path, torch.device, Sequence[str]], ContentMask]
+"""Makes the content mask of a parser, by its file or name, and of the classes that are content;
+without classes, they are the parser's own."""
 
 FEATURES = ("inception", "parser")
 
@@ -79,9 +98,28 @@ def _inception_extractor(file: Path | None, device: torch.device) -> Extractor:
     return Extractor(network, "", protocol)
 
 
-def _parser_extractor(file: Path, device: torch.device) -> Extractor:
+def trunk_parser(file: str | Path, device: torch.device) -> BiSeNet:
+    """Load a face parser whose trunk's features are compared.
+
+    Raises:
+        CheckpointError: not a file of a BiSeNet; other parsers make masks alone.
+    """
+    if not Path(file).is_file() and (str(file) == "none" or ":" in str(file)):
+        raise CheckpointError(
+            f"{file}: only the file of a BiSeNet parser has features to compare; take Inception"
+            " (features) or LPIPS (perceptual)"
+        )
+    if Path(file).with_suffix(".json").is_file():
+        raise CheckpointError(
+            f"{file}: is a module, and only a BiSeNet parser has features to compare; take"
+            " Inception (features) or LPIPS (perceptual)"
+        )
+    return fold_batch_norm(load_face_parser(file, device))
+
+
+def parser_extractor(file: Path, device: torch.device) -> Extractor:
     """Extract the features of a face parser's trunk, each stage averaged over the picture."""
-    parser = fold_batch_norm(load_face_parser(file, device))
+    parser = trunk_parser(file, device)
 
     def network(images: Tensor) -> Tensor:
         maps = parser.trunk_features(parser.prepare(images))
@@ -97,6 +135,7 @@ def make_extractor(
     parser_ckpt: Path | None,
     load_mask: LoadMask | None,
     device: torch.device,
+    content: Sequence[str] = (),
 ) -> Extractor:
     """Load the features that images are compared by.
 
@@ -106,6 +145,7 @@ def make_extractor(
         parser_ckpt: the face parser, for features of its trunk and for masks.
         load_mask: makes the mask that multiplies the images; None leaves them whole.
         device: where they run.
+        content: see `LoadMask`.
 
     Raises:
         SettingError: the weights are missing or do not fit; names inception_ckpt or parser_ckpt.
@@ -119,9 +159,9 @@ def make_extractor(
         if parser_ckpt is None:
             raise ValueError("is missing; name a face parser")
         if features == "parser":
-            extractor = _parser_extractor(parser_ckpt, device)
+            extractor = parser_extractor(parser_ckpt, device)
         if load_mask is None:
             return extractor
-        masks = f"images times the content mask of face parser {fingerprint(parser_ckpt)}"
-        mask = load_mask(parser_ckpt, device)
-    return replace(extractor, protocol=f"{extractor.protocol}; {masks}", mask=mask)
+        mask = load_mask(parser_ckpt, device, content)
+    protocol = f"{extractor.protocol}; images times {mask.protocol}"
+    return replace(extractor, protocol=protocol, mask=mask)

@@ -22,7 +22,7 @@ from Model import bundled
 from Model.generator import Generator
 from Util import distributed
 from Util.device import pick_device
-from Util.settings import SettingError, blame, setting
+from Util.settings import SettingError, blame, setting, some_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,18 @@ class MeasureSettings(ModelSettings):
     )
     inception_ckpt: Path | None = setting(None, "Inception weights, no download", metavar="FILE")
     parser_ckpt: Path | None = setting(
-        None, "face parser of features and masks (default: that of the model)", metavar="FILE"
+        None,
+        "parser of masks, a file or a name as prune.py has it, and a face parser's file of features"
+        " (default: that of the model)",
+        metavar="FILE",
+        aliases=("parser",),
+    )
+    content: tuple[str, ...] = setting(
+        (),
+        "classes of the parser that are content, such as skin,hair,eyes or all,-background"
+        " (default: the parser's own)",
+        metavar="CLASS,...",
+        parse=some_words,
     )
     metrics: tuple[str, ...] = setting(
         ("fid",),
@@ -103,7 +114,8 @@ def measure(settings: MeasureSettings, load_mask: LoadMask) -> Result:
     size = generated.size
     parser, masked = settings.parser_file, load_mask if settings.content_aware else None
     inception = settings.inception_ckpt
-    extractor = make_extractor(settings.network, inception, parser, masked, device)
+    how = (settings.network, inception, parser, masked, device, settings.content)
+    extractor = make_extractor(*how)
     real = _real(settings, size, extractor, device)
     made = _made(settings, extractor, generated, device)
     first = distributed.rank() == 0

@@ -16,8 +16,9 @@ from Dataset.sources.folder import SUFFIXES, image_files
 from Evaluation import sampling
 from Evaluation.comparison import fidelity, paper_fidelity
 from Evaluation.distances import Distance
+from Evaluation.features import Mask
 from Evaluation.projection import LEARNING_RATE, PROTOCOLS, Projection, project, save_projection
-from Evaluation.settings import LoadMask, Mask, ModelSettings, PerceptualSettings, Result
+from Evaluation.settings import ContentSettings, LoadMask, ModelSettings, Result
 from Model import bundled
 from Model.generator import Generator
 from Util.cli import check_writable
@@ -43,7 +44,7 @@ Row = dict[str, str | float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectionSettings(PerceptualSettings, ModelSettings):
+class ProjectionSettings(ContentSettings, ModelSettings):
     """Settings of `project_pictures`."""
 
     image_file: Path | None = setting(
@@ -133,7 +134,7 @@ def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Resul
     device, model = pick_device(settings.device), settings.ckpt
     generator = settings.load(model, device)
     # Nothing but some figures needs a parser.
-    named = settings.parser_ckpt or bundled.is_bundled(model)
+    named = settings.parser_ckpt or settings.content or bundled.is_bundled(model)
     mask = None
     if named or bundled.PUBLISHED_PARSER.is_file():
         mask = settings.load_mask(load_mask, model, device)
@@ -144,7 +145,7 @@ def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Resul
         raise SettingError("out", f"{settings.out} is no folder; name another")
     check_writable("out", settings.out / PICTURE)
     rows = _project_and_save(settings, generator, targets, mask, perceptual)
-    protocol = _protocol(settings, distance)
+    protocol = _protocol(settings, distance, mask.chosen if mask else "")
     lines = [targets.origin, _table(rows, distance), f"({protocol})"]
     if mask is None:
         lines.append("no figures inside the content, which needs a face parser (parser_ckpt)")
@@ -308,8 +309,9 @@ def _table(rows: Sequence[Row], distance: str) -> str:
     return "\n".join(lines)
 
 
-def _protocol(settings: ProjectionSettings, distance: str) -> str:
+def _protocol(settings: ProjectionSettings, distance: str, content: str) -> str:
     """Say what the figures mean."""
+    of = f" of {content}" if content else ""
     paper = ""
     if settings.protocol == "paper":
         paper = (
@@ -319,10 +321,10 @@ def _protocol(settings: ProjectionSettings, distance: str) -> str:
     return (
         f"protocol {settings.protocol}: {PROTOCOLS[settings.protocol]};"
         " PSNR of values clamped to [-1, 1], peak-to-peak 2, no 8-bit step;"
-        f" {distance} at no more than 256 px; content: the real picture's content mask, PSNR over"
-        f" its pixels only, {distance} of both pictures times the mask; w+ and layer noise by"
-        f" {settings.optimizer}, {settings.num_iters} iterations, on {settings.mse_weight:g} MSE +"
-        f" {settings.weight:g} {distance}{paper}"
+        f" {distance} at no more than 256 px; content: the real picture's content mask{of},"
+        f" PSNR over its pixels only, {distance} of both pictures times the mask; w+ and layer"
+        f" noise by {settings.optimizer}, {settings.num_iters} iterations, on"
+        f" {settings.mse_weight:g} MSE + {settings.weight:g} {distance}{paper}"
     )
 
 

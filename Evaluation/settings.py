@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from Evaluation.distances import LPIPS_TRUNKS, Distance, load_distance
-from Evaluation.features import LoadMask, Mask
+from Evaluation.features import ContentMask, LoadMask
 from Model import bundled
 from Model.checkpoint import load_generator
 from Model.generator import Generator
-from Util.settings import SettingError, Settings, blame, plain, setting
+from Util.settings import SettingError, Settings, blame, plain, setting, some_words
 
 PICTURE_SIDE = 128
 """Side in px of a picture where the setting scale does not say otherwise."""
@@ -49,7 +49,7 @@ class ModelSettings(EvaluationSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PerceptualSettings(Settings):
-    """Settings of a perceptual distance and of the content; the defaults depend on the model."""
+    """Settings of a perceptual distance; the defaults depend on the model."""
 
     perceptual: str | None = setting(
         None,
@@ -62,9 +62,10 @@ class PerceptualSettings(Settings):
     )
     parser_ckpt: Path | None = setting(
         None,
-        "face parser that finds the content (default: the bundled one for the bundled models, else"
-        " Model/parser_model/79999_iter.pth)",
+        "parser that finds the content, a file or a name as prune.py has it (default: the bundled"
+        " one for the bundled models, else Model/parser_model/79999_iter.pth)",
         metavar="FILE",
+        aliases=("parser",),
     )
 
     def network(self, model: Path) -> str:
@@ -81,13 +82,26 @@ class PerceptualSettings(Settings):
         network, trunk = self.network(model), self.perceptual_ckpt
         return load_distance(network, trunk, lambda: self._parser_file(model), device)
 
-    def load_mask(self, load_mask: LoadMask, model: Path, device: torch.device) -> Mask:
-        """Load the content mask for a model."""
-        with blame("parser_ckpt"):
-            return load_mask(self._parser_file(model), device)
-
     def _parser_file(self, model: Path) -> Path:
         return self.parser_ckpt or bundled.default_parser(model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContentSettings(PerceptualSettings):
+    """Settings of a perceptual distance and of the content."""
+
+    content: tuple[str, ...] = setting(
+        (),
+        "classes of the parser that are content, such as skin,hair,eyes or all,-background"
+        " (default: the parser's own)",
+        metavar="CLASS,...",
+        parse=some_words,
+    )
+
+    def load_mask(self, load_mask: LoadMask, model: Path, device: torch.device) -> ContentMask:
+        """Load the content mask for a model."""
+        with blame("parser_ckpt"):
+            return load_mask(self._parser_file(model), device, self.content)
 
 
 @dataclass(frozen=True, kw_only=True)

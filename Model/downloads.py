@@ -15,10 +15,11 @@ def download_path(url: str) -> Path:
 def downloaded(url: str, otherwise: str) -> Path:
     """Return the file of a URL, fetched if it is not there yet.
 
-    It appears under its name only once it is whole and its SHA-256 begins as the name says.
+    It appears under its name only once it is whole and, where the name ends in digits of its
+    SHA-256 (NAME-DIGITS.SUFFIX), these agree.
 
     Args:
-        url: ends in NAME-DIGITS.SUFFIX.
+        url: of the file.
         otherwise: what else the user can do, for the message.
 
     Raises:
@@ -27,7 +28,7 @@ def downloaded(url: str, otherwise: str) -> Path:
     file = download_path(url)
     if file.is_file():
         return file
-    digits = file.stem.rsplit("-", 1)[1]
+    digits = file.stem.partition("-")[2].rsplit("-", 1)[-1] or None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), hash_prefix=digits)

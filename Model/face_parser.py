@@ -320,6 +320,18 @@ class BiSeNet(nn.Module):
         detail8, context8, _ = self.cp(images)
         return self.conv_out(self.ffm(detail8, context8))
 
+    def classify(self, images: Tensor) -> Tensor:
+        """Compute the logits of pictures as they come.
+
+        Args:
+            images: (N, 3, H, W), nominally in [-1, 1].
+
+        Returns:
+            (N, n_classes, input_size, input_size).
+        """
+        size = (self.input_size, self.input_size)
+        return self.upsample(self.main_logits(self.prepare(images)), size)
+
     def trunk_features(self, images: Tensor) -> list[Tensor]:
         """Compute the trunk's features, for losses that compare images by them.
 

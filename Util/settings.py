@@ -314,6 +314,14 @@ def integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not integers separated by commas") from None
 
 
+def some_words(text: str) -> tuple[str, ...]:
+    """Argument type: names separated by commas, at least one."""
+    found = words(text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is empty; name at least one")
+    return found
+
+
 def words(text: str) -> tuple[str, ...]:
     """Argument type: names separated by commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -138,6 +138,7 @@ def scoring(batch: int = 4) -> Pairs:
 
 def terms(parser: ContentParser) -> list[Term]:
     """The paper's distillation, with a distance that needs no download."""
+    assert isinstance(parser.network, BiSeNet)
     distance = ParserDistance(parser.network)
     return [Term("l1", 3.0, pixels.term()), Term("parser", 3.0, perceptual.term(distance))]
 

@@ -172,9 +172,10 @@ class TextbookDiscriminator(nn.Module):
 @torch.no_grad()
 def content_masks(parser: ContentParser, images: Tensor) -> Tensor:
     """Content masks (N, 1, H, W), one image at a time, by way of NumPy."""
+    network: Any = parser.network
     masks = []
     for image in images:
-        logits = parser.network(parser.network.prepare(image[None]))[0]
+        logits = network(network.prepare(image[None]))[0]
         parsing = logits[0].argmax(0).cpu().numpy()
         mask = np.ones(parsing.shape, dtype=np.float32)
         for excluded in np.flatnonzero(parser.is_content.cpu().numpy() == 0):

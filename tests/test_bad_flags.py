@@ -70,24 +70,27 @@ KINDS = {
 }
 FLAGS = {
     "prune": {
-        "count": "n_sample batch_size generated_img_size",
+        "count": "n_sample batch_size generated_img_size dcp_directions dcp_latents",
         "count from 0": "seed",
         "fraction": "remove_ratio noise_prob",
+        "positive": "dcp_alpha",
         "file": "ckpt parser_ckpt",
         "target": "out",
-        "choice": "metric",
+        "choice": "metric dcp_stop_gradient",
         "device": "device",
     },
     "train": {
         "count": "iter batch_size path_batch_shrink d_reg_every g_reg_every fid_batch n_sample"
-        " log_freq",
+        " log_freq channel_multiplier moments_n_sample",
+        "positive": "relation_step",
         "count from 0": "max_bad fid_n_sample val_sample_freq model_save_freq keep_checkpoints"
-        " workers size",
+        " workers size gan_ramp",
         "fraction": "mixing ema_decay",
         "file": "ckpt teacher_ckpt resume",
         "folder": "path",
         "target": "out",
-        "choice": "kd_mode perceptual amp fid_features mirror tf32",
+        "choice": "kd_mode perceptual amp fid_features mirror tf32 discriminator relation_loss"
+        " relation_gather high_band_side",
         "device": "device",
     },
     "train_parser": {
@@ -183,6 +186,7 @@ CASES = [
     for value in KINDS[kind]
     if (script, flag, value) not in ALLOWED
 ]
+TEACHER = "--teacher_ckpt model.pt --content_aware_KD False --kd_lpips_lambda 0"
 MORE = [
     # Contradictions, and values that only the model, the data or another flag rules out.
     ("prune", "--remove_ratio 1", "below 1"),
@@ -190,6 +194,25 @@ MORE = [
     ("prune", "--out model.pt", "is the checkpoint to prune"),
     ("prune", "--unknown 3", "unrecognized"),
     ("prune", "stray", "unrecognized"),
+    ("prune", "--recipe x", "--recipe x: unknown; take cagc"),
+    ("train", "--recipe x", "--recipe x: unknown; take cagc"),
+    ("train", "--recipe cagc", "--teacher_ckpt is missing; cagc distils"),
+    ("train", "--kd relation=1", "--teacher_ckpt is missing; relation=1 distils"),
+    (
+        "train",
+        f"{TEACHER} --kd relation=1",
+        "relation compares blocks from 16 px on; 8 px has none",
+    ),
+    ("train", f"{TEACHER} --kd high_band=1", "features of 64 px, but the networks make 8 px"),
+    ("train", f"{TEACHER} --kd moments=1 --moments_networks=", "--moments_networks is empty"),
+    ("train", f"{TEACHER} --kd moments=1 --moments_networks vgg=1", "vgg=1: expected NAME=WEIGHT"),
+    ("train", f"{TEACHER} --kd moments=1 --moments_networks clip=1", "--clip_ckpt is missing"),
+    (
+        "train",
+        f"{TEACHER} --kd moments=1 --moments_networks parser=1 --parser_ckpt parser.pt"
+        " --moments_file model.pt",
+        "--moments_file model.pt: ",
+    ),
     ("train", "--size 12", "power of two"),
     ("train", "--size 16", "makes 8 px images"),
     ("train", "--ckpt= --size 12 --channels 4,4,4,4", "power of two"),
