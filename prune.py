@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from Compression import recipes
+from Compression.channel_pictures import save_channel_pictures
 from Compression.initialisation import INITIALISATIONS
 from Compression.parsers import PARSERS
 from Compression.pruning import PruneSettings, option_kinds, prune
@@ -47,6 +48,9 @@ def run(settings: PruneSettings) -> None:
         print(f"{details(result.full, result.pruned)}\n")
         print(f"{score_table(result.scores, result.keep)}\n")
     print(f"{summary(result.full, result.pruned)}\nsaved {result.path}")
+    if settings.info_pictures:
+        file = save_channel_pictures(result.path, result.full, result.scores, settings.seed)
+        print(f"saved {file}")
     if result.warning:
         print(f"prune.py: warning: {result.warning}", file=sys.stderr)
 

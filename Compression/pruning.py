@@ -60,6 +60,11 @@ class PruneSettings(Settings):
         0.7, "fraction of every layer's channels to remove, in [0, 1)", low=0, below=1, metavar="R"
     )
     info_print: bool = setting(False, "print the details of every layer")
+    info_pictures: bool = setting(
+        False,
+        "write NAME_channels.png beside the checkpoint: what the highest- and the lowest-scored"
+        " channel of every resolution do to pictures",
+    )
 
     # Scoring. The paper: 400 images in batches of 10, noise on 5 % of the content.
     metric: str = setting(

@@ -49,6 +49,11 @@ class EditedSettings(ContentSettings, PictureSettings):
         "mixing: layers of w+ that come from B: coarse (0-3), middle (4-7), fine (8 and on), or a"
         " range such as 2-5",
     )
+    mix_noise: bool = setting(
+        False,
+        "mixing: the noise of these layers comes from B too; every drawn face then has layer noise"
+        " of its own in place of the stored maps",
+    )
     space: str = setting("w", "morphing: linear in w, or spherical in z", choices=("w", "z"))
     steps: int = setting(7, "morphing: pictures from A to B, with both, at least 3", low=3)
     out: Path | None = setting(
@@ -92,7 +97,7 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
     Raises:
         SettingError: names the setting and what to do.
     """
-    device, first, mode = pick_device(settings.device), settings.files[0], settings.mode
+    device, first, mode = pick_device(settings.device), settings.checkpoints[0], settings.mode
     stem = target_stem(settings.out or Path(STEMS[mode]), STEMS[mode])
     models = load_models(settings, device)
     faces = _load_faces(settings, models)
@@ -102,7 +107,7 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
     if mode == "mixing":
         with blame("layers"):
             layers = editing.style_layers(settings.layers, generator.n_latent)
-        edit = partial(_mix, layers=layers)
+        edit = partial(_mix, layers=layers, noise=settings.mix_noise)
     mask = settings.load_mask(load_mask, first, device)
     distance = settings.load_distance(first, device)
     with torch.no_grad():
@@ -116,7 +121,7 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
     distances = {name: found for name, (_, found) in edits.items()}
     lines = [*sizes(settings, models), f"content-aware {settings.distance_name(first)}"]
     lines += [_table(distances), f"saved {' and '.join(files)}"]
-    chosen = {"ckpt": settings.files, "perceptual": settings.network(first)}
+    chosen = {"ckpt": settings.checkpoints, "perceptual": settings.network(first)}
     figures = {"files": files, "models": distances}
     return Result(figures, _protocol(settings, mask.chosen), lines, settings, chosen)
 
@@ -181,11 +186,12 @@ def _faces(
     centre = sampling.mean_latent(generator, settings.seed)
     z_a, z_b = (sampling.draw_z(generator, side, settings.seed) for side in numbers)
 
-    def mapped(z: Tensor) -> Latents:
-        return sampling.from_z(generator, z, settings.truncation, centre)
+    def mapped(z: Tensor, own: Sequence[int] = ()) -> Latents:
+        noise = sampling.draw_noise(generator, own, settings.seed) if own else None
+        return sampling.from_z(generator, z, settings.truncation, centre, noise)
 
     a, b = (
-        mapped(z) if stored is None else stored[side]
+        mapped(z, side if settings.mix_noise else ()) if stored is None else stored[side]
         for z, stored, side in zip((z_a, z_b), projected, numbers, strict=True)
     )
     if settings.space == "z":
@@ -194,11 +200,16 @@ def _faces(
 
 
 def _mix(
-    faces: Faces, scale: float, content: Content, distance: Distance, layers: Sequence[int]
+    faces: Faces,
+    scale: float,
+    content: Content,
+    distance: Distance,
+    layers: Sequence[int],
+    noise: bool,
 ) -> Edit:
     """Mix the styles of a model's faces."""
     a, b = faces.a, faces.b
-    all_latents = (a, b, editing.mix(a, b, layers))
+    all_latents = (a, b, editing.mix(a, b, layers, noise))
     left, top, mixed = (sampling.render(faces.generator, latents) for latents in all_latents)
     distances = editing.mixing_distances(content(left), content(top), content(mixed), distance)
 
@@ -245,6 +256,6 @@ def _protocol(settings: EditedSettings, content: str) -> dict[str, str]:
     what = "means over all pairs of A and B"
     if settings.mode == "morphing":
         what = f"means over the {settings.steps} pictures of each row and over the rows"
-    name = settings.distance_name(settings.files[0])
+    name = settings.distance_name(settings.checkpoints[0])
     mask = f"content mask of {content}" if content else "content mask"
     return {"distance": f"{name} of images times their own {mask}", "of": what}

@@ -84,20 +84,24 @@ def style_layers(text: str, n_latent: int) -> range:
     return layers
 
 
-def mix(a: Latents, b: Latents, layers: Sequence[int]) -> Latents:
+def mix(a: Latents, b: Latents, layers: Sequence[int], noise: bool = False) -> Latents:
     """Mix every a with every b: a's styles and noise, with b's styles in some layers.
 
     Args:
         a: A pictures.
-        b: B pictures; their noise is not used.
+        b: B pictures.
         layers: those of w+ that come from b.
+        noise: the layer noise of these layers comes from b too, not from a.
 
     Returns:
         A * B pictures, all of the first a first.
     """
     mixed = a[[i for i in range(len(a)) for _ in range(len(b))]]
-    mixed.w_plus[:, list(layers)] = b.w_plus.repeat(len(a), 1, 1)[:, list(layers)]
-    return mixed
+    from_b = b[[i for _ in range(len(a)) for i in range(len(b))]]
+    mixed.w_plus[:, list(layers)] = from_b.w_plus[:, list(layers)]
+    # The last w+ belongs to a ToRGB, which has no noise.
+    maps = list(enumerate(zip(mixed.noise, from_b.noise, strict=True)))
+    return Latents(mixed.w_plus, [y if noise and i in layers else x for i, (x, y) in maps])
 
 
 def mixing_distances(a: Tensor, b: Tensor, mixed: Tensor, distance: Distance) -> dict[str, float]:

@@ -15,7 +15,7 @@ from Evaluation.side_by_side import load_models, save_pictures, sizes, stacked, 
 from Model.complexity import macs
 from Model.generator import Generator
 from Util.device import pick_device
-from Util.pictures import grid, rescale
+from Util.pictures import grid, rescale, save_png, to_uint8
 from Util.settings import setting
 
 PROTOCOL = {
@@ -38,6 +38,13 @@ class GeneratedSettings(PictureSettings):
         "layer noise: the stored maps, or a draw for every latent, which it keeps on its walk",
         choices=("fixed", "random"),
     )
+    files: int = setting(
+        0,
+        "write the images 0 ... N-1 of --seed one by one too, at full size, as"
+        " OUT_files/MODEL/000000.png, ...; 0: none (default)",
+        low=0,
+        metavar="N",
+    )
     out: Path = setting(
         Path("generated"),
         "the picture is OUT.png, the walk OUT.gif; or a folder for generated.png and .gif"
@@ -59,10 +66,12 @@ def show_generated(settings: GeneratedSettings) -> Result:
     start, through = (sampling.draw_z(first, range(settings.n_sample), seed) for seed in seeds)
     walk = _walk(settings.frames, render, start, through)
     files = save_pictures(settings, stem, render(start), walk)
+    if settings.files:
+        files.append(str(_save_files(settings, models, stem)))
     costs = {name: {"macs": macs(model)} for name, model in models.items()}
     lines, figures = sizes(settings, models), {"files": files, "models": costs}
     lines.append(f"saved {' and '.join(files)}")
-    return Result(figures, PROTOCOL, lines, settings, {"ckpt": settings.files})
+    return Result(figures, PROTOCOL, lines, settings, {"ckpt": settings.checkpoints})
 
 
 def _renderer(settings: GeneratedSettings, models: Mapping[str, Generator]) -> Render:
@@ -80,6 +89,20 @@ def _renderer(settings: GeneratedSettings, models: Mapping[str, Generator]) -> R
         return grid(images, columns=settings.columns or settings.n_sample, gap=4)
 
     return lambda z: stacked(models, {name: block(name, z) for name in models})
+
+
+def _save_files(settings: GeneratedSettings, models: Mapping[str, Generator], stem: Path) -> Path:
+    """Write one file for every image of every model; return their folder."""
+    folder = stem.with_name(f"{stem.name}_files")
+    for name, model in models.items():
+        centre = sampling.mean_latent(model, settings.seed)
+        fixed = settings.noise == "fixed"
+        parts = sampling.shares(settings.files, 16)
+        for part in tqdm(parts, desc=name, total=-(-settings.files // 16), unit="batch"):
+            images = sampling.images(model, part, settings.seed, settings.truncation, centre, fixed)
+            for i, pixels in zip(part, to_uint8(images), strict=True):
+                save_png(folder / name / f"{i:06d}.png", pixels)
+    return folder
 
 
 def _walk(n: int, render: Render, start: Tensor, through: Tensor) -> Iterator[np.ndarray]:

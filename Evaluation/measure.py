@@ -123,7 +123,9 @@ def measure(settings: MeasureSettings, load_mask: LoadMask) -> Result:
     lines = [f"{name}: {value:.6g}" for name, value in figures.items()]
     if first and "fid" in settings.metrics:
         lines += feature_statistics.notes_on_few(len(made), real)
-    protocol = f"{extractor.protocol}; {feature_statistics.described(real.record)}"
+    bits = "8 bits" if settings.images else "floats, no 8-bit step"
+    about_real = feature_statistics.described(real.record)
+    protocol = f"{extractor.protocol}; generated images: {bits}; {about_real}"
     if settings.info_print:
         made_from = dict(real.record) or f"unknown, from {settings.stats}"
         source = settings.images or settings.ckpt

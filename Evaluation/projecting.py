@@ -322,8 +322,8 @@ def _protocol(settings: ProjectionSettings, distance: str, content: str) -> str:
         f"protocol {settings.protocol}: {PROTOCOLS[settings.protocol]};"
         " PSNR of values clamped to [-1, 1], peak-to-peak 2, no 8-bit step;"
         f" {distance} at no more than 256 px; content: the real picture's content mask{of},"
-        f" PSNR over its pixels only, {distance} of both pictures times the mask; w+ and"
-        f" layer noise by {settings.optimizer}, {settings.num_iters} iterations, on"
+        f" PSNR over its pixels only, {distance} of both pictures times the mask; w+ and layer"
+        f" noise by {settings.optimizer}, {settings.num_iters} iterations, on"
         f" {settings.mse_weight:g} MSE + {settings.weight:g} {distance}{paper}"
     )
 

@@ -138,8 +138,8 @@ class PictureSettings(EvaluationSettings):
             raise SettingError("scale", f"{scale:g} is neither a whole number nor 0.5, 0.25, ...")
 
     @property
-    def files(self) -> tuple[Path, ...]:
-        """The checkpoints."""
+    def checkpoints(self) -> tuple[Path, ...]:
+        """The files that are shown."""
         bundled_files = (bundled.MODEL, bundled.COMPRESSED)
         return self.ckpt or tuple(file for file in bundled_files if file.is_file())
 

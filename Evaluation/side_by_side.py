@@ -21,7 +21,7 @@ def load_models(settings: PictureSettings, device: torch.device) -> dict[str, Ge
     Raises:
         SettingError: a file holds none, names are not distinct, or the models cannot share latents.
     """
-    files = settings.files
+    files = settings.checkpoints
     names = settings.names or tuple(path.stem for path in files)
     if len(names) != len(files) or len(set(names)) != len(names):
         raise SettingError(

@@ -96,6 +96,9 @@ def test_mixing_takes_layers_from_b_and_the_rest_from_a(generator):
             assert_close(w_plus[[0, 3]], a.w_plus[i, [0, 3]])
             assert_close(mixed.noise[2][3 * i + j], a.noise[2][i])
     assert_close(a.w_plus, before, rtol=0, atol=0)
+    crossed = editing.mix(a, b, range(1, 4), noise=True)  # layer 3 is a ToRGB
+    for layer, maps in enumerate(crossed.noise):
+        assert_close(maps[4], (a if layer == 0 else b).noise[layer][1])
 
 
 @pytest.mark.parametrize(

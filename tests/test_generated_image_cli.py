@@ -105,6 +105,20 @@ def test_the_same_seed_and_any_number_of_latents_give_the_same_faces(files, tmp_
     assert not np.array_equal(pictures["noise"], two)
 
 
+@pytest.mark.parametrize("noise", ["fixed", "random"])
+def test_one_file_for_every_image(files, tmp_path, noise):
+    flags = ["--n_sample", 2, "--noise", noise, "--scale", 1, "--frames", 0, "--files", 18]
+    assert generate(files, *flags, "--out", tmp_path / "out") == 0
+    names = [f"{i:06d}.png" for i in range(18)]
+    for row, model in enumerate(("full", "small")):
+        folder = tmp_path / "out_files" / model
+        assert sorted(file.name for file in folder.iterdir()) == names
+        grid = pixels(tmp_path / "out.png")[24 * row : 24 * row + 16]
+        for i in range(2):
+            shown = grid[:, grid.shape[1] - 36 + 20 * i :][:, :16]
+            assert np.abs(pixels(folder / names[i]) - shown).max() <= 1
+
+
 def test_truncation_goes_to_each_models_own_mean(files, tmp_path):
     flags = ["--n_sample", 3, "--frames", 0, "--scale", 1, "--truncation", 1e-6, "--out", tmp_path]
     assert generate(files, *flags) == 0
@@ -131,6 +145,20 @@ def test_a_mixture(files, tmp_path, capsys):
     assert picture.shape[0] == 2 * block + 24
     corner = picture[:16, -(16 + 12 + 3 * 16 + 2 * 4) :][:, :16]
     assert (corner == 255).all()
+
+
+def test_noise_crosses_over_with_the_styles(files, tmp_path, capsys):
+    found = {}
+    for name, flags in {"plain": [], "crossed": ["--mix_noise"]}.items():
+        flags += ["--projection_a", files / "full.npz", "--projection_b", files / "full.npz"]
+        out = ["--layers", "0-5", "--json", "--out", tmp_path / name]
+        assert edit(files, *flags, *out, models=("full",)) == 0
+        found[name] = last_json(capsys)["figures"]["models"]["full"]["b_to_mixed"]
+    assert found["crossed"] == pytest.approx(0, abs=1e-5)
+    assert found["plain"] > 1e-3
+    assert edit(files, "--layers", "0-5", "--mix_noise", "--json", "--out", tmp_path) == 0
+    for distances in last_json(capsys)["figures"]["models"].values():
+        assert distances["b_to_mixed"] == pytest.approx(0, abs=1e-5)
 
 
 def test_mixing_every_layer_gives_b_and_none_of_a(files, tmp_path, capsys):

@@ -1,10 +1,14 @@
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import prune
+from Compression.channel_pictures import heat, without_channel
 from Compression.pruning import PruneSettings
+from Compression.surgery import prune_generator
 from Model import bundled, checkpoint
 from Model.discriminator import Discriminator
 from Model.face_parser import BiSeNet
@@ -79,6 +83,34 @@ def test_prunes(files, tmp_path, capsys):
     assert network.channels == (3, 3, 3, 3)
     kept = [torch.equal(network.input.input[0, 0], c) for c in teacher["g_ema"]["input.input"][0]]
     assert sum(kept) == 1
+
+
+def test_pictures_of_channels(files, tmp_path, capsys):
+    assert run(files, "--metric", "l1_out", "--info_pictures", "--out", tmp_path / "a.pt") == 0
+    assert f"saved {tmp_path}/a_channels.png" in capsys.readouterr().out
+    picture = np.asarray(Image.open(tmp_path / "a_channels.png"))
+    assert picture.shape[0] == 5 * 128 + 4 * 4  # images, and two channels of 4 px and of 8 px
+
+
+@pytest.mark.parametrize("group", range(4))
+def test_a_channel_is_removed_from_all_layers_that_read_it(files, group):
+    full = checkpoint.load_generator(files / "full.pt").eval()
+    keep = [torch.ones(width, dtype=torch.bool) for width in full.channels]
+    keep[group][2] = False
+    pruned = prune_generator(full, keep)
+    for layer, mask in zip(pruned.rgb_layers, keep[1::2], strict=True):
+        layer.conv.weight.data *= (mask.sum() / len(mask)).sqrt()  # ToRGB's gain
+    z = torch.randn(3, 8)
+    removed = without_channel(full, group, 2)
+    expected, found = (net([z], randomize_noise=False) for net in (pruned, removed))
+    torch.testing.assert_close(found, expected)
+    assert (found - full([z], randomize_noise=False)).abs().max() > 1e-3
+
+
+def test_heat_goes_from_black_over_red_to_white():
+    colours = heat(torch.tensor([0, 1 / 3, 2 / 3, 1, 7]).view(-1, 1, 1, 1)).flatten(1)
+    expected = [[-1, -1, -1], [1, -1, -1], [1, 1, -1], [1, 1, 1], [1, 1, 1]]
+    torch.testing.assert_close(colours, torch.tensor(expected).float())
 
 
 def test_same_seed_same_network(files, tmp_path):

@@ -383,3 +383,12 @@ def test_a_pruned_checkpoint_asks_for_its_teacher(folder, capsys):
 def test_flags_of_the_original_code_are_known():
     config = train.parse_config(["--path", "x", "--latent", "64", "--channel_multiplier", "1"])
     assert (config.style_dim, config.channel_multiplier) == (64, 1)
+    assert train.parse_config(["--batch", "7"]).batch_size == 7
+
+
+def test_a_run_from_before_the_filter_was_chosen_keeps_its_own(folder):
+    (folder / "old").mkdir()
+    (folder / "old/config.json").write_text(json.dumps({"config": {"path": "x", "seed": 5}}))
+    config = train.parse_config(["--resume", str(folder / "old")])
+    assert (config.seed, config.resample) == (5, "lanczos")
+    assert train.parse_config([]).resample == "bilinear"
