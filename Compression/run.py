@@ -36,10 +36,9 @@ from Util.run_log import RunLog, newest_checkpoint, read_metrics
 from Util.settings import SettingError, Settings, blame, plain
 from Util.stopping import StopRequest
 
-
-NOT_REMEMBERED = frozenset(
-    "resume out dry_run workers device gpu_device_ids primary_device"
-    " log_freq n_sample val_sample_freq model_save_freq keep_checkpoints".split()
+NOT_REMEMBERED = (
+    *("resume", "out", "dry_run", "workers", "device", "gpu_device_ids", "primary_device"),
+    *("log_freq", "n_sample", "val_sample_freq", "model_save_freq", "keep_checkpoints"),
 )
 """Settings that do not change what a run computes: its checkpoints are the same without them."""
 
@@ -211,23 +210,28 @@ def _make_parser(config: TrainConfig, device: torch.device) -> ContentParser | N
     return parser_for(config.parser_ckpt, config.teacher_ckpt, device, config.content)
 
 
+def _load_teacher(config: TrainConfig, size: int, device: torch.device) -> Generator | None:
+    """The frozen full-size generator, or None without a teacher."""
+    if not config.has_teacher:
+        return None
+    with blame("teacher_ckpt"):
+        generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
+    return generator.eval().requires_grad_(False)
+
+
 def _make_teacher(
     config: TrainConfig,
-    size: int,
+    generator: Generator | None,
     discriminator: Discriminator,
     device: torch.device,
     parser: ContentParser | None,
 ) -> Teacher | None:
     """The full-size generator with its mask and the terms, or None without a teacher."""
-    if not config.has_teacher:
+    if generator is None:
         return None
-    with blame("teacher_ckpt"):
-        generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
-    generator.eval().requires_grad_(False)
     mask = parser.soft if parser and config.kd_soft_mask else parser
     sources = distillation.Sources(config, generator, device, discriminator)
-    terms = distillation.make_terms(sources)
-    return Teacher(generator, mask, terms)
+    return Teacher(generator, mask, distillation.make_terms(sources))
 
 
 def _make_trainer(
@@ -250,10 +254,11 @@ def _make_trainer(
         _check_teacher(config, source, content)
         generator, g_ema = _make_networks(config, content)
         discriminator = _make_discriminator(config, content, generator, resume)
+    full = _load_teacher(config, generator.size, device)
     parser = _make_parser(config, device)
     if parser:
         _compare_content(source, content, parser, announce)
-    teacher = _make_teacher(config, generator.size, discriminator, device, parser)
+    teacher = _make_teacher(config, full, discriminator, device, parser)
     trainer = Trainer(generator, discriminator, config, device, teacher, g_ema)
     if distributed.world_size() > 1:
         torch.manual_seed(config.seed * distributed.world_size() + distributed.rank() + 1)
