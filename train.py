@@ -59,7 +59,9 @@ def parse_config(argv: Sequence[str] | None) -> TrainConfig:
             raise SettingError("recipe", "is for a new run; a resumed one keeps its settings")
         folder = run_folder(args.resume)
         with blame("resume"):
-            defaults = known_settings(read_config(folder), TrainConfig, *option_kinds())
+            # Runs from before this setting had that filter.
+            stored = {"resample": "lanczos"} | read_config(folder)
+            defaults = known_settings(stored, TrainConfig, *option_kinds())
         defaults["out"] = str(folder)
     else:
         defaults = recipes.train_values(args.recipe, args.ckpt)

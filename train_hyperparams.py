@@ -60,6 +60,11 @@ class TrainConfig(Settings):
     # Length and batch. The paper: 450,000 iterations of 16 images at 256 px.
     iter: int = setting(450_000, "train up to this iteration", low=1)
     batch_size: int = setting(16, "images per iteration, over all processes", low=1)
+    resample: str = setting(
+        "bilinear",
+        "filter that resizes pictures of a folder; an LMDB has been resized by its own",
+        choices=("bilinear", "lanczos", "box", "bicubic"),
+    )
     max_bad: int = setting(10, "unreadable images that are named and passed over", low=0)
     mirror: bool = setting(True, "flip training images left to right at random (faces allow it)")
 

@@ -50,10 +50,12 @@ class Evaluation:
     Attributes:
         measure: name of a figure -> value.
         best_by: the figure whose lowest value chooses the best checkpoint; None keeps none.
+        about: features and real images in words.
     """
 
     measure: Callable[[], dict[str, float]]
     best_by: str | None
+    about: str
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     config = replace(config, size=trainer.generator.size, channels=trainer.generator.channels)
     # What can be refused is, before a folder is made.
     with blame("path"):
-        images = Images(config.path, config.size, config.max_bad)
+        images = Images(config.path, config.size, config.max_bad, config.resample)
     with torch.random.fork_rng(devices=()):  # new networks draw weights before they are loaded
         evaluation = _make_evaluation(config, trainer, images)
     config = replace(config, out=config.out or distributed.gather(_new_folder())[0])
@@ -117,6 +119,8 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
                 f" {distributed.world_size()} x {trainer.device.type}; run folder {config.out}"
                 + (f"; recipe {config.recipe}" if config.recipe else "")
             )
+            if evaluation:
+                announce(f"{', '.join(config.fid_metrics)} by {evaluation.about}")
         batches = _stream(config, trainer, images)
         signal = _train(config, trainer, batches, log, evaluation, origin | _making(config))
     finally:
@@ -142,6 +146,8 @@ def check(config: TrainConfig) -> None:
     check_writable("out", Path(config.out or "runs") / "config.json")
     if config.load_train_state and not config.ckpt:
         raise SettingError("load_train_state", "goes with ckpt; name the checkpoint to go on from")
+    if config.fid_n_sample == 1:
+        raise SettingError("fid_n_sample", "1: one image has no covariance; take more, or 0")
     distillation.weights(config)
     unknown = set(config.fid_metrics) - METRICS.keys()
     if unknown or not config.fid_metrics:
@@ -320,9 +326,6 @@ def _make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> E
             parser = Path(config.parser_ckpt or bundled.default_parser(config.teacher_ckpt))
     inception = Path(config.inception_ckpt) if config.inception_ckpt else None
     extractor = make_extractor(config.fid_features, inception, parser, None, trainer.device)
-    with blame("fid_n_sample"):
-        width = extractor.dimensions(trainer.generator.size, trainer.device)
-        feature_statistics.check_enough(config.fid_n_sample, width)
     if config.dry_run:
         return None
     stats = Path(config.fid_stats) if config.fid_stats else None
@@ -338,6 +341,9 @@ def _make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> E
             need_features(metrics),
         )
 
+    notes = feature_statistics.notes_on_few(config.fid_n_sample, real) if "fid" in metrics else []
+    about = "; ".join([extractor.protocol, feature_statistics.described(real.record), *notes])
+
     def measure() -> dict[str, float]:
         features = sampled_features(
             trainer.g_ema, extractor, config.fid_n_sample, config.fid_batch, config.seed
@@ -346,7 +352,7 @@ def _make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> E
         return {_log_name(name): value for name, value in figures.items()}
 
     best_by = distance_key(metrics, extractor)
-    return Evaluation(measure, _log_name(best_by) if best_by else None)
+    return Evaluation(measure, _log_name(best_by) if best_by else None, about)
 
 
 def _log_name(figure: str) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from Dataset import DatasetError
 from Dataset.batches import Item
-from Dataset.pictures import UnreadableImageError, fit_square
+from Dataset.pictures import Resizing, UnreadableImageError, fit_square
 from Dataset.sources import open_source
 
 
@@ -29,9 +30,10 @@ class Images(Dataset[Tensor]):
         path: a folder of images (searched recursively), or an LMDB folder in the layout of the
             StyleGAN2-PyTorch family (keys ``256-00000``, ``length``). A process can read an LMDB
             through one object at a time.
-        size: image side in pixels. Folder images of another size are centre-cropped to a square
-            and resampled (Lanczos); an LMDB must hold this size.
+        size: image side in pixels. Folder images of another size are resized and cropped to a
+            square, see `fit_square`; an LMDB must hold this size.
         max_bad: unreadable images that are passed over.
+        resample: filter that resizes, one of `Dataset.pictures.FILTERS`.
 
     Attributes:
         source: see `Dataset.sources.Source`.
@@ -42,8 +44,10 @@ class Images(Dataset[Tensor]):
             size; from an item, when more than ``max_bad`` images are unreadable.
     """
 
-    def __init__(self, path: str | Path, size: int, max_bad: int = 10) -> None:
-        self.path, self.size, self.max_bad = Path(path), size, max_bad
+    def __init__(
+        self, path: str | Path, size: int, max_bad: int = 10, resample: str = "bilinear"
+    ) -> None:
+        self.path, self.size, self.max_bad, self.resample = Path(path), size, max_bad, resample
         self.source = open_source(self.path, size)
         self.bad: dict[str, str] = {}
 
@@ -57,6 +61,11 @@ class Images(Dataset[Tensor]):
             pixels = pixels[:, ::-1]
         tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
         return tensor.float().div_(127.5).sub_(1)
+
+    @cached_property
+    def resizing(self) -> Resizing:
+        """How the images come to their size; opens every file of a folder when first asked."""
+        return self.source.resizing(self.size, self.resample)
 
     def fingerprint(self) -> str:
         """Return eight hexadecimal digits that change with the images that are there.
@@ -93,7 +102,7 @@ class Images(Dataset[Tensor]):
             if name in self.bad:
                 continue
             try:
-                return fit_square(self.source.read(i), self.size)
+                return fit_square(self.source.read(i), self.size, self.resample)
             except UnreadableImageError as error:
                 self.note_bad(name, str(error))
         raise self._too_many(f"none of {len(self)} images can be read")

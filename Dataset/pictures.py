@@ -2,10 +2,19 @@
 
 import os
 import warnings
+from dataclasses import dataclass
 from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+"""Pillow's filters by which pictures are resized. Bilinear is that of the original's training."""
 
 
 class UnreadableImageError(ValueError):
@@ -37,6 +46,17 @@ def read_image(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     raise UnreadableImageError(f"not a readable image ({reason})")
 
 
+def shorter_side(file: str | os.PathLike[str]) -> int | None:
+    """Read the shorter side of an image in px off its first bytes; None if it is unreadable."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file) as image:
+                return min(image.size)
+    except Exception:  # decoders raise almost anything on damaged bytes
+        return None
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # which Pillow would cut off at 255 instead of scaling
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
@@ -46,11 +66,51 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def fit_square(image: Image.Image, size: int) -> Image.Image:
-    """Crop an image centrally to a square and resample it (Lanczos) to ``size`` pixels a side."""
+def fit_square(image: Image.Image, size: int, resample: str = "bilinear") -> Image.Image:
+    """Resize an image so that its shorter side has ``size`` pixels, and crop it to a square.
+
+    As torchvision's Resize and CenterCrop do, but only what stays is computed.
+
+    Args:
+        image: RGB, of any size.
+        size: of the result's sides.
+        resample: one of `FILTERS`.
+    """
     if image.size == (size, size):
         return image
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return square.resize((size, size), Image.Resampling.LANCZOS)
+    short = min(image.size)
+    edges = []
+    for side in image.size:
+        resized = size if side == short else side * size // short
+        start = round((resized - size) / 2)
+        edges.append((start * side / resized, (start + size) * side / resized))
+    (left, right), (top, bottom) = edges
+    return image.resize((size, size), FILTERS[resample], (left, top, right, bottom))
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """How pictures came to their size.
+
+    Attributes:
+        size: their side in px.
+        resample: the filter of those of another size; None if it is unknown.
+        sides: smallest and largest shorter side of the pictures before, in px; None if unknown.
+    """
+
+    size: int
+    resample: str | None
+    sides: tuple[int, int] | None
+
+    @property
+    def filter(self) -> str:
+        """The filter in a word: none for pictures that had the size already."""
+        return "none" if self.sides == (self.size, self.size) else self.resample or "unknown"
+
+    @property
+    def source(self) -> str:
+        """The size before in words."""
+        if self.sides is None:
+            return "unknown"
+        low, high = self.sides
+        return f"{low} px" if low == high else f"{low} to {high} px"

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from Dataset import DatasetError
-from Dataset.pictures import UnreadableImageError, fit_square, read_image
+from Dataset.pictures import FILTERS, UnreadableImageError, fit_square, read_image
 from Dataset.sources.folder import Folder
 from Dataset.sources.lmdb import LENGTH_KEY, STATE_KEY, State, image_key, open_environment
 from Util.cli import check_writable, run_settings
@@ -36,8 +36,8 @@ CHUNK_PIXELS = 2**22
 """Encoded per job and transaction: bounds the memory and what an interruption loses."""
 KEPT = "what is written is kept: the same command goes on from there"
 
-Encoded = list[bytes] | str
-"""A file's encoded images, one per size, or why it cannot be read."""
+Encoded = tuple[int, list[bytes]] | str
+"""A picture's shorter side in px and its files, one per size; or why it cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,9 @@ class PrepareSettings(Settings):
     path: Path = setting(..., "folder of images, searched recursively", metavar="DIR")
     out: Path = setting(..., "folder of the LMDB, new or unfinished", metavar="LMDB")
     size: tuple[int, ...] = setting(..., "sides in pixels: 128,256", metavar="N,...")
+    resample: str = setting(
+        "bilinear", "filter that resizes; bilinear is the original's", choices=FILTERS
+    )
     workers: int | None = setting(None, "processes (default: one per core)", low=1)
     format: str = setting(
         "png", "png keeps the exact pixels, jpeg is smaller and faster", choices=("png", "jpeg")
@@ -78,7 +81,7 @@ class PrepareSettings(Settings):
         files = []
         for size in self.sizes:
             buffer = io.BytesIO()
-            fit_square(image, size).save(buffer, format=self.format, **options)
+            fit_square(image, size, self.resample).save(buffer, format=self.format, **options)
             files.append(buffer.getvalue())
         return files
 
@@ -133,6 +136,7 @@ def _record(settings: PrepareSettings, names: list[str]) -> dict[str, Any]:
         "sizes": settings.sizes,
         "format": settings.format,
         "quality": settings.jpeg_quality,
+        "resample": settings.resample,
         "files": len(names),
         "files_sha256": digest.hexdigest(),
     }
@@ -225,7 +229,8 @@ def _encode_files(settings: PrepareSettings, names: list[str]) -> list[Encoded]:
     results: list[Encoded] = []
     for name in names:
         try:
-            results.append(settings.encode(read_image(settings.path / name)))
+            image = read_image(settings.path / name)
+            results.append((min(image.size), settings.encode(image)))
         except UnreadableImageError as error:
             results.append(str(error))
     return results
@@ -259,8 +264,10 @@ def _store(
         if isinstance(result, str):
             state.bad.append((name, result))
         else:
+            side, files = result
             keys = [image_key(size, state.length) for size in state.settings["sizes"]]
-            items += list(zip(keys, result, strict=True))
+            items += list(zip(keys, files, strict=True))
+            state.sides = [min([side, *state.sides]), max([side, *state.sides])]
         state.done += 1
     items.append((STATE_KEY, state.to_bytes()))
     if state.complete:
@@ -302,8 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run,
         argv,
         prog="python -m Dataset.prepare_data",
-        description="Store a folder's images in an LMDB for train.py, cropped to a square and\n"
-        "resampled to one or several sizes. An interrupted run goes on where it stopped.",
+        description="Store a folder's images in an LMDB for train.py, resized to one or\n"
+        "several sizes and cropped to a square. An interrupted run goes on where it stopped.",
         epilog="example: python -m Dataset.prepare_data --path FFHQ --out FFHQ_LMDB --size 256",
     )
 

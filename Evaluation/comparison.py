@@ -1,6 +1,7 @@
 """How close pictures are to those they stand for, whole and inside the content of interest."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from Evaluation.distances import Distance
@@ -39,27 +40,74 @@ def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     return 10 * torch.log10(4 / error)
 
 
+def wrapped_psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio as the original code computes it, mostly too high.
+
+    It subtracts and squares arrays of bytes, and both wrap around at 256: a difference of 16 counts
+    as none. Published figures may have been measured so.
+
+    Args:
+        a: (N, 3, H, W), nominally in [-1, 1].
+        b: the same.
+
+    Returns:
+        (N,), in dB; 100 where no error is left.
+    """
+    x, y = (((v.clamp(-1, 1) + 1) / 2 * 255 + 0.5).to(torch.uint8) for v in (a, b))
+    difference = x - y
+    error = (difference * difference).double().mean(dim=(1, 2, 3))
+    return torch.where(error > 0, 10 * torch.log10(255**2 / error), 100)
+
+
+def halved(images: Tensor, side: int) -> Tensor:
+    """Halve (N, C, H, W) bilinearly, which averages 2x2 pixels, until they have ``side`` px."""
+    while images.shape[-1] > side:
+        images = F.interpolate(images, scale_factor=0.5, mode="bilinear", align_corners=False)
+    return images
+
+
 @torch.no_grad()
-def fidelity(real: Tensor, made: Tensor, mask: Tensor, perceptual: Distance) -> dict[str, Tensor]:
+def paper_fidelity(real: Tensor, made: Tensor, perceptual: Distance) -> dict[str, Tensor]:
+    """Distances of pictures to the real ones as the original code computes them.
+
+    Args:
+        real: (N, 3, H, W) in [-1, 1].
+        made: the same of a generator; only PSNR clamps it.
+        perceptual: see `Distance`; larger pictures are halved to 256 px.
+
+    Returns:
+        (N,) each: paper_psnr (dB), see `wrapped_psnr`, and paper_perceptual.
+    """
+    return {
+        "paper_psnr": wrapped_psnr(real, made),
+        "paper_perceptual": perceptual(halved(real, 256), halved(made, 256)),
+    }
+
+
+@torch.no_grad()
+def fidelity(
+    real: Tensor, made: Tensor, mask: Tensor | None, perceptual: Distance
+) -> dict[str, Tensor]:
     """Measure how close pictures are to the real ones.
 
     Args:
         real: (N, 3, H, W) in [-1, 1].
         made: the same of a generator; values beyond are clamped.
-        mask: (N, 1, H, W) in {0, 1}: the content of the real pictures.
+        mask: (N, 1, H, W) in {0, 1}: the content of the real pictures; None if it is unknown.
         perceptual: see `Distance`.
 
     Returns:
         (N,) each: psnr (dB) and perceptual of the whole pictures; content_psnr (dB) over the
         masked pixels only, and content_perceptual with both pictures multiplied by the mask. Both
-        are not a number where the mask is empty.
+        are not a number where the mask is empty, and left out without one.
     """
     made = made.clamp(-1, 1)
+    whole = {"psnr": psnr(real, made), "perceptual": perceptual(real, made)}
+    if mask is None:
+        return whole
     empty = ~mask.bool().flatten(1).any(dim=1)
     masked = perceptual(real * mask, made * mask)
-    return {
-        "psnr": psnr(real, made),
-        "perceptual": perceptual(real, made),
+    return whole | {
         "content_psnr": psnr(real, made, mask),
         "content_perceptual": masked.masked_fill(empty, torch.nan),
     }

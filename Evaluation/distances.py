@@ -123,6 +123,9 @@ def _fill_trunk(net: nn.Module, weights: dict[str, Tensor], file: str, arch: str
 
 def at_most(images: Tensor, side: int) -> Tensor:
     """Reduce images (N, 3, H, W) bilinearly to ``side`` px where they are larger."""
-    if images.shape[-1] <= side:
-        return images
+    return images if images.shape[-1] <= side else resized(images, side)
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    """Resize images (N, 3, H, W) bilinearly to ``side`` px, without antialiasing."""
     return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)

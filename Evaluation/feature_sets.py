@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from Dataset.batches import in_order
 from Dataset.images import Images
 from Dataset.loading import load_batches
+from Dataset.pictures import Resizing
 from Evaluation import feature_statistics, sampling
 from Evaluation.feature_statistics import Features, Statistics, statistics_of
 from Evaluation.features import Extractor
@@ -57,13 +59,23 @@ def image_features(
     return all_features(extractor, batches, device, len(images), f"images of {images.path}")
 
 
-def read_statistics(file: Path, extractor: Extractor, need_features: bool) -> Statistics:
+def read_statistics(
+    file: Path, extractor: Extractor, need_features: bool, resizing: Resizing
+) -> Statistics:
     """Read statistics of real images.
 
+    Args:
+        file: of statistics.
+        extractor: of the features that are compared with them.
+        need_features: mean and covariance are not enough.
+        resizing: how the real images are meant to come to their size.
+
     Raises:
-        ValueError: no statistics, those of other features, or without the features themselves.
+        ValueError: no statistics, those of other features or of images resized by another filter,
+            or without the features themselves.
     """
     found = feature_statistics.load(file)
+    _check_filter(file, found.record.get("resample"), resizing)
     made_by = found.record.get("protocol", extractor.protocol)
     if made_by != extractor.protocol:
         raise ValueError(
@@ -76,6 +88,19 @@ def read_statistics(file: Path, extractor: Extractor, need_features: bool) -> St
             " themselves; name these instead"
         )
     return found
+
+
+def _check_filter(file: Path, made: str | None, resizing: Resizing) -> None:
+    """Refuse statistics of images resized by another filter; none and unknown go with any."""
+    if made is None and resizing.sides:
+        made = "lanczos"  # the only one before it was recorded
+    known = {made, resizing.filter} - {None, "none", "unknown"}
+    if len(known) > 1 and resizing.filter != "none":
+        raise ValueError(
+            f"{file} was made of images resized by filter {made}; these settings mean"
+            f" {resizing.filter}, which changes a distance; take resample {made}, or other"
+            " statistics"
+        )
 
 
 def real_statistics(
@@ -100,25 +125,28 @@ def real_statistics(
         need_features: the features themselves are needed, not only their mean and covariance.
 
     Raises:
-        ValueError: see `read_statistics`; too few images for the features, or non-finite ones.
+        ValueError: see `read_statistics`; non-finite features.
     """
     if file is not None and not distributed.any_process(not file.is_file(), device):
-        return read_statistics(file, extractor, need_features)
-    record = {
+        return read_statistics(file, extractor, need_features, images.resizing)
+    record: dict[str, Any] = {
         "images": str(images.path),
         "count": len(images),
         "size": images.size,
         "files": images.fingerprint(),
         "protocol": extractor.protocol,
     }
+    old = dict(record)
+    record |= {"resample": images.resizing.filter, "source": images.resizing.source}
     if file is None:
-        digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:8]
+        # Named as before the filter was recorded, where it is the one of that time.
+        record_named = old if record["resample"] in ("none", "unknown", "lanczos") else record
+        digest = hashlib.sha256(json.dumps(record_named).encode()).hexdigest()[:8]
         file = images.path.with_name(f"{images.path.name}_{images.size}px_statistics_{digest}.npz")
-    found = feature_statistics.find(file, record, need_features)
+    found = feature_statistics.find(file, (record, old), need_features)
     if not distributed.any_process(found is None, device):
         assert found is not None
         return found
-    feature_statistics.check_enough(len(images), extractor.dimensions(images.size, device))
     features = image_features(images, extractor, batch_size, workers, device)
     made = statistics_of(features, record, need_features)
     if distributed.rank() == 0:

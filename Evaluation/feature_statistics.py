@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,16 +59,54 @@ def _check_finite(features: Features) -> None:
         raise StatisticsError(f"features of {bad} of {len(features)} images are NaN or infinite")
 
 
-def check_enough(n: int, dimensions: int) -> None:
-    """Refuse a number of images that is too small for statistics of so many features.
+def expected_bias(cov: Array, n: int, seed: int = 0) -> float:
+    """Estimate the Frechet distance to N(m, C) that n samples of N(m, C) itself have.
 
-    Raises:
-        StatisticsError: says how many are needed.
+    With sample covariance S = C^(1/2) Z Z^T C^(1/2) / (n - 1), Z of standard normals (D, n - 1),
+    the mean contributes tr C / n and the covariances tr S + tr C - 2 ||C Z||_* / (n - 1)^(1/2).
+    The latter hardly varies where D is large, so one draw of Z stands for its expectation.
+
+    Args:
+        cov: C (D, D).
+        n: samples, at least 2.
+        seed: of the draw.
     """
-    if n <= dimensions:
-        raise StatisticsError(
-            f"{n} images, but a covariance of {dimensions} features needs at least {dimensions + 1}"
-        )
+    z = np.random.default_rng(seed).standard_normal((len(cov), n - 1))
+    z /= np.sqrt(n - 1)
+    product = cov @ z
+    smaller = product.T @ product if n <= len(cov) else product @ product.T
+    norm = np.sqrt(np.linalg.eigvalsh(smaller).clip(min=0)).sum()
+    return float(np.trace(cov) * (1 + 1 / n) + (z * product).sum() - 2 * norm)
+
+
+def notes_on_few(n: int, real: Statistics) -> list[str]:
+    """Warnings where generated or real images are too few for a covariance of full rank.
+
+    Args:
+        n: generated images.
+        real: of the real images; their number is that of its record.
+    """
+    counts = {"generated": n, "real": real.record.get("count")}
+    return [
+        f"warning: only {count} {what} images for {len(real.mean)} features raise a Frechet"
+        f" distance, here by roughly {expected_bias(real.cov, count):.3g}; compare it with those of"
+        " as many images only"
+        for what, count in counts.items()
+        if isinstance(count, int) and 2 <= count <= len(real.mean)
+    ]
+
+
+def described(record: Mapping[str, Any]) -> str:
+    """How the real images of a record came to their size, in words."""
+    if not record:
+        return "real images: filter, source size and flips not recorded"
+    size, made = record.get("size"), record.get("resample")
+    how = f"resized from {record.get('source')} to {size} px, filter {made}"
+    if made is None:
+        how = f"{size} px, filter not recorded: lanczos where they were resized"
+    elif made == "none":
+        how = f"{size} px, not resized"
+    return f"real images: 8 bits, {how}, no flips"
 
 
 def mean_and_covariance(features: NDArray[np.floating]) -> tuple[Array, Array]:
@@ -83,10 +121,11 @@ def statistics_of(
     """Compute statistics of features (N, D).
 
     Raises:
-        StatisticsError: non-finite features, or too few for a covariance of full rank.
+        StatisticsError: non-finite features, or of less than two images.
     """
     _check_finite(features)
-    check_enough(*features.shape)
+    if len(features) < 2:
+        raise StatisticsError("one image has no covariance; take more")
     mean, cov = mean_and_covariance(features)
     return Statistics(mean, cov, features if keep_features else None, record)
 
@@ -156,8 +195,10 @@ def _check(found: Statistics, path: Path) -> None:
         raise StatisticsError(f"{path}: its record is no JSON object; make it again")
 
 
-def find(path: Path, record: Mapping[str, Any], need_features: bool) -> Statistics | None:
-    """Read statistics from a file, or return None unless they are of the same record.
+def find(
+    path: Path, records: Sequence[Mapping[str, Any]], need_features: bool
+) -> Statistics | None:
+    """Read statistics from a file, or return None unless they are of one of these records.
 
     Raises:
         StatisticsError: the file holds no statistics.
@@ -165,7 +206,7 @@ def find(path: Path, record: Mapping[str, Any], need_features: bool) -> Statisti
     if not path.is_file():
         return None
     found = load(path)
-    fits = found.record == record and not (need_features and found.features is None)
+    fits = found.record in records and not (need_features and found.features is None)
     return found if fits else None
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from Dataset.images import Images
+from Dataset.pictures import FILTERS, Resizing
 from Evaluation import feature_statistics
 from Evaluation.feature_sets import (
     image_features,
@@ -63,6 +64,12 @@ class MeasureSettings(ModelSettings):
         choices=tuple(METRICS),
     )
     content_aware: bool = setting(False, "multiply images by their own content mask")
+    resample: str = setting(
+        "bilinear",
+        "filter that resizes images of folders; an LMDB has been resized by its own (default:"
+        " bilinear, as in the original's training)",
+        choices=FILTERS,
+    )
     truncation: float = setting(1.0, "psi in (0, 1]; the paper has 1", above=0, high=1)
     workers: int = setting(2, "processes that load images", low=0)
 
@@ -109,24 +116,23 @@ def measure(settings: MeasureSettings, load_mask: LoadMask) -> Result:
     inception = settings.inception_ckpt
     how = (settings.network, inception, parser, masked, device, settings.content)
     extractor = make_extractor(*how)
-    if isinstance(generated, Generator):
-        with blame("n_sample"):
-            width = extractor.dimensions(size, device)
-            feature_statistics.check_enough(settings.n_sample, width)
     real = _real(settings, size, extractor, device)
     made = _made(settings, extractor, generated, device)
     first = distributed.rank() == 0
     figures = evaluate(settings.metrics, extractor, made, real, settings.seed) if first else {}
     lines = [f"{name}: {value:.6g}" for name, value in figures.items()]
+    if first and "fid" in settings.metrics:
+        lines += feature_statistics.notes_on_few(len(made), real)
+    protocol = f"{extractor.protocol}; {feature_statistics.described(real.record)}"
     if settings.info_print:
         made_from = dict(real.record) or f"unknown, from {settings.stats}"
         source = settings.images or settings.ckpt
         lines.append(f"generated: {len(made)} images of {size} px from {source}")
-        lines += [f"real: {made_from}", f"protocol: {extractor.protocol}"]
+        lines += [f"real: {made_from}", f"protocol: {protocol}"]
     else:
-        lines.append(f"({len(made)} images; {extractor.protocol})")
+        lines.append(f"({len(made)} images; {protocol})")
     chosen = {"features": settings.network, "parser_ckpt": parser or settings.parser_ckpt}
-    return Result(figures, extractor.protocol, lines, settings, chosen)
+    return Result(figures, protocol, lines, settings, chosen)
 
 
 def _generated(settings: MeasureSettings, device: torch.device) -> Generator | Images:
@@ -134,7 +140,7 @@ def _generated(settings: MeasureSettings, device: torch.device) -> Generator | I
     if not settings.images:
         return settings.load(settings.ckpt, device)
     with blame("images"):
-        return Images(settings.images, settings.generated_img_size)
+        return Images(settings.images, settings.generated_img_size, resample=settings.resample)
 
 
 def _made(
@@ -160,7 +166,7 @@ def _real(
         raise SettingError("stats", f"{stats} is a folder; name a file")
     if settings.path:
         with blame("path"):
-            images = Images(settings.path, size)
+            images = Images(settings.path, size, resample=settings.resample)
         how = (device, settings.batch_size, settings.workers, whole)
         with blame("stats" if stats and stats.is_file() else "path"):
             return real_statistics(images, stats, extractor, *how)
@@ -169,4 +175,5 @@ def _real(
     if stats is None:
         raise SettingError("path", "is missing; name the real images, or their statistics (stats)")
     with blame("stats"):
-        return read_statistics(stats, extractor, whole)
+        resizing = Resizing(size, settings.resample, None)
+        return read_statistics(stats, extractor, whole, resizing)

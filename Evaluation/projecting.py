@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from Dataset.pictures import UnreadableImageError, fit_square, read_image
+from Dataset.pictures import FILTERS, UnreadableImageError, fit_square, read_image
 from Dataset.sources.folder import SUFFIXES, image_files
 from Evaluation import sampling
-from Evaluation.comparison import fidelity
+from Evaluation.comparison import fidelity, paper_fidelity
 from Evaluation.distances import Distance
 from Evaluation.features import Mask
-from Evaluation.projection import LEARNING_RATE, Projection, project, save_projection
+from Evaluation.projection import LEARNING_RATE, PROTOCOLS, Projection, project, save_projection
 from Evaluation.settings import ContentSettings, LoadMask, ModelSettings, Result
+from Model import bundled
 from Model.generator import Generator
 from Util.cli import check_writable
 from Util.device import pick_device
@@ -28,8 +29,16 @@ from Util.settings import SettingError, blame, setting
 
 PICTURE = "Image_Projection_Visualization.png"
 TABLE = "projection.csv"
-SEARCH = ("optimizer", "num_iters", "lr", "mse_weight", "seed")
-FIGURES = ("psnr", "perceptual", "content_psnr", "content_perceptual")
+SEARCH = ("optimizer", "num_iters", "lr", "mse_weight", "seed", "protocol")
+FIGURES = {
+    "psnr": "PSNR (dB)",
+    "paper_psnr": "paper's PSNR (dB)",
+    "perceptual": "{}",
+    "paper_perceptual": "paper's {}",
+    "content_psnr": "content PSNR (dB)",
+    "content_perceptual": "content {}",
+}
+"""Heads of the table; {} is the perceptual distance."""
 Row = dict[str, str | float]
 """The figures of one picture, and its name as ``picture``."""
 
@@ -50,6 +59,13 @@ class ProjectionSettings(ContentSettings, ModelSettings):
         " how many the model makes (default: 4)",
         low=1,
     )
+    protocol: str = setting(
+        "standard",
+        "; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items())
+        + "; it also prints the original's figures, whose PSNR wraps around",
+        choices=PROTOCOLS,
+    )
+    resample: str = setting("bilinear", "filter that resizes pictures", choices=FILTERS)
     num_iters: int = setting(
         800,
         "iterations per picture: search directions of lbfgs, whose line searches mostly take one"
@@ -117,7 +133,11 @@ def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Resul
     """
     device, model = pick_device(settings.device), settings.ckpt
     generator = settings.load(model, device)
-    mask = settings.load_mask(load_mask, model, device)
+    # Nothing but some figures needs a parser.
+    named = settings.parser_ckpt or settings.content or bundled.is_bundled(model)
+    mask = None
+    if named or bundled.PUBLISHED_PARSER.is_file():
+        mask = settings.load_mask(load_mask, model, device)
     perceptual, distance = settings.load_distance(model, device), settings.distance_name(model)
     with blame("image_file"):
         targets = _targets(settings, generator)
@@ -125,8 +145,10 @@ def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Resul
         raise SettingError("out", f"{settings.out} is no folder; name another")
     check_writable("out", settings.out / PICTURE)
     rows = _project_and_save(settings, generator, targets, mask, perceptual)
-    protocol = _protocol(settings, distance, mask.chosen)
+    protocol = _protocol(settings, distance, mask.chosen if mask else "")
     lines = [targets.origin, _table(rows, distance), f"({protocol})"]
+    if mask is None:
+        lines.append("no figures inside the content, which needs a face parser (parser_ckpt)")
     if settings.info_print:
         passes = ", ".join(f"{row['evaluations']}" for row in rows)
         lines.append(f"{model}: {generator.size} px on {device}; evaluations: {passes}")
@@ -168,13 +190,15 @@ def _picture_files(place: Path, n: int | None) -> list[Path]:
 def _targets_from_files(settings: ProjectionSettings, place: Path, generator: Generator) -> Targets:
     """Find pictures of files, each read once now, so that none stops the work later."""
     files, size = _picture_files(place, settings.n_sample), generator.size
-    notes = [note for file in files if (note := _fit(file, size))]
+    notes = [note for file in files if (note := _fit(file, size, settings.resample))]
     if notes and not settings.info_print:
         more = f"; likewise {len(notes) - 1} more of {len(files)}" if len(notes) > 1 else ""
         notes = [notes[0] + more]
 
     def load(part: Sequence[int]) -> Tensor:
-        squares = [np.array(fit_square(read_image(files[i]), size)) for i in part]
+        squares = [
+            np.array(fit_square(read_image(files[i]), size, settings.resample)) for i in part
+        ]
         pixels = torch.from_numpy(np.stack(squares)).to(generator.device)
         return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
@@ -184,7 +208,7 @@ def _targets_from_files(settings: ProjectionSettings, place: Path, generator: Ge
     return Targets(names, load, "\n".join([count, *notes]))
 
 
-def _fit(file: Path, size: int) -> str:
+def _fit(file: Path, size: int, resample: str) -> str:
     """Say how a picture is made to fit a size; empty if it does already."""
     try:
         width, height = read_image(file).size
@@ -193,7 +217,7 @@ def _fit(file: Path, size: int) -> str:
     if (width, height) == (size, size):
         return ""
     crop = "" if width == height else f"cropped centrally to {min(width, height)} px and "
-    return f"{file.name} ({width}x{height} px) {crop}resized to {size}x{size} px"
+    return f"{file.name} ({width}x{height} px) {crop}resized to {size}x{size} px by {resample}"
 
 
 def _project(
@@ -219,24 +243,29 @@ def _project_and_save(
     settings: ProjectionSettings,
     generator: Generator,
     targets: Targets,
-    content: Mask,
+    content: Mask | None,
     perceptual: Distance,
 ) -> list[Row]:
     """Write the latents of every batch, the picture and the table; return a row per picture."""
     rows: list[Row] = []
     shown: dict[str, list[Tensor]] = {"real": [], "projected": [], "content": []}
+    if content is None:
+        del shown["content"]
     for names, real, projection in _project(settings, generator, targets, perceptual):
         with torch.no_grad():
             made = sampling.synthesise(generator, projection.w_plus, projection.noise)
-        mask = content(real)
+        mask = content(real) if content else None
         figures = fidelity(real, made, mask, perceptual)
+        if settings.protocol == "paper":
+            figures |= paper_fidelity(real, made, perceptual)
         figures |= {"loss": projection.loss, "evaluations": projection.evaluations}
         for i, name in enumerate(names):
             file = (settings.out / name).with_suffix(".npz")
             save_projection(file, projection.part(i), generator, settings.ckpt.name, [name])
             rows.append({"picture": name} | {k: v[i].item() for k, v in figures.items()})
         room = settings.shown - len(rows) + len(names)
-        for row, images in zip(shown.values(), (real, made, mask), strict=True):
+        for row, images in zip(shown.values(), (real, made, mask), strict=False):
+            assert images is not None
             row.append(images[: max(room, 0)].cpu())
     strips = {caption: torch.cat(images) for caption, images in shown.items()}
     scale = max(1, 128 // generator.size)
@@ -255,21 +284,27 @@ def _save_csv(path: Path, rows: Sequence[Row]) -> None:
 
 def _means(rows: Sequence[Row]) -> dict[str, float]:
     """Average every figure; the content-aware ones leave out pictures without content."""
-    columns = {name: np.array([row[name] for row in rows], dtype=float) for name in FIGURES}
+    columns = {name: np.array([row[name] for row in rows], dtype=float) for name in _named(rows)}
     known = {name: values[~np.isnan(values)] for name, values in columns.items()}
     return {k: float(values.mean()) if values.size else math.nan for k, values in known.items()}
 
 
+def _named(rows: Sequence[Row]) -> list[str]:
+    """The figures that the rows have, in the order of the table."""
+    return [name for name in FIGURES if name in rows[0]]
+
+
 def _table(rows: Sequence[Row], distance: str) -> str:
     """Format the figures of every picture, and their means."""
-    heads = ("PSNR (dB)", distance, "content PSNR (dB)", f"content {distance}")
+    names = _named(rows)
+    heads = [FIGURES[name].format(distance) for name in names]
     summary = [*rows, {"picture": "mean"} | _means(rows)] if len(rows) > 1 else rows
     width = max(len(str(row["picture"])) for row in summary)
     lines = [" ".join([" " * width, *(f"{head:>{len(head) + 2}}" for head in heads)])]
     for row in summary:
-        cells = [f"{row[k]:>{len(head) + 2}.4g}" for k, head in zip(FIGURES, heads, strict=True)]
+        cells = [f"{row[k]:>{len(head) + 2}.4g}" for k, head in zip(names, heads, strict=True)]
         lines.append(" ".join([f"{row['picture']:<{width}}", *cells]))
-    if empty := sum(math.isnan(float(row["content_psnr"])) for row in rows):
+    if empty := sum(math.isnan(float(row.get("content_psnr", 0))) for row in rows):
         lines.append(f"nan: {empty} of {len(rows)} pictures have no content for the parser")
     return "\n".join(lines)
 
@@ -277,12 +312,19 @@ def _table(rows: Sequence[Row], distance: str) -> str:
 def _protocol(settings: ProjectionSettings, distance: str, content: str) -> str:
     """Say what the figures mean."""
     of = f" of {content}" if content else ""
+    paper = ""
+    if settings.protocol == "paper":
+        paper = (
+            "; paper's PSNR: of bytes, whose differences and squares wrap around at 256; paper's"
+            f" {distance}: not clamped, halved to 256 px"
+        )
     return (
-        "PSNR of values clamped to [-1, 1], peak-to-peak 2, no 8-bit step;"
+        f"protocol {settings.protocol}: {PROTOCOLS[settings.protocol]};"
+        " PSNR of values clamped to [-1, 1], peak-to-peak 2, no 8-bit step;"
         f" {distance} at no more than 256 px; content: the real picture's content mask{of},"
         f" PSNR over its pixels only, {distance} of both pictures times the mask; w+ and"
         f" layer noise by {settings.optimizer}, {settings.num_iters} iterations, on"
-        f" {settings.mse_weight:g} MSE + {settings.weight:g} {distance}"
+        f" {settings.mse_weight:g} MSE + {settings.weight:g} {distance}{paper}"
     )
 
 

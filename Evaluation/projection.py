@@ -1,7 +1,7 @@
 """Projection: the latent and the layer noise from which a generator makes a given picture."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -10,14 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from Evaluation.distances import Distance
+from Evaluation.distances import Distance, resized
 from Evaluation.lbfgs import minimise
-from Evaluation.sampling import mean_latent, synthesise
+from Evaluation.sampling import draw_noise, mean_latent, synthesise
 from Model.generator import Generator
 from Util.files import atomic_path, read_npz
 
 LEARNING_RATE = {"lbfgs": 1.0, "adam": 0.1}
 """Default of each optimiser: the step first tried by L-BFGS's line search; Adam's step size."""
+
+PROTOCOLS = {
+    "standard": "start from the stored noise and the mean of 4096 w; the perceptual distance sees"
+    " the pictures as they are, reduced to 256 px where they are larger",
+    "paper": "as the original: start from drawn noise and the mean of 1000 w; the perceptual"
+    " distance sees them clamped to [-1, 1] and resized to 256 px, larger or smaller",
+}
 
 
 @dataclass(frozen=True)
@@ -54,11 +61,12 @@ def project(
     mse_weight: float = 1.0,
     perceptual_weight: float = 1.0,
     seed: int = 0,
+    protocol: str = "standard",
     progress: Callable[[Tensor], None] | None = None,
 ) -> Projection:
     """Find w+ and layer noise by minimising the mean squared error plus a perceptual distance.
 
-    All pictures start from the mean w and the stored noise maps. A picture's neighbours in the
+    All pictures start from the mean w and the same noise maps. A picture's neighbours in the
     batch have no part in its search: L-BFGS keeps a step length and a curvature for each, Adam
     works value by value. Only the rounding of the convolutions depends on the batch's size, which
     a search amplifies: equal digits need equal sizes.
@@ -73,7 +81,8 @@ def project(
         lr: see `LEARNING_RATE`; None takes the default there.
         mse_weight: of the mean squared error over all values.
         perceptual_weight: of the perceptual distance.
-        seed: of the z behind the mean w, >= 0.
+        seed: of the z behind the mean w and of drawn noise, >= 0.
+        protocol: see `PROTOCOLS`.
         progress: called after each iteration with the losses (N,).
 
     Raises:
@@ -84,17 +93,28 @@ def project(
 
     def objective(x: Tensor, rows: Tensor) -> Tensor:
         made = synthesise(generator, *_unflatten(generator, x))
-        error = (made - images[rows]).square().mean(dim=(1, 2, 3))
-        return mse_weight * error + perceptual_weight * perceptual(made, images[rows])
+        real = images[rows]
+        error = (made - real).square().mean(dim=(1, 2, 3))
+        if protocol == "paper":
+            made, real = (resized(pictures.clamp(-1, 1), 256) for pictures in (made, real))
+        return mse_weight * error + perceptual_weight * perceptual(made, real)
 
-    w = mean_latent(generator, seed)[:, None].expand(-1, generator.n_latent, -1)
-    start = torch.cat([part.flatten(1) for part in (w, *generator.fixed_noise)], dim=1)
+    w, noise = _start(generator, protocol, seed)
+    start = torch.cat([part.flatten(1) for part in (w, *noise)], dim=1)
     start = start.repeat(len(images), 1)
     default = LEARNING_RATE[optimizer]
     lr = default if lr is None else lr
     minimiser = minimise if optimizer == "lbfgs" else _adam
     x, loss, evaluations = minimiser(objective, start, num_iters, lr, progress=progress)
     return Projection(*_unflatten(generator, x), loss, evaluations)
+
+
+def _start(generator: Generator, protocol: str, seed: int) -> tuple[Tensor, Sequence[Tensor]]:
+    """The w+ (1, n_latent, style_dim) and the noise maps from which every picture starts."""
+    w, noise = mean_latent(generator, seed), generator.fixed_noise
+    if protocol == "paper":
+        w, noise = mean_latent(generator, seed, 1000), draw_noise(generator, [0], seed)
+    return w[:, None].expand(-1, generator.n_latent, -1), noise
 
 
 def _unflatten(generator: Generator, x: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 import train
 from Dataset import DatasetError, sources
 from Dataset.batches import EndlessBatches
 from Dataset.images import Images
 from Dataset.loading import load_batches, main
-from Dataset.pictures import UnreadableImageError
+from Dataset.pictures import FILTERS, Resizing, UnreadableImageError, fit_square
+from train_hyperparams import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,9 +47,47 @@ def test_a_folder_is_read_recursively_and_scaled(folder):
 
 def test_other_sizes_are_cropped_to_a_square_and_resampled(tmp_path):
     picture = np.zeros((16, 32, 3), dtype=np.uint8)
-    picture[:, 8:24] = 255
+    picture[:, 6:26] = 255  # the filter of the outermost pixels reaches beyond the square
     Image.fromarray(picture).save(tmp_path / "wide.png")
     torch.testing.assert_close(Images(tmp_path, 8)[0, False], torch.ones(3, 8, 8))
+
+
+@pytest.mark.parametrize("filter_", FILTERS)
+@pytest.mark.parametrize("sides", [(40, 40), (41, 60), (75, 16), (16, 31), (9, 13)])
+def test_pictures_are_resized_as_by_torchvision_with_pillow(sides, filter_):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (*sides, 3), dtype=np.uint8))
+    found = np.asarray(fit_square(image, 16, filter_)).astype(int)
+    resize = transforms.Resize(16, transforms.InterpolationMode(filter_))
+    expected = np.asarray(transforms.CenterCrop(16)(resize(image))).astype(int)
+    assert found.shape == expected.shape == (16, 16, 3)
+    assert np.abs(found - expected).max() <= 1  # Pillow rounds between its two passes
+    assert (found != expected).mean() < 0.01
+
+
+def test_the_filter_is_chosen_and_none_is_named_where_nothing_is_resized(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+    write_pixels(tmp_path / "data/a.png", pixels)
+    by_filter = {name: Images(tmp_path / "data", 8, resample=name) for name in FILTERS}
+    assert torch.equal(Images(tmp_path / "data", 8)[0, False], by_filter["bilinear"][0, False])
+    pairs = itertools.combinations([images[0, False] for images in by_filter.values()], 2)
+    assert all((a - b).abs().max() > 0.01 for a, b in pairs)
+    assert by_filter["box"].resizing == Resizing(8, "box", (16, 16))
+    same = Images(tmp_path / "data", 16, resample="box")
+    assert (by_filter["box"].resizing.filter, same.resizing.filter) == ("box", "none")
+    np.testing.assert_allclose(
+        same[0, False], pixels[:, 2:18].transpose(2, 0, 1) / 127.5 - 1, atol=1e-6
+    )
+    write_pixels(tmp_path / "data/b.png", pixels[:12])
+    (tmp_path / "data/c.png").write_bytes(b"damaged")
+    mixed = Images(tmp_path / "data", 16, resample="box").resizing
+    assert (mixed.filter, mixed.source) == ("box", "12 to 16 px")
+    assert set(TrainConfig.__dataclass_fields__["resample"].metadata["choices"]) == set(FILTERS)
+
+
+def write_pixels(path, pixels):
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(path)
 
 
 def test_mirroring_flips_left_and_right(tmp_path):
@@ -115,6 +155,9 @@ class Greys:
         if index == 1:
             raise UnreadableImageError("not grey")
         return Image.new("RGB", (12, 8), (index,) * 3)
+
+    def resizing(self, size, resample):
+        return Resizing(size, resample, (8, 8))
 
 
 def test_a_source_is_one_class_and_one_entry_of_the_table(folder, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,9 +8,17 @@ import torch
 from PIL import Image
 
 import get_fid
+from Dataset.pictures import Resizing
 from Evaluation import feature_sets, feature_statistics, sampling
-from Evaluation.feature_statistics import Statistics, StatisticsError, statistics_of
+from Evaluation.feature_statistics import (
+    Statistics,
+    StatisticsError,
+    expected_bias,
+    mean_and_covariance,
+    statistics_of,
+)
 from Evaluation.features import Extractor
+from Evaluation.fid import frechet_distance
 from Model import bundled, checkpoint
 from Model.generator import Generator
 
@@ -112,6 +121,63 @@ def test_a_folder_can_be_scored_in_place_of_a_model(files, capsys):
     assert (same["precision"], same["recall"]) == (1, 1)
 
 
+def test_few_images_are_measured_with_a_warning(files, capsys):
+    out = run(files, f"--path {files}/real --n_sample 50 --json", capsys)
+    assert figures(out)["Frechet parser distance"] > 0
+    (warning,) = [line for line in out.splitlines() if line.startswith("warning")]
+    assert warning.startswith("warning: only 50 generated images for 112 features raise")
+    assert "warning" not in run(files, f"--path {files}/real --n_sample 113", capsys)
+    for file in list((files / "real").iterdir())[:40]:
+        file.unlink()
+    out = run(files, f"--path {files}/real --n_sample 113", capsys)
+    assert "only 100 real images for 112 features" in out
+
+
+@pytest.mark.parametrize("n", [12, 30, 60, 400])
+def test_the_bias_of_few_images_is_that_of_gaussian_features(n):
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.standard_normal((60, 60)))
+    spread = np.logspace(1, -2, 60)
+    cov = (basis * spread) @ basis.T
+    features = rng.standard_normal((20, n, 60)) * np.sqrt(spread) @ basis.T
+    found = [frechet_distance(*mean_and_covariance(x), np.zeros(60), cov) for x in features]
+    estimates = [expected_bias(cov, n, seed) for seed in range(20)]
+    assert np.mean(estimates) == pytest.approx(np.mean(found), rel=0.1)
+    assert np.std(estimates) < 0.25 * np.mean(found)  # one draw does for a rough figure
+
+
+def test_every_figure_names_the_filter(files, capsys):
+    out = run(files, f"--path {files}/real --n_sample 120", capsys)
+    assert "real images: 8 bits, 8 px, not resized, no flips)" in out
+    flags = f"--path {files}/large --n_sample 30"
+    (files / "large").mkdir()
+    for i in range(30):
+        pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(files / f"large/{i}.png")
+    found = {}
+    for name in ("bilinear", "lanczos"):
+        out = run(files, f"{flags} --resample {name} --json", capsys)
+        assert f"resized from 20 px to 8 px, filter {name}, no flips" in out
+        found[name] = figures(out)["Frechet parser distance"]
+    assert found["bilinear"] != pytest.approx(found["lanczos"], rel=1e-3)
+    assert len(list(files.glob("large_8px_statistics_*.npz"))) == 2
+
+
+def test_statistics_from_before_the_filter_was_recorded(files, capsys, monkeypatch):
+    flags = f"--path {files}/real --n_sample 120"
+    run(files, flags, capsys)
+    (cache,) = files.glob("real_8px_statistics_*.npz")
+    found = feature_statistics.load(cache)
+    old = {k: v for k, v in found.record.items() if k not in ("resample", "source")}
+    feature_statistics.save(cache, replace(found, record=old))
+    monkeypatch.setattr(feature_sets, "image_features", None)  # would fail if called
+    assert "filter not recorded: lanczos where they were resized" in run(files, flags, capsys)
+    assert "filter not recorded" in run(files, f"--stats {cache} --n_sample 120", capsys)
+    with pytest.raises(ValueError, match="resized by filter lanczos; these settings mean bilinear"):
+        feature_sets._check_filter(cache, None, Resizing(8, "bilinear", (20, 20)))
+    feature_sets._check_filter(cache, None, Resizing(8, "lanczos", (20, 20)))
+
+
 def test_content_aware_features_do_not_see_the_outside():
     inside = torch.zeros(1, 1, 8, 8)
     inside[..., :4] = 1
@@ -142,15 +208,13 @@ def test_bundled_statistics_fit_the_bundled_parser(capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (
-            "--n_sample 100 --path real",
-            "--n_sample 100 images, but a covariance of 112 features needs",
-        ),
         ("--n_sample 120", "--path is missing"),
         ("--n_sample 120 --stats none.npz", "--stats none.npz: no such file"),
         ("--n_sample 120 --stats evil.pkl", "evil.pkl: refused, it would run"),
         ("--n_sample 120 --stats g.pt", "g.pt: no statistics"),
         ("--n_sample 120 --stats other.npz", "--stats other.npz was made by: another network"),
+        ("--n_sample 120 --path real --stats lanczos.npz", "resized by filter lanczos; these set"),
+        ("--n_sample 120 --stats lanczos.npz", "--stats lanczos.npz was made of images resized by"),
         ("--n_sample 120 --stats small.npz", "statistics of 112 and of 3 features"),
         ("--n_sample 120 --stats small.npz --metrics kid", "need the real images"),
     ],
@@ -158,6 +222,7 @@ def test_bundled_statistics_fit_the_bundled_parser(capsys):
 def test_bad_input_is_one_line(files, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(files)
     write_bad_statistics(files)
+    Image.new("RGB", (16, 16)).save(files / "real/large.png")
     argv = f"--ckpt g.pt --parser_ckpt {bundled.PARSER} --features parser --workers 0 {flags}"
     try:
         code = get_fid.main(argv.split())
@@ -178,6 +243,8 @@ def write_bad_statistics(folder):
     feature_statistics.save(folder / "small.npz", small)
     other = Statistics(np.zeros(3), np.eye(3), None, {"protocol": "another network"})
     feature_statistics.save(folder / "other.npz", other)
+    lanczos = Statistics(np.zeros(112), np.eye(112), None, {"resample": "lanczos"})
+    feature_statistics.save(folder / "lanczos.npz", lanczos)
 
 
 def test_pickled_statistics_are_read_without_running_anything(tmp_path):

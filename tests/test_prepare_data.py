@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from PIL import Image
 
 from Dataset import DatasetError, prepare_data
 from Dataset.images import Images
+from Dataset.pictures import Resizing
 from Dataset.prepare_data import PrepareSettings, main, prepare
 from Dataset.sources.folder import image_files
 from Util.settings import SettingError
@@ -78,6 +80,26 @@ def test_folder_and_lmdb_give_equal_tensors_at_several_sizes(folder, tmp_path, c
         del stored  # LMDB opens a file once per process
     with pytest.raises(DatasetError, match=r"no images of 32 px, but of \[8, 16\]"):
         Images(tmp_path / "lmdb", 32)
+
+
+def test_an_lmdb_knows_how_its_pictures_were_resized(folder, tmp_path):
+    make(folder, tmp_path / "lmdb", resample="box")
+    expected = Images(folder, 8, resample="box")
+    stored = Images(tmp_path / "lmdb", 8)
+    torch.testing.assert_close(stored[0, False], expected[0, False], rtol=0, atol=0)
+    assert stored.resizing == expected.resizing
+    assert stored.resizing.filter == "box"
+    del stored
+    # As it was written before there was a choice.
+    with lmdb.open(str(tmp_path / "lmdb")) as env, env.begin(write=True) as transaction:
+        state = json.loads(transaction.get(b"prepare_data"))
+        del state["settings"]["resample"], state["sides"]
+        transaction.put(b"prepare_data", json.dumps(state).encode())
+    assert Images(tmp_path / "lmdb", 8).resizing == Resizing(8, "lanczos", None)
+    # As others write it.
+    with lmdb.open(str(tmp_path / "lmdb")) as env, env.begin(write=True) as transaction:
+        transaction.delete(b"prepare_data")
+    assert Images(tmp_path / "lmdb", 8).resizing.filter == "unknown"
 
 
 def test_jpeg_is_close_at_full_colour_resolution(tmp_path):
@@ -153,6 +175,8 @@ def test_other_settings_or_files_are_refused(folder, tmp_path, capsys):
         make(folder, tmp_path / "lmdb", size=(8,))
     with pytest.raises(SettingError, match="format png, not jpeg"):
         make(folder, tmp_path / "lmdb", format="jpeg")
+    with pytest.raises(SettingError, match="resample bilinear, not lanczos"):
+        make(folder, tmp_path / "lmdb", resample="lanczos")
     (folder / "part0/0.png").rename(folder / "part0/9.png")
     with pytest.raises(SettingError, match="LMDB of other files"):
         make(folder, tmp_path / "lmdb")

@@ -10,7 +10,7 @@ from PIL import Image
 
 import get_projected_image
 from Evaluation import distances, sampling
-from Evaluation.comparison import fidelity, psnr
+from Evaluation.comparison import fidelity, halved, psnr, wrapped_psnr
 from Evaluation.distances import ParserDistance
 from Evaluation.lbfgs import minimise
 from Evaluation.projecting import ProjectionSettings
@@ -80,6 +80,29 @@ def test_psnr():
     left[..., :2] = 1
     torch.testing.assert_close(psnr(a, b, left), torch.tensor([40.0]))
     assert psnr(a, b, 0 * left).isnan().all()
+
+
+def test_the_wrapped_psnr_is_that_of_numpy_bytes():
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (3, 3, 16, 16), dtype=np.uint8)
+    noise = np.stack([rng.normal(0, sigma, a.shape[1:]) for sigma in (2, 12.5, 60)])
+    b = np.clip(a + noise, 0, 255).round().astype(np.uint8)
+    real, made = (torch.from_numpy(x).float() / 127.5 - 1 for x in (a, b))
+    found, true = wrapped_psnr(real, made), psnr(real, made)
+    for i in range(3):
+        error = np.mean((a[i] - b[i]) ** 2)  # of bytes, as they are
+        assert found[i].item() == pytest.approx(20 * math.log10(255 / math.sqrt(error)))
+    assert found[0].item() == pytest.approx(true[0].item(), abs=1e-3)
+    assert true[1].item() == pytest.approx(26.1, abs=0.3)
+    assert found[1].item() > true[1].item() + 2
+    assert wrapped_psnr(real, real).tolist() == [100] * 3
+    assert wrapped_psnr(made * 0 - 1, made * 0 - 1 + 32 / 255).tolist() == [100] * 3  # 16 squared
+
+
+def test_halving_averages():
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(halved(images, 8), F.avg_pool2d(images, 4))
+    assert halved(images, 64) is images
 
 
 def mean_distance(a, b):
@@ -158,6 +181,28 @@ def test_a_picture_that_the_bundled_model_made_is_found_again():
     found = project(generator, images, distance, num_iters=60, perceptual_weight=0.1)
     made = generator.synthesis(found.w_plus, found.noise).image
     assert psnr(images, made).mean() > 30
+
+
+def test_the_papers_objective():
+    generator, seen = tiny_generator(), []
+    images = sampling.images(generator, range(2), seed=4)
+
+    def distance(a, b):
+        seen.append((a, b))
+        return coarse_distance(a, b)
+
+    found = project(generator, images, distance, num_iters=2, protocol="paper", seed=3)
+    first, real = seen[0]
+    noise = sampling.draw_noise(generator, [0], 3)
+    start = sampling.synthesise(generator, sampling.mean_latent(generator, 3, 1000), noise)
+    bilinear = {"size": (256, 256), "mode": "bilinear"}
+    torch.testing.assert_close(first[:1], F.interpolate(start.clamp(-1, 1), **bilinear))
+    torch.testing.assert_close(real, F.interpolate(images.clamp(-1, 1), **bilinear))
+    made = sampling.synthesise(generator, found.w_plus, found.noise)
+    expected = (made - images).square().mean(dim=(1, 2, 3)) + coarse_distance(
+        *(F.interpolate(x.clamp(-1, 1), **bilinear) for x in (made, images))
+    )
+    torch.testing.assert_close(found.loss, expected)
 
 
 def test_refuses_images_of_another_size():
@@ -260,6 +305,28 @@ def test_one_picture_without_content(files, tmp_path, capsys):
     assert figures["content_psnr"] is None
     assert figures["psnr"] > 0
     assert (tmp_path / "wide.npz").is_file()
+
+
+def test_a_missing_parser_stops_nothing_that_needs_none(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bundled, "PUBLISHED_PARSER", tmp_path / "none.pth")
+    monkeypatch.setattr(distances, "load_lpips", lambda *args: FourDimensions())
+    picture = files / "pictures" / "wide.png"
+    flags = ["--ckpt", files / "model.pt", "--image_file", picture, "--out", tmp_path, "--json"]
+    flags += ["--num_iters", 2, "--protocol", "paper", "--resample", "lanczos"]
+    assert get_projected_image.main(list(map(str, flags))) == 0
+    text = capsys.readouterr().out
+    assert "no figures inside the content, which needs a face parser" in text
+    assert "resized to 8x8 px by lanczos" in text
+    names = ["psnr", "perceptual", "paper_psnr", "paper_perceptual", "loss", "evaluations"]
+    figures = json.loads(text.splitlines()[-1])["figures"]
+    assert [*figures["pictures"][0]] == ["picture", *names]
+    assert {*figures["mean"]} == {*names[:4]}
+    assert "paper's PSNR (dB)" in text
+
+
+class FourDimensions(torch.nn.Module):
+    def forward(self, a, b):
+        return mean_distance(a, b).view(-1, 1, 1, 1)
 
 
 def test_bundled_model_without_a_file(files, tmp_path, monkeypatch, capsys):

@@ -285,10 +285,7 @@ def test_distillation_with_mask_and_parser_features(folder, mode, n_classes):
             "--fid_n_sample 9 --fid_features parser",
             "79999_iter.pth is missing; put the face parser",
         ),
-        (
-            f"--dry_run --fid_n_sample 112 --fid_features parser --parser_ckpt {PARSER}",
-            "--fid_n_sample 112 images, but a covariance of 112 features needs at least 113",
-        ),
+        ("--fid_n_sample 1", "--fid_n_sample 1: one image has no covariance"),
         ("--device tpu", "--device tpu"),
         ("--path none", "--path none: no such folder"),
     ],

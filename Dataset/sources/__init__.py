@@ -11,6 +11,7 @@ from typing import Protocol
 from PIL import Image
 
 from Dataset import DatasetError
+from Dataset.pictures import Resizing
 from Dataset.sources.folder import open_folder
 from Dataset.sources.lmdb import open_lmdb
 
@@ -34,6 +35,9 @@ class Source(Protocol):
             UnreadableImageError: it is missing or damaged.
             DatasetError: the source is.
         """
+
+    def resizing(self, size: int, resample: str) -> Resizing:
+        """How the pictures come to a size, where those of another one are resized by a filter."""
 
 
 SOURCES: tuple[Callable[[Path, int], Source | None], ...] = (open_lmdb, open_folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from Dataset import DatasetError
-from Dataset.pictures import read_image
+from Dataset.pictures import Resizing, read_image, shorter_side
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -62,6 +62,11 @@ class Folder:
     def read(self, index: int) -> Image.Image:
         """See `Source`."""
         return read_image(self.name(index))
+
+    def resizing(self, size: int, resample: str) -> Resizing:
+        """See `Source`; opens every file, but decodes none."""
+        sides = [side for i in range(len(self)) if (side := shorter_side(self.name(i)))]
+        return Resizing(size, resample, (min(sides), max(sides)) if sides else None)
 
 
 def open_folder(path: Path, size: int) -> Folder | None:

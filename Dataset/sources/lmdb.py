@@ -13,7 +13,7 @@ import lmdb
 from PIL import Image
 
 from Dataset import DatasetError
-from Dataset.pictures import read_image
+from Dataset.pictures import Resizing, read_image
 
 LENGTH_KEY = b"length"
 STATE_KEY = b"prepare_data"
@@ -30,14 +30,16 @@ class State:
     """What `Dataset.prepare_data` made an LMDB of, and how far it has come.
 
     Attributes:
-        settings: sizes, format and quality, number and SHA-256 of the file list.
+        settings: sizes, format and quality, filter, number and SHA-256 of the file list.
         done: files encoded or found bad, in the order of the list.
         bad: name and reason of every unreadable file; they get no index.
+        sides: smallest and largest shorter side of the files' pictures in px; empty if unknown.
     """
 
     settings: dict[str, Any]
     done: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
+    sides: list[int] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -70,7 +72,9 @@ class State:
         try:
             state = cls(**json.loads(bytes(stored)))
             keys = {"sizes", "format", "quality", "files", "files_sha256"}
-            if keys <= state.settings.keys() and state.done >= len(state.bad):
+            state.settings.setdefault("resample", "lanczos")  # the only one before it was recorded
+            sides_fit = len(state.sides) in (0, 2) and all(type(s) is int for s in state.sides)
+            if keys <= state.settings.keys() and state.done >= len(state.bad) and sides_fit:
                 return state
         except (ValueError, TypeError, AttributeError, RecursionError):
             pass
@@ -127,6 +131,8 @@ class Lmdb:
         self._opened = None
         if problem:
             raise DatasetError(f"{path}: an LMDB with {problem}")
+        resample, sides = (str(state.settings["resample"]), state.sides) if state else (None, [])
+        self._resizing = Resizing(size, resample, (sides[0], sides[1]) if sides else None)
         self.length = int(stored or 0)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,6 +153,10 @@ class Lmdb:
         if data is None:
             raise DatasetError(f"{self.path}: no image {index} of {self.size} px in this LMDB")
         return read_image(io.BytesIO(data))
+
+    def resizing(self, size: int, resample: str) -> Resizing:
+        """See `Source`; the pictures were resized when the LMDB was made, by its own filter."""
+        return self._resizing
 
     def _environment(self) -> lmdb.Environment:
         # Opened on first use in every process: a handle does not survive a fork.
@@ -183,7 +193,8 @@ def _unfinished(state: State | None, path: Path) -> str:
     return (
         f"only {done} of {settings['files']} files; complete it with: python -m"
         f" Dataset.prepare_data --path FOLDER --out {path} --format {settings['format']}"
-        f"{quality} --size {','.join(map(str, settings['sizes']))}"
+        f"{quality} --resample {settings['resample']}"
+        f" --size {','.join(map(str, settings['sizes']))}"
     )
 
 
