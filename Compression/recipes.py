@@ -144,7 +144,7 @@ NONE, LIST = "none", "list"
 
 
 def named(name: str) -> Recipe:
-    """A recipe by its name.
+    """Find a recipe by its name.
 
     Raises:
         SettingError: there is none of that name.
@@ -155,12 +155,12 @@ def named(name: str) -> Recipe:
 
 
 def prune_values(name: str) -> dict[str, Any]:
-    """Settings of prune.py that a recipe stands for, with its name; none for no name and list."""
+    """Give the settings of prune.py and the name of a recipe; none for no name and list."""
     return {} if name in ("", LIST) else {**named(name).prune, "recipe": name}
 
 
 def train_values(name: str, ckpt: str = "") -> dict[str, Any]:
-    """Settings of train.py that a recipe stands for, with its name.
+    """Give the settings of train.py that a recipe stands for, with its name.
 
     Args:
         name: of the recipe; ``none`` means none, empty the one that the checkpoint remembers.
@@ -173,7 +173,7 @@ def train_values(name: str, ckpt: str = "") -> dict[str, Any]:
 
 
 def remembered(ckpt: str) -> str:
-    """The recipe that a checkpoint was made by; empty where it knows of none or cannot be read."""
+    """Read a checkpoint's recipe; empty where it knows of none or cannot be read."""
     config: Any = None
     if Path(ckpt).is_file():
         with contextlib.suppress(checkpoint.CheckpointError):  # reported by what needs the networks
@@ -183,7 +183,7 @@ def remembered(ckpt: str) -> str:
 
 
 def table() -> str:
-    """All recipes with their sources, as the flags that they stand for."""
+    """List all recipes with their sources, as the flags that they stand for."""
     lines = []
     for name, recipe in RECIPES.items():
         lines.append(f"{name}: {recipe.description}")

@@ -167,13 +167,13 @@ class Trainer:
 
     @property
     def _discriminators(self) -> dict[str, tuple[Discriminator, Adam]]:
-        """All discriminators and their optimisers, by what follows their metrics' names."""
+        """Give all discriminators and optimisers, by what follows their metrics' names."""
         further = {f"_{name}": pair for name, pair in self.further.items()}
         return {"": (self.discriminator, self.d_optim), **further}
 
     @property
     def _gan_weight(self) -> float:
-        """Weight of the GAN losses in the generator's phase: a ramp over the first images."""
+        """Weigh the GAN losses in the generator's phase: a ramp over the first images."""
         ramp = self.settings.gan_ramp
         return min(1.0, self.images_seen / ramp) if ramp else 1.0
 
@@ -240,7 +240,7 @@ class Trainer:
         return metrics
 
     def _critic_terms(self, z: list[Tensor], layer: int) -> dict[str, tuple[float, Tensor]]:
-        """Weights and values of the terms that train the discriminator, by name."""
+        """Compute weights and values of the terms that train the discriminator, by name."""
         calls = {t.name: (t.weight, t.parts.critic) for t in self._terms if t.parts.critic}
         if not calls:
             return {}

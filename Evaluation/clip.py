@@ -101,7 +101,7 @@ class ClipResNet(nn.Module):
         self.side = side
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings (N, outputs) of images (N, 3, H, W), resized bilinearly to ``side``."""
+        """Compute embeddings (N, outputs) of images (N, 3, H, W), resized to ``side`` px."""
         if images.shape[2:] != (self.side, self.side):
             images = F.interpolate(
                 images, (self.side, self.side), mode="bilinear", align_corners=False

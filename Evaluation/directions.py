@@ -34,13 +34,13 @@ class Principal:
 
     @property
     def shares(self) -> Tensor:
-        """Share of the variance along each component, (style_dim,), sum 1."""
+        """Compute the share of the variance along each component, (style_dim,), sum 1."""
         variances = self.deviations.square()
         return variances / variances.sum()
 
 
 def _leading(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of a symmetric matrix, falling, and unit eigenvectors, one a row.
+    """Compute eigenvalues of a symmetric matrix, falling, and unit eigenvectors, one a row.
 
     The sign of an eigenvector is arbitrary: here its entry of largest magnitude is positive.
     """
@@ -52,7 +52,7 @@ def _leading(symmetric: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def principal_components(generator: Generator, seed: int, n: int = 10_000) -> Principal:
-    """Principal components of w.
+    """Compute the principal components of w.
 
     Args:
         generator: any.
@@ -67,7 +67,7 @@ def principal_components(generator: Generator, seed: int, n: int = 10_000) -> Pr
 
 @torch.no_grad()
 def modulation_directions(generator: Generator, blocks: int = 5, each: int = 5) -> Tensor:
-    """Leading eigenvectors of the modulations: the directions that the styles react to most.
+    """Compute leading eigenvectors of the modulations: what the styles react to most.
 
     For the i-th upsampling block, A_i = [modulation weights of convs.2i; of convs.2i+1]^T with
     columns of unit length; its directions are the leading eigenvectors of A_i A_i^T.

@@ -35,7 +35,7 @@ class Embedding:
 
 
 def load_dino(file: Path | None) -> nn.Module:
-    """ResNet-50 trained by DINO (Caron et al., 2021): (N, 3, H, W) -> 2048 pooled features, frozen.
+    """Load ResNet-50 trained by DINO (Caron et al., 2021), frozen.
 
     Args:
         file: its weights; None takes the downloaded ones.

@@ -50,13 +50,14 @@ def make_terms(rank: int, world: int) -> list[Term]:
     def offsets(n: int) -> Tensor:
         return torch.randn(n * world, 1, 8, generator=stream)[rank::world]
 
-    colours = {"dino": Embedding(lambda x: x.mean(dim=(2, 3)), "colours")}
-    target = {"dino": (torch.full((3,), 0.1), torch.full((3,), 0.2))}
+    # Many features with means around the target: shares of the batch are on either side of it.
+    values = {"dino": Embedding(lambda x: x.flatten(1), "pixels")}
+    target = {"dino": (torch.zeros(3 * SIDE**2), torch.full((3 * SIDE**2,), 0.2))}
     settings = relation.RelationSettings(relation_gather=True)
     return [
         Term("l1", 3.0, pixels.term()),
         Term("relation", 30.0, relation.term([4], offsets, settings), features=True),
-        Term("moments", 1.0, moments.term(colours, {"dino": 20.0}, target)),
+        Term("moments", 1.0, moments.term(values, {"dino": 20.0}, target)),
         Term("high_band", 10.0, Parts(critic=high_band.term(4, SIDE))),
         Term("teacher_discriminator", 1.0, adversary(Discriminator(SIDE, channels=(5, 4, 4)))),
     ]

@@ -134,6 +134,25 @@ def test_prune_and_two_iterations_of_every_recipe(folder, tmp_path, name):
     assert config["training"]["teacher_ckpt"] == "teacher.pt"
 
 
+def test_two_discriminators_and_moments_resume_exactly(folder, tmp_path):
+    teacher = folder / "teacher.pt"
+    flags = f"--recipe nickel_dime --path {folder}/data --ckpt {teacher} --teacher_ckpt {teacher}"
+    flags += f" --moments_networks parser=20 --moments_n_sample 8 --moments_file {tmp_path}/m.npz"
+    flags += f" --parser_ckpt {bundled.PARSER} {SMALL} --d_reg_every 2"
+    for run, iterations in (("whole", 4), ("parts", 2)):
+        assert (
+            train.main([*flags.split(), "--out", f"{tmp_path}/{run}", "--iter", str(iterations)])
+            == 0
+        )
+    assert train.main(["--resume", str(tmp_path / "parts"), "--iter", "4"]) == 0
+    whole, parts = (
+        checkpoint.read(tmp_path / run / "checkpoints/000004.pt") for run in ("whole", "parts")
+    )
+    for network in ("g", "g_ema", "d", "teacher_discriminator"):
+        torch.testing.assert_close(parts[network], whole[network], rtol=0, atol=0)
+    assert parts["config"]["recipe"] == "nickel_dime"
+
+
 def test_train_takes_the_recipe_from_the_checkpoint(folder, tmp_path):
     content = checkpoint.read(folder / "teacher.pt")
     file = tmp_path / "pruned.pt"

@@ -32,7 +32,7 @@ class HighBandSettings(Settings):
 
 
 def high_bands(x: Tensor, levels: int = LEVELS) -> list[Tensor]:
-    """High-frequency bands of the orthonormal Haar transform.
+    """Compute the high-frequency bands of the orthonormal Haar transform.
 
     Args:
         x: (N, C, h, w), sides divisible by 2 ** levels.
@@ -54,19 +54,19 @@ def high_bands(x: Tensor, levels: int = LEVELS) -> list[Tensor]:
 
 
 def distance(features: Tensor, teacher: Tensor) -> Tensor:
-    """Sum over levels of the mean squared difference of the high bands, of (N, C, h, w) each."""
+    """Add up the levels' mean squared differences of high bands, of (N, C, h, w) each."""
     pairs = zip(high_bands(features.float()), high_bands(teacher.detach().float()), strict=True)
     return torch.stack([F.mse_loss(a, b) for a, b in pairs]).sum()
 
 
 def features_at(discriminator: Discriminator, images: Tensor, side: int) -> Tensor:
-    """The discriminator's activations (N, C, side, side)."""
+    """Compute the discriminator's activations (N, C, side, side)."""
     blocks = discriminator.size.bit_length() - side.bit_length() + 1
     return discriminator.convs[:blocks](fast_layout(images))
 
 
 def make(sources: Sources) -> Parts:
-    """The term.
+    """Make the term.
 
     Raises:
         SettingError: the networks have no features of that side, or not equally many.
@@ -93,7 +93,7 @@ def make(sources: Sources) -> Parts:
 
 
 def term(layer: int, side: int) -> CriticCall:
-    """The term, of the teacher's styled convolution ``layer`` and its side in px."""
+    """Make the term, of the teacher's styled convolution ``layer`` and its side in px."""
 
     def high_band(discriminator: Discriminator, teacher: Pass) -> Tensor:
         features = features_at(discriminator, teacher.made.image, side)

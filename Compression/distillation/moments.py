@@ -56,7 +56,7 @@ class MomentsSettings(Settings):
     clip_ckpt: str = setting("", "moments: tensors of CLIP's RN50; there is no download")
 
     def networks(self) -> dict[str, float]:
-        """Weight of every network, by its name.
+        """Read the weight of every network, by its name.
 
         Raises:
             SettingError: an unknown network, a weight that is no positive number, or none at all.
@@ -80,12 +80,12 @@ class MomentsSettings(Settings):
 
 
 def label(options: MomentsSettings) -> str:
-    """What the log calls it: by the networks."""
+    """Name it by its networks, for the log."""
     return "_".join(["moments", *options.networks()])
 
 
 def moments(features: Tensor) -> Moments:
-    """Means over the pictures of all processes, of features (N, D)."""
+    """Average features (N, D) and their squares over the pictures of all processes."""
     features = features.float()
     means = torch.stack([features.mean(dim=0), features.square().mean(dim=0)])
     first, second = distributed.average(means)
@@ -93,7 +93,7 @@ def moments(features: Tensor) -> Moments:
 
 
 def distance(found: Moments, target: Moments) -> Tensor:
-    """Mean absolute differences, added up."""
+    """Add up the mean absolute differences."""
     differences = [(a - b).abs().mean() for a, b in zip(found, target, strict=True)]
     return torch.stack(differences).sum()
 
@@ -102,7 +102,7 @@ def distance(found: Moments, target: Moments) -> Tensor:
 def teacher_moments(
     teacher: Generator, networks: Mapping[str, Embedding], n: int
 ) -> dict[str, Moments]:
-    """Moments of the teacher's pictures 0 ... n-1, shared among the processes.
+    """Compute moments of the teacher's pictures 0 ... n-1, shared among the processes.
 
     Args:
         teacher: frozen.
@@ -189,7 +189,7 @@ class TeacherMoments:
 
 
 def make(sources: Sources) -> Parts:
-    """The term, with its networks; the teacher's moments come with `Parts.prepare`.
+    """Make the term, with its networks; the teacher's moments come with `Parts.prepare`.
 
     Raises:
         SettingError: a network or the file of moments cannot be used.
@@ -213,7 +213,7 @@ def make(sources: Sources) -> Parts:
 def term(
     networks: Mapping[str, Embedding], weights: Mapping[str, float], target: Mapping[str, Moments]
 ) -> Call:
-    """The term, of networks, their weights and the teacher's moments by the networks' names."""
+    """Make the term, of networks, weights and the teacher's moments by the networks' names."""
 
     def call(student: Pass, teacher: Pass, mask: Tensor | None) -> Tensor:
         found = [

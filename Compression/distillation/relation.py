@@ -47,13 +47,13 @@ class RelationSettings(Settings):
 
 
 def layers_of(generator: Generator) -> list[int]:
-    """Indices of the styled convolutions whose activations are compared, those that exist."""
+    """List the styled convolutions whose activations are compared, those that exist."""
     layers = (2 * (side.bit_length() - 3) for side in SIDES)
     return [layer for layer in layers if layer < len(generator.styled_convs)]
 
 
 def similarities(features: Tensor, moved: Tensor, everywhere: bool = False) -> Tensor:
-    """Cosines of all pairs.
+    """Compute the cosines of all pairs.
 
     Args:
         features: (N, C, h, w) of the latents.
@@ -72,7 +72,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over the rows of KL(softmax teacher || softmax student), of (N, M) similarities."""
+    """Average KL(softmax teacher || softmax student) over the rows of (N, M) similarities."""
     return F.kl_div(
         student.log_softmax(dim=1),
         teacher.log_softmax(dim=1),
@@ -85,7 +85,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"kl": divergence, "mse"
 
 
 def make(sources: Sources) -> Call:
-    """The term, with the teacher's directions.
+    """Make the term, with the teacher's directions.
 
     Raises:
         SettingError: the networks have no block that is compared.
@@ -103,7 +103,7 @@ def make(sources: Sources) -> Call:
 
 
 def offsets(directions: Tensor, step: float) -> Offsets:
-    """Draw offsets: a direction each, times a normal number, times a step."""
+    """Make a function that draws offsets: a direction each, times a normal number and a step."""
 
     def draw(n: int) -> Tensor:
         chosen = torch.randint(len(directions), (n,), device=directions.device)
@@ -114,7 +114,7 @@ def offsets(directions: Tensor, step: float) -> Offsets:
 
 
 def term(layers: Sequence[int], draw: Offsets, options: RelationSettings) -> Call:
-    """The term.
+    """Make the term of given layers and offsets.
 
     Args:
         layers: styled convolutions whose activations are compared.

@@ -16,7 +16,7 @@ from Util.settings import blame
 
 
 def make(sources: Sources) -> Parts:
-    """The term, with the discriminator of the teacher's checkpoint.
+    """Make the term, with the discriminator of the teacher's checkpoint.
 
     Raises:
         SettingError: the checkpoint holds none.
@@ -28,7 +28,7 @@ def make(sources: Sources) -> Parts:
 
 
 def adversary(network: Discriminator) -> Parts:
-    """The term of a discriminator."""
+    """Make the term of a discriminator."""
 
     def teacher_discriminator(student: Pass, teacher: Pass, mask: Tensor | None) -> Tensor:
         with student.context():

@@ -127,5 +127,5 @@ class Term:
 
     @property
     def parts(self) -> Parts:
-        """What the term consists of."""
+        """Tell what the term consists of."""
         return self.made if isinstance(self.made, Parts) else Parts(self.made)

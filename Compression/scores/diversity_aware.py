@@ -70,7 +70,7 @@ def diversity_aware(generator: Generator, sampling: Sampling) -> Scores:
 def _answer(
     generator: Generator, w: Tensor, step: Tensor, noise: torch.Generator, stop_gradient: bool
 ) -> Scores:
-    """g_bj of all channel groups: a batch's answer to one step, few images at a time.
+    """Compute g_bj of all channel groups, a batch's answer to one step, few images at a time.
 
     Args:
         generator: gradients flow to the weights of its `readers`.
