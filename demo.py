@@ -19,7 +19,8 @@ from Compression.pruning import PruneSettings, prune
 from Compression.report import summary
 from Compression.run import train
 from Dataset import toon_faces
-from Evaluation.comparison import content_l1, render
+from Evaluation import sampling
+from Evaluation.comparison import content_l1
 from Model import bundled
 from Model.checkpoint import load_generator
 from Model.complexity import macs, parameters
@@ -84,7 +85,10 @@ def retraining(data: Path, pruned: Path, iterations: int, run: Path) -> TrainCon
 def compare(networks: dict[str, Generator], out: Path) -> str:
     """Write the pictures; return the table."""
     z = torch.randn(LATENTS, 128, generator=torch.Generator().manual_seed(7))
-    images = {name: render(network.eval(), z) for name, network in networks.items()}
+    images = {
+        name: sampling.render(network, sampling.from_z(network, z))
+        for name, network in networks.items()
+    }
     mask = load_content_parser(bundled.PARSER, torch.device("cpu"))(images["teacher"])
     rows = {name: x[:SHOWN] for name, x in images.items()} | {"content mask": mask[:SHOWN]}
     save_png(out / "comparison.png", side_by_side(rows))
@@ -101,8 +105,9 @@ def run(settings: DemoSettings) -> None:
     check_writable("out", out / "table.txt")
     data, run = out / "toon_faces_64px", out / "run"
 
-    with step(f"python3 -m Dataset.toon_faces --out {data} --n {settings.n} --size 64 --no_labels"):
-        toon_faces.render_dataset(data, settings.n, 64, labels=False, progress=True)
+    faces = toon_faces.ToonFacesSettings(out=data, n=settings.n, no_labels=True)
+    with step(command("python3 -m Dataset.toon_faces", faces)):
+        toon_faces.render_dataset(faces, progress=True)
 
     pruning = PruneSettings(remove_ratio=0.7, out=out / "pruned.pt")
     with step(command("python3 prune.py", pruning)):

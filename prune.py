@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from Compression import recipes
 from Compression.initialisation import INITIALISATIONS
 from Compression.pruning import PruneSettings, option_kinds, prune
 from Compression.report import details, score_table, summary
@@ -15,11 +16,16 @@ EPILOG = """metrics (--metric; higher scores stay):
 initialisations (--init):
 {initialisations}
 
+recipes (--recipe):
+{recipes}
+
 examples:
   python3 prune.py
       prunes the bundled 64 px model
   python3 prune.py --generated_img_size 256 --ckpt FILE --remove_ratio 0.7 --info_print
       prunes a 256 px generator of human faces, prints the details of every layer
+  python3 prune.py --ckpt FILE --recipe dcp --n_sample 1000
+      prunes as a paper did, but scores by fewer images
   python3 prune.py --ckpt FILE --metric l1_out --out small.pt
       prunes by weights alone, without a face parser
 """
@@ -27,6 +33,9 @@ examples:
 
 def run(settings: PruneSettings) -> None:
     """Prune and report."""
+    if settings.recipe == recipes.LIST:
+        print(recipes.table())
+        return
     result = prune(settings)
     if settings.info_print:
         print(f"{details(result.full, result.pruned)}\n")
@@ -43,8 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="prune.py",
         description="Score the channels of a StyleGAN2 generator, remove the lowest of every layer"
         " and save what remains to Model/pruned_model/. Retrain it with train.py.",
-        epilog=EPILOG.format(metrics=listed(SCORES), initialisations=listed(INITIALISATIONS)),
+        epilog=EPILOG.format(
+            metrics=listed(SCORES),
+            initialisations=listed(INITIALISATIONS),
+            recipes=listed(recipes.RECIPES),
+        ),
         options=option_kinds(),
+        defaults=lambda args: recipes.prune_values(args.recipe),
     )
 
 

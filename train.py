@@ -9,16 +9,20 @@ from pathlib import Path
 
 import torch
 
+from Compression import recipes
 from Compression.distillation import TERMS
 from Compression.run import TrainResult, check, option_kinds, train
 from train_hyperparams import TrainConfig
 from Util import distributed
 from Util.cli import OneLineParser, listed, run_script
 from Util.run_log import TIMING, read_config
-from Util.settings import add_flags, blame, from_flags, known_settings
+from Util.settings import SettingError, add_flags, blame, from_flags, known_settings
 
 EPILOG = """distillation terms (--kd):
 {terms}
+
+recipes (--recipe):
+{recipes}
 
 examples:
   retrain a pruned model, distilling from the full-size one inside the face:
@@ -35,7 +39,7 @@ def build_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="train.py",
         description=__doc__,
-        epilog=EPILOG.format(terms=listed(TERMS)),
+        epilog=EPILOG.format(terms=listed(TERMS), recipes=listed(recipes.RECIPES)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_flags(parser, TrainConfig, *option_kinds())
@@ -43,7 +47,7 @@ def build_parser() -> OneLineParser:
 
 
 def parse_config(argv: Sequence[str] | None) -> TrainConfig:
-    """Read the flags into a `TrainConfig`; --resume takes the settings of its run as defaults.
+    """Read the flags into a `TrainConfig`; --resume and --recipe say what is not given.
 
     Raises:
         SettingError: names the setting, the value and what to do.
@@ -51,12 +55,17 @@ def parse_config(argv: Sequence[str] | None) -> TrainConfig:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.resume:
+        if args.recipe:
+            raise SettingError("recipe", "is for a new run; a resumed one keeps its settings")
         folder = run_folder(args.resume)
         with blame("resume"):
-            saved = known_settings(read_config(folder), TrainConfig, *option_kinds())
-        parser.set_defaults(**saved | {"out": str(folder)})
-        args = parser.parse_args(argv)
-    return from_flags(TrainConfig, vars(args), option_kinds())
+            defaults = known_settings(read_config(folder), TrainConfig, *option_kinds())
+        defaults["out"] = str(folder)
+    else:
+        defaults = recipes.train_values(args.recipe, args.ckpt)
+    parser.set_defaults(**defaults)
+    values = vars(parser.parse_args(argv)) | {"recipe": defaults.get("recipe", "")}
+    return from_flags(TrainConfig, values, option_kinds())
 
 
 def run_folder(resume: str) -> Path:
@@ -67,6 +76,9 @@ def run_folder(resume: str) -> Path:
 
 def run(argv: Sequence[str] | None) -> int:
     """Train as the flags say, maybe in other processes; returns the exit code."""
+    if build_parser().parse_args(argv).recipe == recipes.LIST:
+        print(recipes.table())
+        return 0
     config = parse_config(argv)
     check(config)
     several = len(config.gpu_device_ids) > 1 and config.device == "auto"

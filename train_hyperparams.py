@@ -22,7 +22,11 @@ class TrainConfig(Settings):
     path: str = setting("", "training images: a folder, or an LMDB with keys like 256-00000")
     size: int = setting(0, "image side in px; 0: as the checkpoint has it (64 without one)", low=0)
     ckpt: str = setting("", "checkpoint to start from, e.g. a pruned one; empty: from scratch")
-    teacher_ckpt: str = setting("", "full-size checkpoint to distil from; empty: GAN loss only")
+    teacher_ckpt: str = setting(
+        "",
+        "full-size checkpoint to distil from; empty or none: GAN loss only, which a pruned --ckpt"
+        " asks to be said by none",
+    )
     resume: str = setting(
         "", "go on with a run: its folder (newest checkpoint), or one of its checkpoints"
     )
@@ -30,12 +34,27 @@ class TrainConfig(Settings):
         False, "also take optimisers, iteration and random state from --ckpt"
     )
     out: str = setting("", "folder of this run; empty: runs/DATE-TIME, or that of --resume")
+    recipe: str = setting(
+        "",
+        "settings of a paper, see below; what else is given wins. Empty: as the pruned checkpoint"
+        " remembers; none: no recipe; list: print them",
+        metavar="NAME",
+    )
+    discriminator: str = setting(
+        "teacher",
+        "where the discriminator starts: the checkpoint's (a pruned one has the teacher's), or from"
+        " scratch",
+        choices=("teacher", "scratch"),
+    )
 
     # Networks made from scratch. Widths: StyleGAN2's pyramid unless given.
     channels: tuple[int, ...] = setting(
         (), "generator widths a,b,... (constant input, conv1, convs.0, ...); empty: full size"
     )
-    style_dim: int = setting(512, "size of z and w", low=1)
+    channel_multiplier: int = setting(
+        2, "width factor of the full size above 32 px; 1: StyleGAN2's small architecture", low=1
+    )
+    style_dim: int = setting(512, "size of z and w", low=1, aliases=("latent",))
     n_mlp: int = setting(8, "layers of the mapping network", low=1)
 
     # Length and batch. The paper: 450,000 iterations of 16 images at 256 px.
@@ -68,6 +87,13 @@ class TrainConfig(Settings):
 
     grad_clip: float = setting(
         0.0, "largest norm of a phase's gradients; 0: no clipping, as in StyleGAN2", low=0
+    )
+
+    gan_ramp: int = setting(
+        0,
+        "images over which the GAN loss in the generator's phase grows from nothing; 0: there from"
+        " the start, as published",
+        low=0,
     )
 
     # Distillation (paper, section 3.3).
@@ -154,3 +180,8 @@ class TrainConfig(Settings):
     workers: int = setting(2, "data loading processes; 0: load in the training process", low=0)
     seed: int = setting(0, "seed of networks, latents and data order")
     options: tuple[Settings, ...] = ()
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher to distil from."""
+        return self.teacher_ckpt not in ("", "none")

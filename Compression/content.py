@@ -22,8 +22,8 @@ class ContentParser(nn.Module):
 
     Args:
         network: the parser; its `input_size` is the side in pixels of the pictures it is shown.
-        classes_excluded: classes that are not content. The default is CelebAMask-HQ's background
-            and cloth.
+        classes_excluded: classes that are not content. None takes those of the network, which are
+            CelebAMask-HQ's background and cloth, (0, 16), unless it was trained for others.
         chunk: images parsed at a time. It bounds the memory and does not change the result. None
             takes as many as have half a million pixels on a CPU, where more gain little, and four
             million on a GPU.
@@ -35,10 +35,13 @@ class ContentParser(nn.Module):
     is_content: Tensor
 
     def __init__(
-        self, network: BiSeNet, classes_excluded: Iterable[int] = (0, 16), chunk: int | None = None
+        self,
+        network: BiSeNet,
+        classes_excluded: Iterable[int] | None = None,
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
-        excluded = tuple(classes_excluded)
+        excluded = network.classes_excluded if classes_excluded is None else tuple(classes_excluded)
         device = next(network.parameters()).device
         unknown = [c for c in excluded if not 0 <= c < network.n_classes]
         if unknown:
@@ -109,19 +112,13 @@ class ContentParser(nn.Module):
         return torch.cat(masks)
 
 
-def usual_exclusions(n_classes: int) -> tuple[int, ...]:
-    """Classes that are no content: background, and clothes in CelebAMask-HQ's 19 classes."""
-    return (0, 16) if n_classes == 19 else (0,)
-
-
 def load_content_parser(path: str | PathLike[str], device: torch.device) -> ContentParser:
-    """Make the content parser of a face parser's file, with the usual exclusions.
+    """Make the content parser of a face parser's file, with the exclusions it was trained for.
 
     Raises:
         CheckpointError: the file holds no face parser.
     """
-    network = fold_batch_norm(load_face_parser(path, device))
-    return ContentParser(network, usual_exclusions(network.n_classes))
+    return ContentParser(fold_batch_norm(load_face_parser(path, device)))
 
 
 def parser_for(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from Compression import recipes
 from Compression.content import ContentParser, parser_for
 from Compression.initialisation import INITIALISATIONS, Initialisation
 from Compression.scores import SCORES, EmptyContentError, Score
@@ -48,6 +49,12 @@ class PruneSettings(Settings):
         bundled.MODEL,
         "full-size checkpoint (default: Model/full_size_model/toon_faces_64px.pt)",
         metavar="FILE",
+    )
+    recipe: str = setting(
+        "",
+        "settings of a paper, see below; what else is given wins, train.py goes on with it. list:"
+        " print them",
+        metavar="NAME",
     )
     remove_ratio: float = setting(
         0.7, "fraction of every layer's channels to remove, in [0, 1)", low=0, below=1, metavar="R"
@@ -130,6 +137,8 @@ def prune(settings: PruneSettings) -> PruneResult:
     Raises:
         SettingError: names the setting or file.
     """
+    if settings.recipe:
+        recipes.named(settings.recipe)
     device = pick_device(settings.device)
     full, others = _load_full_size(settings, device)
     target = _target(settings, full.size)
@@ -206,13 +215,23 @@ def _score(settings: PruneSettings, generator: Generator, sampling: Sampling) ->
 
 def _config(settings: PruneSettings, before: Generator, after: Generator) -> dict[str, Any]:
     """What the checkpoint remembers of its making, in plain values."""
-    names = ("metric", "remove_ratio", "seed", "n_sample", "batch_size", "noise_prob", "init")
+    names = (
+        "recipe",
+        "metric",
+        "remove_ratio",
+        "seed",
+        "n_sample",
+        "batch_size",
+        "noise_prob",
+        "init",
+    )
     parser = ""
     if SCORES[settings.metric].needs_parser:
         parser = (settings.parser_ckpt or bundled.default_parser(settings.ckpt)).name
     config = {name: getattr(settings, name) for name in names}
-    for options in settings.options:
-        config |= plain(options)
+    for kind in (SCORES[settings.metric].options, INITIALISATIONS[settings.init].options):
+        if kind is not None:
+            config |= plain(chosen(settings.options, kind))
     return config | {
         "source": settings.ckpt.name,
         "parser": parser,

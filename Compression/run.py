@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from Compression import distillation
+from Compression import distillation, recipes
 from Compression.content import parser_for
 from Compression.training import Event, NonFiniteError, Teacher, Trainer, iterate
-from Dataset.images import DatasetError, EndlessBatches, Images, load_batches
-from Evaluation import feature_statistics
-from Evaluation.comparison import render
+from Dataset import DatasetError
+from Dataset.batches import EndlessBatches
+from Dataset.images import Images
+from Dataset.loading import load_batches
+from Evaluation import feature_statistics, sampling
 from Evaluation.feature_sets import real_statistics, sampled_features
-from Evaluation.feature_statistics import statistics_of
 from Evaluation.features import make_extractor
+from Evaluation.metrics import METRICS, distance_key, evaluate, need_features
 from Model import bundled, checkpoint
 from Model.discriminator import Discriminator
-from Model.face_parser import fold_batch_norm
 from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig
 from Util import distributed, pictures
@@ -90,7 +91,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     """
     check(config)
     set_tf32(config.tf32)
-    trainer = _make_trainer(config, distributed.join(_device(config)))
+    trainer, origin = _make_trainer(config, distributed.join(_device(config)), announce)
     if config.dry_run:
         config = replace(config, iter=trainer.iteration + 2, log_freq=1)
     config = replace(config, size=trainer.generator.size, channels=trainer.generator.channels)
@@ -102,12 +103,16 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     config = replace(config, out=config.out or distributed.gather(_new_folder())[0])
     log = _open_log(config, trainer, evaluation)
     try:
+        for term in trainer.teacher.terms if trainer.teacher else ():
+            term.parts.prepare()
         if log:
             announce(
                 f"{config.path}: {config.size} px; generator {config.channels};"
                 f" {distributed.world_size()} x {trainer.device.type}; run folder {config.out}"
+                + (f"; recipe {config.recipe}" if config.recipe else "")
             )
-        signal = _train(config, trainer, _stream(config, trainer, images), log, evaluation)
+        batches = _stream(config, trainer, images)
+        signal = _train(config, trainer, batches, log, evaluation, origin | _making(config))
     finally:
         if log:
             log.close()
@@ -132,6 +137,17 @@ def check(config: TrainConfig) -> None:
     if config.load_train_state and not config.ckpt:
         raise SettingError("load_train_state", "goes with ckpt; name the checkpoint to go on from")
     distillation.weights(config)
+    unknown = set(config.fid_metrics) - METRICS.keys()
+    if unknown or not config.fid_metrics:
+        named = ",".join(config.fid_metrics)
+        raise SettingError("fid_metrics", f"{named!r}: take some of {', '.join(METRICS)}")
+    if config.recipe:
+        recipes.named(config.recipe)
+    if (config.kd or config.recipe) and not config.has_teacher:
+        raise SettingError(
+            "teacher_ckpt",
+            f"is missing; {config.recipe or ','.join(config.kd)} distils from a full-size model",
+        )
     processes = distributed.launched_processes()
     if config.batch_size % processes:
         raise SettingError(
@@ -150,21 +166,42 @@ def _device(config: TrainConfig) -> torch.device:
 
 def _make_networks(
     config: TrainConfig, content: Mapping[str, Any]
-) -> tuple[Generator, Generator | None, Discriminator]:
-    """Generator, its moving average if there is one, and discriminator, loaded or new."""
-    if not content:
-        new = Generator(config.size or 64, config.style_dim, config.n_mlp, config.channels)
-        # The discriminator is as wide as the generator's last convolution at each resolution.
-        return new, None, Discriminator(new.size, channels=new.channels[1::2])
+) -> tuple[Generator, Generator | None]:
+    """Generator and its moving average if there is one, loaded or new."""
     size = config.size or None
+    if not content:
+        new = Generator(
+            size or 64, config.style_dim, config.n_mlp, config.channels, config.channel_multiplier
+        )
+        return new, None
     g_ema = checkpoint.load_generator(content, size=size) if "g_ema" in content else None
     generator = checkpoint.load_generator(content, "g" if "g" in content else "g_ema", size=size)
-    return generator, g_ema, checkpoint.load_discriminator(content)
+    return generator, g_ema
 
 
-def _make_teacher(config: TrainConfig, size: int, device: torch.device) -> Teacher | None:
+def _make_discriminator(
+    config: TrainConfig, content: Mapping[str, Any], generator: Generator, resume: bool
+) -> Discriminator:
+    """The checkpoint's, the teacher's where it has none, or a new one of their widths."""
+    if not content:
+        # As wide as the generator's last convolution at each resolution.
+        return Discriminator(generator.size, channels=generator.channels[1::2])
+    if "d" not in content and config.has_teacher:
+        with blame("teacher_ckpt"):
+            others = checkpoint.read(config.teacher_ckpt)
+        content = {**content, **{key: others[key] for key in ("d",) if key in others}}
+    scratch = config.discriminator == "scratch" and not resume
+    if scratch and "d" not in content:
+        return Discriminator(generator.size, config.channel_multiplier)
+    found = checkpoint.load_discriminator(content)
+    return Discriminator(found.size, channels=found.channels) if scratch else found
+
+
+def _make_teacher(
+    config: TrainConfig, size: int, discriminator: Discriminator, device: torch.device
+) -> Teacher | None:
     """The full-size generator with its mask and the terms, or None without a teacher."""
-    if not config.teacher_ckpt:
+    if not config.has_teacher:
         return None
     with blame("teacher_ckpt"):
         generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
@@ -172,12 +209,19 @@ def _make_teacher(config: TrainConfig, size: int, device: torch.device) -> Teach
     mask = None
     if config.content_aware_KD:
         mask = parser_for(config.parser_ckpt, config.teacher_ckpt, device)
-    terms = distillation.make_terms(distillation.Sources(config, generator, device))
+    sources = distillation.Sources(config, generator, device, discriminator)
+    terms = distillation.make_terms(sources)
     return Teacher(generator, mask, terms)
 
 
-def _make_trainer(config: TrainConfig, device: torch.device) -> Trainer:
-    """Build networks, teacher and optimisers, and take up a saved state if asked."""
+def _make_trainer(
+    config: TrainConfig, device: torch.device, announce: Callable[[str], None]
+) -> tuple[Trainer, dict[str, Any]]:
+    """Build networks, teacher and optimisers, and take up a saved state if asked.
+
+    Returns:
+        The trainer, and what the checkpoint remembers of its making.
+    """
     source, resume = config.ckpt, config.load_train_state
     if config.resume:
         file = Path(config.resume)
@@ -187,51 +231,86 @@ def _make_trainer(config: TrainConfig, device: torch.device) -> Trainer:
     torch.manual_seed(config.seed)
     with blame("ckpt" if source else "size and --channels:"):
         content = checkpoint.read(source) if source else {}
-        if content and "d" not in content and config.teacher_ckpt:
-            content["d"] = checkpoint.read(config.teacher_ckpt).get("d")
-        generator, g_ema, discriminator = _make_networks(config, content)
-    teacher = _make_teacher(config, generator.size, device)
+        _check_teacher(config, source, content)
+        generator, g_ema = _make_networks(config, content)
+        discriminator = _make_discriminator(config, content, generator, resume)
+    teacher = _make_teacher(config, generator.size, discriminator, device)
     trainer = Trainer(generator, discriminator, config, device, teacher, g_ema)
     if distributed.world_size() > 1:
         torch.manual_seed(config.seed * distributed.world_size() + distributed.rank() + 1)
     if resume:
+        name = Path(source).stem
+        iteration = int(name) if name.isdecimal() else None
         with blame(f"ckpt {source}:"):
-            trainer.load_state(content)
-    return trainer
+            trainer.load_state(content, iteration)
+        if "train_state" not in content:
+            announce(
+                f"{source}: written by the original code; going on at iteration {iteration}, as its"
+                " name says, with the mean path length at 0 and new random streams"
+            )
+    origin = content.get("config")
+    return trainer, dict(origin) if isinstance(origin, Mapping) else {}
+
+
+def _making(config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint remembers of a run: its settings, files by their names alone."""
+    values = _plain(config)
+    settings = {k: Path(v).name if isinstance(v, str) else v for k, v in values.items()}
+    return {"training": settings} | ({"recipe": config.recipe} if config.recipe else {})
+
+
+def _check_teacher(config: TrainConfig, source: str, content: Mapping[str, Any]) -> None:
+    """Ask for the teacher of a checkpoint that says it was pruned."""
+    made = content.get("config")
+    if isinstance(made, Mapping) and "channels_after" in made and not config.teacher_ckpt:
+        raise SettingError(
+            "teacher_ckpt",
+            f"is missing; {source} was pruned and learns from its full-size teacher"
+            f" ({made.get('source', 'unknown')}): name it, or none for the GAN losses alone",
+        )
 
 
 def _make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> Evaluation | None:
     """What measures g_ema, or None where nothing is asked for."""
     if not config.fid_n_sample:
         return None
-    parser, parser_file = None, None
+    parser = None
     if config.fid_features == "parser":
         with blame("parser_ckpt"):
-            parser_file = Path(config.parser_ckpt or bundled.default_parser(config.teacher_ckpt))
-            parser = fold_batch_norm(checkpoint.load_face_parser(parser_file, trainer.device))
+            parser = Path(config.parser_ckpt or bundled.default_parser(config.teacher_ckpt))
     inception = Path(config.inception_ckpt) if config.inception_ckpt else None
-    extractor = make_extractor(
-        config.fid_features, inception, parser, parser_file, None, trainer.device
-    )
+    extractor = make_extractor(config.fid_features, inception, parser, None, trainer.device)
     with blame("fid_n_sample"):
         width = extractor.dimensions(trainer.generator.size, trainer.device)
         feature_statistics.check_enough(config.fid_n_sample, width)
     if config.dry_run:
         return None
     stats = Path(config.fid_stats) if config.fid_stats else None
+    metrics = config.fid_metrics
     with blame("fid_stats" if stats and stats.is_file() else "path"):
         real = real_statistics(
-            images, stats, extractor, trainer.device, config.fid_batch, config.workers
+            images,
+            stats,
+            extractor,
+            trainer.device,
+            config.fid_batch,
+            config.workers,
+            need_features(metrics),
         )
-    name = extractor.name.lower().replace(" ", "_")
 
     def measure() -> dict[str, float]:
         features = sampled_features(
             trainer.g_ema, extractor, config.fid_n_sample, config.fid_batch, config.seed
         )
-        return {name: feature_statistics.distance(statistics_of(features, {}), real)}
+        figures = evaluate(metrics, extractor, features, real, config.seed)
+        return {_log_name(name): value for name, value in figures.items()}
 
-    return Evaluation(measure, name)
+    best_by = distance_key(metrics, extractor)
+    return Evaluation(measure, _log_name(best_by) if best_by else None)
+
+
+def _log_name(figure: str) -> str:
+    return figure.lower().replace(" ", "_")
 
 
 def _stream(config: TrainConfig, trainer: Trainer, images: Images) -> Iterator[torch.Tensor]:
@@ -260,19 +339,24 @@ def _new_folder() -> str:
     return ""
 
 
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """All settings, those of terms among them, as values that JSON holds."""
+    settings = plain(config)
+    for options in settings.pop("options"):
+        settings |= plain(options)
+    return settings
+
+
 def _open_log(
     config: TrainConfig, trainer: Trainer, evaluation: Evaluation | None
 ) -> RunLog | None:
     """The run's folder, in the first process only."""
     if distributed.rank() != 0:
         return None
-    settings = plain(config)
-    for options in settings.pop("options"):
-        settings |= plain(options)
     with blame("out"):
         return RunLog(
             config.out,
-            settings,
+            _plain(config),
             checkpoint.save,
             trainer.iteration if config.resume or config.load_train_state else None,
             config.keep_checkpoints,
@@ -290,8 +374,10 @@ class _Actions:
         log: RunLog | None,
         bar: tqdm,
         evaluation: Evaluation | None,
+        making: Mapping[str, Any],
     ) -> None:
         self.trainer, self.run_log, self.bar, self.evaluation = trainer, log, bar, evaluation
+        self.making = dict(making)
         stream = torch.Generator().manual_seed(config.seed)
         z = torch.randn(config.n_sample, trainer.generator.style_dim, generator=stream)
         self.z = z.to(trainer.device)
@@ -308,7 +394,8 @@ class _Actions:
     def sample(self) -> None:
         """Write a grid of g_ema's images, always of the same latents."""
         if self.run_log:
-            samples = render(self.trainer.g_ema, self.z)
+            g_ema = self.trainer.g_ema
+            samples = sampling.render(g_ema, sampling.from_z(g_ema, self.z))
             self.run_log.samples(self.trainer.iteration, pictures.grid(samples))
 
     def evaluate(self) -> None:
@@ -323,7 +410,7 @@ class _Actions:
         """Write a checkpoint."""
         state = self.trainer.state()
         if self.run_log:
-            self.run_log.checkpoint(self.trainer.iteration, state)
+            self.run_log.checkpoint(self.trainer.iteration, state | {"config": self.making})
 
 
 def _train(
@@ -332,12 +419,13 @@ def _train(
     batches: Iterator[torch.Tensor],
     log: RunLog | None,
     evaluation: Evaluation | None,
+    making: Mapping[str, Any],
 ) -> int:
     """Train under a progress bar until the end or a signal; returns the signal's number or 0."""
     bar = tqdm(
         total=config.iter, initial=trainer.iteration, unit="it", dynamic_ncols=True, disable=not log
     )
-    actions = _Actions(config, trainer, log, bar, evaluation)
+    actions = _Actions(config, trainer, log, bar, evaluation, making)
     events = [
         Event(1, bar.update),
         Event(config.log_freq, actions.log),

@@ -18,6 +18,7 @@ from torch.optim import Adam, Optimizer
 from Compression import losses
 from Compression.averages import Averages
 from Compression.distillation import Pass, Term
+from Model.checkpoint import load_discriminator
 from Model.discriminator import Discriminator
 from Model.generator import Generator
 from train_hyperparams import TrainConfig
@@ -120,6 +121,11 @@ class Trainer:
         self.g_optim = lazy_adam(generator.parameters(), settings.lr, path_every)
         r1_every = settings.d_reg_every if settings.r1 else 0
         self.d_optim = lazy_adam(discriminator.parameters(), settings.lr, r1_every)
+        self.further = {
+            term.name: (network, lazy_adam(network.parameters(), settings.lr, r1_every))
+            for term in self._terms
+            if (network := term.parts.network) is not None
+        }
         self.draws = Draws(generator.style_dim, settings.mixing, device)
         self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.amp)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
@@ -134,19 +140,42 @@ class Trainer:
             Scalars of the phases that ran, detached, still on the device.
         """
         s = self.settings
-        self.discriminator.requires_grad_(True)
+        for network, _ in self._discriminators.values():
+            network.requires_grad_(True)
+        # 1. Discriminator: softplus(-D(x)) + softplus(D(G(z))) (Goodfellow et al., 2014).
         metrics = self._d_phase(real)
+        # 2. Every 16 iterations, R1: 16 * r1 / 2 * |dD/dx|^2 (Mescheder et al., 2018, eq. 9).
         if s.r1 and self.iteration % s.d_reg_every == 0:
             metrics |= self._r1_phase(real)
-        self.discriminator.requires_grad_(False)
+        for network, _ in self._discriminators.values():
+            network.requires_grad_(False)
+        # 3. Generator: softplus(-D(G(z))) + distillation inside the content (paper, eq. 4).
         metrics |= self._g_phase(real.shape[0])
+        # 4. Every 4 iterations, path length: 4 * weight * (|J^T y| - a)^2 (StyleGAN2, eq. 4).
         if s.path_regularize and self.iteration % s.g_reg_every == 0:
             metrics |= self._path_phase(max(1, real.shape[0] // s.path_batch_shrink))
+        # The average of the generators of some hundred iterations is what is kept and measured.
         accumulate(self.g_ema, self.generator, s.ema_decay)
         self.iteration += 1
         self.images_seen += s.batch_size
         self.averages.add(metrics, s.batch_size)
         return metrics
+
+    @property
+    def _terms(self) -> Sequence[Term]:
+        return self.teacher.terms if self.teacher else ()
+
+    @property
+    def _discriminators(self) -> dict[str, tuple[Discriminator, Adam]]:
+        """All discriminators and their optimisers, by what follows their metrics' names."""
+        further = {f"_{name}": pair for name, pair in self.further.items()}
+        return {"": (self.discriminator, self.d_optim), **further}
+
+    @property
+    def _gan_weight(self) -> float:
+        """Weight of the GAN losses in the generator's phase: a ramp over the first images."""
+        ramp = self.settings.gan_ramp
+        return min(1.0, self.images_seen / ramp) if ramp else 1.0
 
     def _autocast(self) -> torch.autocast:
         """Where the networks run in half precision, if --amp says so.
@@ -166,11 +195,12 @@ class Trainer:
         """
         if not torch.isfinite(loss):
             raise NonFiniteError(
-                f"the {phase} loss is {loss.item()} in iteration {self.iteration + 1}; lower --lr,"
-                " set --grad_clip, or look at the data"
+                f"the {phase} loss is {loss.item()} in iteration {self.iteration + 1}; lower lr,"
+                " set grad_clip, or look at the data"
             )
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        _fill_gradients(optimizer)
         for group in optimizer.param_groups:
             # Before they are unscaled, so that all processes leave out the same steps.
             distributed.average_gradients(group["params"])
@@ -187,42 +217,77 @@ class Trainer:
         return g.w_plus(self.draws.styles(n), inject_index=self.draws.layer(g.n_latent))
 
     def _d_phase(self, real: Tensor) -> dict[str, Tensor]:
+        """Discriminators' losses on equal fakes, and the terms that train the first one."""
+        g, n = self.generator, real.shape[0]
+        z, layer = self.draws.styles(n), self.draws.layer(g.n_latent)
         with torch.no_grad(), self._autocast():
-            fake = self.generator.synthesis(self._latents(real.shape[0])).image
+            fake = g.synthesis(g.w_plus(z, inject_index=layer)).image
+        metrics: dict[str, Tensor] = {}
+        for suffix, (network, optimizer) in self._discriminators.items():
+            with self._autocast():
+                fake_logits, real_logits = network(fake), network(real)
+            loss = losses.d_logistic_loss(real_logits, fake_logits)
+            metrics |= {
+                f"d_loss{suffix}": loss.detach(),
+                f"real_score{suffix}": real_logits.detach().mean(),
+                f"fake_score{suffix}": fake_logits.detach().mean(),
+            }
+            if not suffix:
+                distances = self._critic_terms(z, layer)
+                loss = loss + sum(weight * distance for weight, distance in distances.values())
+                metrics |= {f"kd_{name}": d.detach() for name, (_, d) in distances.items()}
+            self._step(optimizer, f"discriminator{suffix}", loss)
+        return metrics
+
+    def _critic_terms(self, z: list[Tensor], layer: int) -> dict[str, tuple[float, Tensor]]:
+        """Weights and values of the terms that train the discriminator, by name."""
+        calls = {t.name: (t.weight, t.parts.critic) for t in self._terms if t.parts.critic}
+        if not calls:
+            return {}
+        assert self.teacher is not None
+        target = self._pass(
+            self.teacher.generator, z, layer, None, self._without_gradients, features=True
+        )
         with self._autocast():
-            fake_logits, real_logits = self.discriminator(fake), self.discriminator(real)
-        loss = losses.d_logistic_loss(real_logits, fake_logits)
-        self._step(self.d_optim, "discriminator", loss)
-        return {
-            "d_loss": loss.detach(),
-            "real_score": real_logits.detach().mean(),
-            "fake_score": fake_logits.detach().mean(),
-        }
+            return {
+                name: (weight, call(self.discriminator, target))
+                for name, (weight, call) in calls.items()
+            }
 
     def _r1_phase(self, real: Tensor) -> dict[str, Tensor]:
         real = real.detach().requires_grad_()
-        penalty = losses.r1_penalty(self.discriminator(real), real)
         weight = self.settings.r1 / 2 * self.settings.d_reg_every
-        self._step(self.d_optim, "R1", penalty * weight)
-        return {"r1": penalty.detach()}
+        metrics: dict[str, Tensor] = {}
+        for suffix, (network, optimizer) in self._discriminators.items():
+            penalty = losses.r1_penalty(network(real), real)
+            self._step(optimizer, f"R1{suffix}", penalty * weight)
+            metrics[f"r1{suffix}"] = penalty.detach()
+        return metrics
 
     def _g_phase(self, n: int) -> dict[str, Tensor]:
         """Generator loss, and distillation: mean softplus(-D(G(z))) + sum of weighted terms."""
         g, teacher = self.generator, self.teacher
         z, layer = self.draws.styles(n), self.draws.layer(g.n_latent)
         noise = g.make_noise(n) if self.settings.kd_shared_noise and teacher else None
-        student = self._pass(g, z, layer, noise, self._autocast)
+        features = any(term.features for term in self._terms)
+        student = self._pass(g, z, layer, noise, self._autocast, features)
         with self._autocast():
             logits = self.discriminator(student.made.image)
-        loss = losses.g_nonsaturating_loss(logits)
-        metrics = {"g_loss": loss.detach()}
+        gan_loss = losses.g_nonsaturating_loss(logits)
+        metrics = {"g_loss": gan_loss.detach()}
+        loss = self._gan_weight * gan_loss
         if teacher is not None:
-            target = self._pass(teacher.generator, z, layer, noise, self._without_gradients)
+            target = self._pass(
+                teacher.generator, z, layer, noise, self._without_gradients, features
+            )
             # The mask is the teacher's: what the student should keep (section 3.3).
             mask = teacher.content_mask(target.made.image) if teacher.content_mask else None
             for term in teacher.terms:
-                distance = term.call(student, target, mask)
-                loss = loss + term.weight * distance
+                if term.parts.call is None:
+                    continue
+                distance = term.parts.call(student, target, mask)
+                weight = term.weight * (self._gan_weight if term.parts.network else 1)
+                loss = loss + weight * distance
                 metrics[f"kd_{term.name}"] = distance.detach()
         self._step(self.g_optim, "generator", loss)
         return metrics
@@ -234,9 +299,9 @@ class Trainer:
         layer: int,
         noise: list[Tensor] | None,
         context: Callable[[], AbstractContextManager[None]],
+        features: bool,
     ) -> Pass:
         """Run student or teacher on the latents of a batch."""
-        features = any(term.features for term in self.teacher.terms) if self.teacher else False
         with context():
             w_plus = generator.w_plus(z, inject_index=layer)
             made = generator.synthesis(w_plus, noise, features=features)
@@ -271,7 +336,11 @@ class Trainer:
         own = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             own["cuda"] = torch.cuda.get_rng_state(self.device)
+        further: dict[str, Any] = {}
+        for name, (network, optimizer) in self.further.items():
+            further |= {name: network, f"{name}_optim": optimizer.state_dict()}
         return {
+            **further,
             "g": self.generator,
             "g_ema": self.g_ema,
             "d": self.discriminator,
@@ -287,22 +356,36 @@ class Trainer:
             },
         }
 
-    def load_state(self, content: Mapping[str, Any]) -> None:
-        """Go on from `state`; the networks have been loaded already.
+    def load_state(self, content: Mapping[str, Any], iteration: int | None = None) -> None:
+        """Go on from `state`; generators and first discriminator have been loaded already.
 
         The learning rates stay those of the settings. The random streams go on where they were if
         the number of processes is the same; otherwise each process keeps its own fresh one.
 
+        Args:
+            content: the checkpoint.
+            iteration: where to go on if it has optimisers but no ``train_state``, as the original
+                code writes it; the mean path length then starts at 0.
+
         Raises:
             ValueError: the checkpoint has no training state, or of another architecture.
         """
-        missing = [k for k in ("g_optim", "d_optim", "train_state") if k not in content]
+        optimizers = {"g_optim": self.g_optim, "d_optim": self.d_optim}
+        optimizers |= {f"{name}_optim": pair[1] for name, pair in self.further.items()}
+        wanted = [*self.further, *optimizers, *(["train_state"] if iteration is None else [])]
+        missing = [key for key in wanted if key not in content]
         if missing:
             raise ValueError(f"no {missing[0]!r} in the checkpoint, so training cannot go on")
         try:
-            for name in ("g_optim", "d_optim"):
-                _restore(getattr(self, name), content[name])
-            self._load_progress(content["train_state"])
+            for name, (network, _) in self.further.items():
+                network.load_state_dict(load_discriminator(content, name).state_dict())
+            for name, optimizer in optimizers.items():
+                _restore(optimizer, content[name])
+            if "train_state" in content:
+                self._load_progress(content["train_state"])
+            else:
+                self.iteration = iteration or 0
+                self.images_seen = self.iteration * self.settings.batch_size
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(
@@ -322,6 +405,18 @@ class Trainer:
             torch.set_rng_state(streams["cpu"])
             if self.device.type == "cuda" and "cuda" in streams:
                 torch.cuda.set_rng_state(streams["cuda"], self.device)
+
+
+def _fill_gradients(optimizer: Optimizer) -> None:
+    """Give every trained parameter that the loss did not reach a gradient of zero.
+
+    The regularisers do not reach the last biases. Adam passes over parameters without a gradient;
+    with a zero one their averages decay and the step counts, as in the original.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 def _restore(optimizer: Optimizer, saved: dict[str, Any]) -> None:

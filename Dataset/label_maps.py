@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from Dataset.prepare_data import UnreadableImageError, read_image
+from Dataset.pictures import UnreadableImageError, read_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -38,18 +38,17 @@ class LabelMapDataset(Dataset[tuple[Tensor, Tensor]]):
         self.path = Path(path)
         self.size = size
         self.n_classes = n_classes
-        for folder in (self.path / "images", self.path / "labels"):
-            if not folder.is_dir():
-                raise LabelMapError(f"no folder {folder}; expected images/ and labels/ there")
-        files = sorted((self.path / "images").iterdir())
+        for name in ("images", "labels"):
+            if not (self.path / name).is_dir():
+                raise LabelMapError(f"{path}: no folder {name} there; expected images/ and labels/")
         self.images = [
-            # Hidden files are left-overs of other programs.
             file
-            for file in files
+            for file in sorted((self.path / "images").iterdir())
+            # Hidden files are left-overs of other programs.
             if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
         ]
         if not self.images:
-            raise LabelMapError(f"no .png, .jpg or .jpeg picture in {self.path / 'images'}")
+            raise LabelMapError(f"{path}: no .png, .jpg or .jpeg picture in its folder images")
         # One listing instead of a look-up per picture: folders may hold many thousands of files.
         labels = {file.name for file in (self.path / "labels").iterdir()}
         for image in self.images:
@@ -57,14 +56,14 @@ class LabelMapDataset(Dataset[tuple[Tensor, Tensor]]):
                 raise LabelMapError(f"{image} has no label map {self.label_path(image)}")
 
     def label_path(self, image: Path) -> Path:
-        """The label map's file of a picture's file."""
+        """Return the file of a picture's label map."""
         return self.path / "labels" / f"{image.stem}.png"
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Reads one pair.
+        """Read one pair.
 
         Returns:
             The picture (3, size, size), float32 in [-1, 1], and its label map (size, size), int64.
@@ -92,17 +91,12 @@ class LabelMapDataset(Dataset[tuple[Tensor, Tensor]]):
                 f"{label_path} has class {highest}, but there are only {self.n_classes} classes, "
                 "counted from 0; raise n_classes or correct the label map"
             )
-        return self._picture(image), self._label_map(label)
-
-    def _picture(self, image: Image.Image) -> Tensor:
+        side = (self.size, self.size)
         # Pillow's bilinear filter widens with the reduction, so this does not alias.
-        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return pixels.float().div_(127.5).sub_(1)
-
-    def _label_map(self, label: Image.Image) -> Tensor:
-        label = label.resize((self.size, self.size), Image.Resampling.NEAREST)
-        return torch.from_numpy(np.array(label)).long()
+        pixels = np.array(image.resize(side, Image.Resampling.BILINEAR))
+        classes = np.array(label.resize(side, Image.Resampling.NEAREST))
+        picture = torch.from_numpy(pixels).permute(2, 0, 1).float().div_(127.5).sub_(1)
+        return picture, torch.from_numpy(classes).long()
 
 
 def _picture(path: Path) -> Image.Image:

@@ -12,7 +12,6 @@ classes are CelebAMask-HQ's: background, skin (the head with its ears), brows, e
 (the body), cloth, hair (with rear hair and beard). `l_` is the side on the picture's left.
 """
 
-import argparse
 import colorsys
 import io
 import json
@@ -23,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from multiprocessing import get_context
@@ -35,9 +35,9 @@ from numpy.random import Generator
 from PIL import Image
 from tqdm import tqdm
 
-from Util.cli import OneLineParser, check_writable, run_script
+from Util.cli import check_writable, run_settings
 from Util.files import atomic_path
-from Util.settings import at_least
+from Util.settings import Settings, blame, setting
 
 VERSION = 1
 CANVAS = 256.0
@@ -72,7 +72,20 @@ IRIS = ("#4b2422", "#2b1a14", "#6b4423", "#2f5d8a", "#3c7a4f", "#5a6670")
 
 
 class ToonFacesError(ValueError):
-    """The set cannot be made; the message names the flag or package and what to do."""
+    """The set cannot be made; the message names the folder or package and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToonFacesSettings(Settings):
+    """Which pictures of the set are rendered. Ranges that do not overlap are disjoint sets."""
+
+    out: Path = setting(..., "folder for images/ and labels/", metavar="DIR")
+    n: int = setting(20_000, "pictures", low=1)
+    size: int = setting(64, "side in pixels", low=8)
+    seed: int = setting(0, "seed of the set", low=0)
+    start: int = setting(0, "first picture", low=0)
+    workers: int | None = setting(None, "processes (default: one per core)", low=1)
+    no_labels: bool = setting(False, "write no label maps")
 
 
 def _hex(rgb: Iterable[float]) -> str:
@@ -80,13 +93,13 @@ def _hex(rgb: Iterable[float]) -> str:
 
 
 def _random_colour(rng: Generator, saturation: float = 0.0, value: float = 0.15) -> str:
-    """Any hue, with a least saturation and brightness."""
+    """Draw any hue, with a least saturation and brightness."""
     hue, s, v = rng.random(), rng.uniform(saturation, 1), rng.uniform(value, 1)
     return _hex(colorsys.hsv_to_rgb(hue, s, v))
 
 
 def _between(rng: Generator, palette: Sequence[str], spread: float = 0.04) -> str:
-    """A colour between two neighbours of a palette, jittered per channel."""
+    """Draw a colour between two neighbours of a palette, jittered per channel."""
     i, t = int(rng.integers(len(palette) - 1)), rng.random()
     a, b = (np.array([int(c[k : k + 2], 16) for k in (1, 3, 5)]) for c in palette[i : i + 2])
     return _hex(((1 - t) * a + t * b) / 255 + rng.normal(0, spread, 3))
@@ -105,7 +118,7 @@ def _installed() -> Iterator[None]:
 
 @cache
 def _style() -> Any:
-    """The avatar style, read once per process."""
+    """Read the avatar style, once per process."""
     with _installed():
         import dicebear_styles
         from dicebear import Style
@@ -115,7 +128,7 @@ def _style() -> Any:
 
 
 def _avatar(rng: Generator) -> tuple[str, str]:
-    """Draw an avatar's parts and colours; returns the parts' definitions and their placement."""
+    """Draw an avatar's parts and colours; return the parts' definitions and their placement."""
     from dicebear import Avatar
 
     hair = _between(rng, NATURAL_HAIR) if rng.random() < 0.75 else _random_colour(rng, 0.4, 0.3)
@@ -150,7 +163,7 @@ def _flat(definitions: str) -> str:
 
 
 def _placement(rng: Generator) -> tuple[str, float]:
-    """Where the face is: an SVG transform, and the tilt of the face in radians."""
+    """Place the face: return an SVG transform, and the tilt of the face in radians."""
     scale = rng.uniform(0.68, 0.82) * CANVAS / HEAD_HEIGHT
     x, y = CANVAS / 2 + rng.uniform(-0.04, 0.04, 2) * CANVAS
     tilt = float(np.clip(rng.normal(0, 4), -10, 10))
@@ -163,7 +176,7 @@ def _placement(rng: Generator) -> tuple[str, float]:
 
 
 def _gradient(rng: Generator, a: str, b: str) -> tuple[str, str]:
-    """Definitions and drawing of a gradient over the whole picture."""
+    """Draw a gradient over the whole picture; return definitions and drawing."""
     x1, y1, x2, y2 = rng.uniform(-0.1, 1.1, 4)
     stops = f'<stop offset="0" stop-color="{a}"/><stop offset="1" stop-color="{b}"/>'
     if rng.random() < 0.6:
@@ -176,7 +189,7 @@ def _gradient(rng: Generator, a: str, b: str) -> tuple[str, str]:
 
 
 def _texture(rng: Generator, colour: str) -> tuple[str, str]:
-    """Definitions and drawing of a repeated texture: stripes, checks, dots, plaid or bricks."""
+    """Draw a repeated texture: stripes, checks, dots, plaid or bricks; return as `_gradient`."""
     side, angle = rng.uniform(24, 72), rng.uniform(0, 180)
     opacity, h = rng.uniform(0.35, 0.9), side / 2
     tile = [
@@ -196,7 +209,7 @@ def _texture(rng: Generator, colour: str) -> tuple[str, str]:
 
 
 def _shape(rng: Generator, colour: str) -> str:
-    """One circle, ring, box, band or polygon."""
+    """Draw one circle, ring, box, band or polygon."""
     x, y = rng.uniform(0, CANVAS, 2)
     r, kind = rng.uniform(0.06, 0.28) * CANVAS, int(rng.integers(5))
     paint = f'fill="{colour}" opacity="{rng.uniform(0.55, 1):.2f}"'
@@ -216,7 +229,7 @@ def _shape(rng: Generator, colour: str) -> str:
 
 
 def _background(rng: Generator) -> tuple[str, str]:
-    """Definitions and drawing of a busy background from a palette of four colours."""
+    """Draw a busy background from a palette of four colours; return as `_gradient`."""
     palette = [_random_colour(rng, 0.1, 0.2) for _ in range(4)]
     definitions, drawing = _gradient(rng, palette[0], palette[1])
     if rng.random() < 0.6:
@@ -242,7 +255,7 @@ def _document(definitions: str, body: str, edges: str) -> str:
 
 
 def _label_map(flat: Image.Image, tilt: float, eyes: np.ndarray) -> np.ndarray:
-    """Class indices from the flat drawing; eyes and brows split along the face's axis."""
+    """Read class indices off the flat drawing; split eyes and brows along the face's axis."""
     labels = (np.asarray(flat)[..., 0].astype(np.uint8) + 5) // 10
     y, x = np.mgrid[: labels.shape[0], : labels.shape[1]] + 0.5
     right = (x - eyes[0]) * math.cos(tilt) + (y - eyes[1]) * math.sin(tilt) > 0
@@ -283,126 +296,113 @@ def render(
     return picture, _label_map(flat, tilt, centre * size / CANVAS)
 
 
-def _render_files(out: Path, indices: Sequence[int], size: int, seed: int, labels: bool) -> int:
-    """Render and write some pictures; returns their number."""
+def _render_files(settings: ToonFacesSettings, indices: Sequence[int]) -> int:
+    """Render and write some pictures; return their number."""
     for index in indices:
-        picture, label_map = render(index, size, seed, labels)
+        picture, label_map = render(index, settings.size, settings.seed, not settings.no_labels)
         # The label map first: where the picture is, the pair is complete.
         for folder, pixels in (("labels", label_map), ("images", picture)):
             if pixels is not None:
-                with atomic_path(out / folder / f"{index:08d}.png", flush=False) as temporary:
+                file = settings.out / folder / f"{index:08d}.png"
+                with atomic_path(file, flush=False) as temporary:
                     Image.fromarray(pixels).save(temporary, format="PNG")
     return len(indices)
 
 
-def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+def _check_record(settings: ToonFacesSettings) -> None:
     """Store what a folder's pictures depend on, or compare with what is stored.
 
     Raises:
         ToonFacesError: the folder holds a set of other settings.
     """
-    file = out / "dataset.json"
-    if file.is_file():
-        try:
-            stored = dict(json.loads(file.read_text()))
-        except (ValueError, TypeError, RecursionError):
-            raise ToonFacesError(f"--out: {file} is damaged; name another folder") from None
-        for key, value in settings.items():
-            if stored.get(key) != value:
-                raise ToonFacesError(
-                    f"--out {out} holds a set with {key} {stored.get(key)}, not {value}; name"
-                    " another folder or delete it"
-                )
+    record = {
+        "set": "toon_faces",
+        "version": VERSION,
+        "size": settings.size,
+        "seed": settings.seed,
+        "labels": not settings.no_labels,
+        "attribution": 'remix of "ToonHead" by Johan Melin (https://www.johanmelin.com), CC BY 4.0',
+    }
+    file = settings.out / "dataset.json"
+    if not file.is_file():
+        with atomic_path(file) as temporary:
+            temporary.write_text(json.dumps(record, indent=2) + "\n")
         return
-    with atomic_path(file) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    try:
+        stored = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError, RecursionError):
+        raise ToonFacesError(f"{file}: is damaged; name another folder") from None
+    for key, value in record.items():
+        if stored.get(key) != value:
+            raise ToonFacesError(
+                f"{settings.out} holds a set with {key} {stored.get(key)}, not {value}; name"
+                " another folder or delete it"
+            )
 
 
-def render_dataset(
-    out: str | Path,
-    n: int,
-    size: int = 64,
-    seed: int = 0,
-    workers: int | None = None,
-    labels: bool = True,
-    start: int = 0,
-    progress: bool = True,
-) -> Path:
-    """Render pictures ``start`` to ``start + n - 1`` into a folder, those that are missing.
+def _missing(settings: ToonFacesSettings) -> list[int]:
+    """Find the numbers of the pictures that are not there yet."""
+    there = {path.stem for path in (settings.out / "images").glob("*.png")}
+    if not settings.no_labels:
+        there &= {path.stem for path in (settings.out / "labels").glob("*.png")}
+    wanted = range(settings.start, settings.start + settings.n)
+    return [i for i in wanted if f"{i:08d}" not in there]
+
+
+def render_dataset(settings: ToonFacesSettings, progress: bool = True) -> None:
+    """Render those of the pictures ``start`` to ``start + n - 1`` that the folder lacks.
 
     Args:
-        out: gets images/NNNNNNNN.png, labels/NNNNNNNN.png and dataset.json.
-        n: number of pictures.
-        size: side in pixels.
-        seed: of the set.
-        workers: processes; None takes one per core.
-        labels: also write the label maps.
-        start: first picture; ranges that do not overlap are disjoint sets of one distribution.
+        settings: which pictures, and where. The folder gets images/NNNNNNNN.png,
+            labels/NNNNNNNN.png and dataset.json.
         progress: show a bar.
 
-    Returns:
-        The folder.
-
     Raises:
-        ToonFacesError: a package is missing, or the folder holds a set of other settings.
+        SettingError: the folder holds a set of other settings.
+        ToonFacesError: a package is missing, or a worker was killed.
     """
-    out = Path(out)
-    render(start, 8, seed)  # a missing package shows here, not in every worker
-    settings = {"set": "toon_faces", "version": VERSION, "size": size, "seed": seed}
-    attribution = 'remix of "ToonHead" by Johan Melin (https://www.johanmelin.com), CC BY 4.0'
-    _check_settings(out, settings | {"labels": labels, "attribution": attribution})
-    there = {path.stem for path in (out / "images").glob("*.png")}
-    if labels:
-        there &= {path.stem for path in (out / "labels").glob("*.png")}
-    missing = [i for i in range(start, start + n) if f"{i:08d}" not in there]
+    render(settings.start, 8, settings.seed)  # a missing package shows here, not in every worker
+    with blame("out"):
+        _check_record(settings)
+    missing = _missing(settings)
     if not missing:
-        return out
+        return
     chunks = [missing[i : i + 64] for i in range(0, len(missing), 64)]
-    workers = workers or cpu_count() or 1
-    bar = tqdm(
-        total=n, initial=n - len(missing), unit="img", desc="rendering", disable=not progress
-    )
+    done, workers = settings.n - len(missing), settings.workers or cpu_count() or 1
+    bar = tqdm(total=settings.n, initial=done, unit="img", desc="rendering", disable=not progress)
     # Spawned, not forked: a fork of a process that has used PyTorch's threads may hang.
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool, bar:
         try:
-            jobs = [pool.submit(_render_files, out, chunk, size, seed, labels) for chunk in chunks]
+            jobs = [pool.submit(_render_files, settings, chunk) for chunk in chunks]
             for job in as_completed(jobs):
                 bar.update(job.result())
         except BrokenProcessPool:
             raise ToonFacesError(
-                "a worker was killed, perhaps for want of memory (fewer --workers take less);"
+                "a worker was killed, perhaps for want of memory (fewer workers take less);"
                 " the same command goes on from here"
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return out
+
+
+def _run(settings: ToonFacesSettings) -> None:
+    check_writable("out", settings.out / "images")
+    render_dataset(settings)
+    print(f"{settings.n} pictures of {settings.size} px in {settings.out}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry."""
-    parser = OneLineParser(
+    """Run the command line; return the exit code."""
+    return run_settings(
+        ToonFacesSettings,
+        _run,
+        argv,
         prog="python -m Dataset.toon_faces",
-        description="Render toon portraits on busy backgrounds, with label maps in the 19 classes"
-        " of CelebAMask-HQ. What a folder holds already is not rendered again.",
+        description="Render toon portraits on busy backgrounds, with label maps in the 19 classes\n"
+        "of CelebAMask-HQ. What a folder holds already is not rendered again.",
         epilog="example: python -m Dataset.toon_faces --out Dataset/toon_faces_64px --n 20000",
     )
-    add = parser.add_argument
-    add("--out", required=True, metavar="DIR", help="folder for images/ and labels/")
-    add("--n", type=at_least(1), default=20_000, help="pictures (default: %(default)s)")
-    add("--size", type=at_least(8), default=64, help="side in pixels (default: %(default)s)")
-    add("--seed", type=at_least(0), default=0, help="seed of the set (default: %(default)s)")
-    add("--start", type=at_least(0), default=0, help="first picture (default: %(default)s)")
-    add("--workers", type=at_least(1), help="processes (default: one per core)")
-    add("--no_labels", action="store_true", help="write no label maps")
-
-    def run(args: argparse.Namespace) -> None:
-        labels = not args.no_labels
-        check_writable("out", Path(args.out) / "images")
-        render_dataset(args.out, args.n, args.size, args.seed, args.workers, labels, args.start)
-        print(f"{args.n} pictures of {args.size} px in {args.out}")
-
-    return run_script(parser, run, argv)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Metrics of a trained generator."""
+"""Evaluation of trained generators: metrics, projection, editing."""

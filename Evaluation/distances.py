@@ -4,7 +4,6 @@ import contextlib
 import io
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,6 +20,36 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 """Two image batches (N, 3, H, W) in [-1, 1] -> perceptual distance of each pair, (N,)."""
 
 LPIPS_TRUNKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
+
+
+def load_distance(
+    name: str,
+    trunk: str | Path | None,
+    parser: Callable[[], str | Path],
+    device: torch.device,
+) -> Distance:
+    """Load a perceptual distance.
+
+    Args:
+        name: parser (`ParserDistance`), or vgg, alex or squeeze (LPIPS).
+        trunk: see `load_lpips`.
+        parser: names the face parser's file; asked only where it is needed.
+        device: where it runs.
+
+    Returns:
+        See `Distance`; larger images are reduced to 256 px first, as LPIPS is meant to be used.
+
+    Raises:
+        SettingError: a file does not fit; names the setting parser_ckpt or perceptual_ckpt.
+    """
+    network: nn.Module
+    if name == "parser":
+        with blame("parser_ckpt"):
+            network = ParserDistance(fold_batch_norm(load_face_parser(parser(), device)))
+    else:
+        with blame("perceptual_ckpt"):
+            network = load_lpips(name, trunk).to(device)
+    return lambda a, b: network(at_most(a, 256), at_most(b, 256)).flatten()
 
 
 class ParserDistance(nn.Module):
@@ -43,14 +72,14 @@ class ParserDistance(nn.Module):
         return [F.normalize(f, dim=1) for f in features]
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distance of each pair of (N, 3, H, W) in [-1, 1], (N,) >= 0, differentiable."""
+        """Compare pairs of (N, 3, H, W) in [-1, 1]: (N,) >= 0, differentiable."""
         pairs = zip(self._features(a), self._features(b), strict=True)
         distances = [(x - y).square().sum(dim=1).mean(dim=(1, 2)) for x, y in pairs]
         return torch.stack(distances).sum(dim=0)
 
 
 def load_lpips(name: str, trunk: str | Path | None = None) -> nn.Module:
-    """LPIPS of the lpips package, frozen.
+    """Load LPIPS of the lpips package, frozen.
 
     Args:
         name: vgg, alex or squeeze.
@@ -66,7 +95,7 @@ def load_lpips(name: str, trunk: str | Path | None = None) -> nn.Module:
 
     file = trunk or _published_trunk(name)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        # The package announces itself, and calls torchvision in an outdated way.
+        # The package prints a greeting, and calls torchvision in an outdated way.
         warnings.simplefilter("ignore")
         network = lpips.LPIPS(net=name, pnet_rand=True, verbose=False)
     _fill_trunk(network.net, read(file), str(file), LPIPS_TRUNKS[name])
@@ -74,10 +103,10 @@ def load_lpips(name: str, trunk: str | Path | None = None) -> nn.Module:
 
 
 def _published_trunk(name: str) -> Path:
-    """Torchvision's ImageNet weights."""
+    """Find or download torchvision's ImageNet weights."""
     url = torchvision.models.get_model_weights(LPIPS_TRUNKS[name]).IMAGENET1K_V1.url
     file = f"torchvision's {LPIPS_TRUNKS[name]} file"
-    return downloaded(url, f"give {file} as --perceptual_ckpt, or take --perceptual parser")
+    return downloaded(url, f"name {file} by the setting perceptual_ckpt, or take perceptual parser")
 
 
 def _fill_trunk(net: nn.Module, weights: dict[str, Tensor], file: str, arch: str) -> None:
@@ -96,27 +125,3 @@ def at_most(images: Tensor, side: int) -> Tensor:
     if images.shape[-1] <= side:
         return images
     return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
-
-
-def load_distance(
-    name: str,
-    trunk: str | Path | None,
-    parser: Callable[[], str | Path],
-    device: torch.device,
-) -> Distance:
-    """Load a perceptual distance.
-
-    Args:
-        name: parser (features of a face parser), vgg, alex or squeeze (LPIPS).
-        trunk: see `load_lpips`.
-        parser: names the face parser's file; asked only where it is needed.
-        device: where it runs.
-
-    Raises:
-        SettingError: a file does not fit; names the setting parser_ckpt or perceptual_ckpt.
-    """
-    if name == "parser":
-        with blame("parser_ckpt"):
-            return ParserDistance(fold_batch_norm(load_face_parser(parser(), device)))
-    with blame("perceptual_ckpt") if trunk else nullcontext():
-        return load_lpips(name, trunk).to(device)

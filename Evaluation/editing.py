@@ -1,70 +1,19 @@
-"""Editing in latent space (walks, style mixing, morphing) and how much of a face survives it."""
+"""Edit latents (walks, style mixing, morphing) and measure how much of a face survives it."""
 
 import itertools
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from Evaluation.distances import Distance
-from Evaluation.sampling import shares
-from Model.generator import Generator
+from Evaluation.sampling import Latents
 
 STYLE_LAYERS = {"coarse": range(0, 4), "middle": range(4, 8), "fine": range(8, 18)}
 """Layers of w+ by what they govern: pose and shape, features, colours (StyleGAN, section 3.1)."""
-
-
-@dataclass(frozen=True)
-class Latents:
-    """What a generator makes N pictures of.
-
-    Attributes:
-        w_plus: (N, n_latent, style_dim).
-        noise: one map per styled convolution, (1 or N, 1, h, w); 1 is shared by all pictures.
-    """
-
-    w_plus: Tensor
-    noise: Sequence[Tensor]
-
-    def __len__(self) -> int:
-        return len(self.w_plus)
-
-    def __getitem__(self, indices: Sequence[int]) -> "Latents":
-        """Pictures of these numbers, in this order, with repetitions."""
-        i = list(indices)
-        return Latents(self.w_plus[i], [n if len(n) == 1 else n[i] for n in self.noise])
-
-
-@torch.no_grad()
-def from_z(
-    generator: Generator,
-    z: Tensor,
-    truncation: float = 1.0,
-    centre: Tensor | None = None,
-    noise: Sequence[Tensor] | None = None,
-) -> Latents:
-    """Map z.
-
-    Args:
-        generator: any.
-        z: (N, style_dim).
-        truncation: psi in (0, 1]; below 1 moves w towards ``centre``, then required.
-        centre: (1, style_dim), the generator's own: see `Evaluation.sampling.mean_latent`.
-        noise: (1 or N, 1, h, w) per styled convolution; None takes the stored maps.
-    """
-    w_plus = generator.w_plus([z], truncation=truncation, truncation_latent=centre)
-    return Latents(w_plus, noise or generator.fixed_noise)
-
-
-@torch.no_grad()
-def synthesise(generator: Generator, latents: Latents, batch: int = 16) -> Tensor:
-    """Pictures (N, 3, size, size) of latents, ``batch`` at a time."""
-    parts = [latents[part] for part in shares(len(latents), batch)]
-    return torch.cat([generator.synthesis(part.w_plus, part.noise).image for part in parts])
 
 
 def circle(a: Tensor, b: Tensor, turn: float) -> Tensor:
@@ -115,7 +64,7 @@ def morph(a: Latents, b: Latents, t: float) -> Latents:
 
 
 def style_layers(text: str, n_latent: int) -> range:
-    """Layers of w+ that a text names: coarse, middle, fine, ``3``, or ``0-3`` with both ends.
+    """Find the layers of w+ of a text: coarse, middle, fine, ``3``, or ``0-3`` with both ends.
 
     Raises:
         ValueError: it names none of the ``n_latent`` layers, or one that does not exist.
@@ -152,7 +101,7 @@ def mix(a: Latents, b: Latents, layers: Sequence[int]) -> Latents:
 
 
 def mixing_distances(a: Tensor, b: Tensor, mixed: Tensor, distance: Distance) -> dict[str, float]:
-    """How much of both faces a style mix keeps.
+    """Measure how much of both faces a style mix keeps.
 
     Args:
         a: (A, 3, H, W) unedited pictures, already multiplied by their content masks.
@@ -173,7 +122,7 @@ def mixing_distances(a: Tensor, b: Tensor, mixed: Tensor, distance: Distance) ->
 
 
 def morphing_distances(frames: Sequence[Tensor], distance: Distance) -> dict[str, float]:
-    """How much of its ends a morph keeps, and how even its steps are.
+    """Measure how much of its ends a morph keeps, and how even its steps are.
 
     Args:
         frames: at least 3 times (N, 3, H, W), from the first end to the second, already multiplied

@@ -6,28 +6,29 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from Dataset.images import Images, in_order, load_batches
+from Dataset.batches import in_order
+from Dataset.images import Images
+from Dataset.loading import load_batches
 from Evaluation import feature_statistics, sampling
-from Evaluation.feature_statistics import Statistics, statistics_of
-from Evaluation.features import Extractor, extract
+from Evaluation.feature_statistics import Features, Statistics, statistics_of
+from Evaluation.features import Extractor
 from Model.generator import Generator
 from Util import distributed
 
 
 def all_features(
     extractor: Extractor, batches: Iterable[Tensor], device: torch.device, n: int, what: str
-) -> NDArray[np.float32]:
-    """Features (n, D) of every process's batches, in order, under a progress bar."""
-    quiet = distributed.rank() != 0
+) -> Features:
+    """Compute features (n, D) of all processes' batches, in order, under a progress bar."""
+    quiet, step, own = distributed.rank() != 0, distributed.world_size(), []
     with tqdm(total=n, desc=what, unit="img", leave=False, disable=quiet) as bar:
-        step = distributed.world_size()
-        own = extract(extractor, batches, device, lambda k: bar.update(min(k * step, n - bar.n)))
+        for images in batches:
+            own.append(extractor(images.to(device)).cpu())
+            bar.update(min(len(images) * step, n - bar.n))
     return torch.cat(distributed.gather_in_turn(own)).numpy()
 
 
@@ -38,8 +39,8 @@ def sampled_features(
     batch_size: int,
     seed: int,
     truncation: float = 1.0,
-) -> NDArray[np.float32]:
-    """Features (n, D) of images 0 to n - 1 of a generator, shared by the processes."""
+) -> Features:
+    """Compute features (n, D) of a generator's images 0 to n - 1; the processes share them."""
     centre = sampling.mean_latent(generator, seed) if truncation < 1 else None
     shares = sampling.shares(n, batch_size, distributed.rank(), distributed.world_size())
     batches = (sampling.images(generator, s, seed, truncation, centre) for s in shares)
@@ -49,15 +50,15 @@ def sampled_features(
 
 def image_features(
     images: Images, extractor: Extractor, batch_size: int, workers: int, device: torch.device
-) -> NDArray[np.float32]:
-    """Features (N, D) of all images of a data set, shared by the processes."""
+) -> Features:
+    """Compute features (N, D) of all images of a data set; the processes share them."""
     own = in_order(len(images), batch_size, distributed.rank(), distributed.world_size())
     batches = load_batches(images, own, workers, device.type == "cuda")
     return all_features(extractor, batches, device, len(images), f"images of {images.path}")
 
 
 def read_statistics(file: Path, extractor: Extractor, need_features: bool) -> Statistics:
-    """Statistics that the user names.
+    """Read statistics of real images.
 
     Raises:
         ValueError: no statistics, those of other features, or without the features themselves.
@@ -66,13 +67,13 @@ def read_statistics(file: Path, extractor: Extractor, need_features: bool) -> St
     made_by = found.record.get("protocol", extractor.protocol)
     if made_by != extractor.protocol:
         raise ValueError(
-            f"{file} was made by: {made_by}; these flags mean: {extractor.protocol}; change the"
-            " flags, or name another file"
+            f"{file} was made by: {made_by}; these settings mean: {extractor.protocol}; change the"
+            " settings, or name another file"
         )
     if need_features and found.features is None:
         raise ValueError(
-            f"{file} has only mean and covariance; --metrics kid and pr need the real images"
-            " themselves: give --path without this file"
+            f"{file} has only mean and covariance, but these metrics need the real images"
+            " themselves; name these instead"
         )
     return found
 
@@ -86,7 +87,7 @@ def real_statistics(
     workers: int = 0,
     need_features: bool = False,
 ) -> Statistics:
-    """Statistics of real images, made once and kept; all processes take part.
+    """Make statistics of real images once and keep them; all processes take part.
 
     Args:
         images: the data set.

@@ -11,10 +11,11 @@ from zipfile import is_zipfile
 import numpy as np
 from numpy.typing import NDArray
 
-from Evaluation.fid import frechet_distance, mean_and_covariance
 from Util.files import atomic_path, read_npz
 
 Array = NDArray[np.float64]
+Features = NDArray[np.float32]
+"""Features of N images, (N, D)."""
 LARGEST_PICKLE = 2**30
 """Bytes; mean and covariance of 2048 features take 34 million."""
 
@@ -34,8 +35,28 @@ class Statistics:
 
     mean: Array
     cov: Array
-    features: NDArray[np.float32] | None = None
+    features: Features | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_features(features: Features, real: Statistics) -> None:
+    """Refuse features that are not finite, or not those of the real images' statistics.
+
+    Raises:
+        StatisticsError: says what is wrong.
+    """
+    if features.shape[1] != len(real.mean):
+        raise StatisticsError(
+            f"statistics of {features.shape[1]} and of {len(real.mean)} features cannot be"
+            " compared; make them again with the same features"
+        )
+    _check_finite(features)
+
+
+def _check_finite(features: Features) -> None:
+    bad = int((~np.isfinite(features)).any(axis=1).sum())
+    if bad:
+        raise StatisticsError(f"features of {bad} of {len(features)} images are NaN or infinite")
 
 
 def check_enough(n: int, dimensions: int) -> None:
@@ -50,35 +71,24 @@ def check_enough(n: int, dimensions: int) -> None:
         )
 
 
+def mean_and_covariance(features: NDArray[np.floating]) -> tuple[Array, Array]:
+    """Compute mean (D,) and unbiased covariance (D, D) of features (N, D), N >= 2, in float64."""
+    features = np.asarray(features, dtype=np.float64)
+    return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
+
+
 def statistics_of(
-    features: NDArray[np.float32], record: Mapping[str, Any], keep_features: bool = False
+    features: Features, record: Mapping[str, Any], keep_features: bool = False
 ) -> Statistics:
-    """Statistics of features (N, D).
+    """Compute statistics of features (N, D).
 
     Raises:
         StatisticsError: non-finite features, or too few for a covariance of full rank.
     """
-    n, dimensions = features.shape
-    if not np.isfinite(features).all():
-        bad = int((~np.isfinite(features)).any(axis=1).sum())
-        raise StatisticsError(f"features of {bad} of {n} images are NaN or infinite")
-    check_enough(n, dimensions)
+    _check_finite(features)
+    check_enough(*features.shape)
     mean, cov = mean_and_covariance(features)
     return Statistics(mean, cov, features if keep_features else None, record)
-
-
-def distance(a: Statistics, b: Statistics) -> float:
-    """Frechet distance of two sets.
-
-    Raises:
-        StatisticsError: they are of different features.
-    """
-    if a.mean.shape != b.mean.shape:
-        raise StatisticsError(
-            f"statistics of {len(a.mean)} and of {len(b.mean)} features cannot be compared; make"
-            " them again with the same --features"
-        )
-    return frechet_distance(a.mean, a.cov, b.mean, b.cov)
 
 
 def save(path: Path, statistics: Statistics) -> None:
@@ -147,7 +157,7 @@ def _check(found: Statistics, path: Path) -> None:
 
 
 def find(path: Path, record: Mapping[str, Any], need_features: bool) -> Statistics | None:
-    """Statistics from a file, or None if there is none that was made from the same record.
+    """Read statistics from a file, or return None unless they are of the same record.
 
     Raises:
         StatisticsError: the file holds no statistics.

@@ -1,7 +1,7 @@
-"""Feature extractors: what turns images into the vectors that sets of images are compared by."""
+"""Extractors: what turns images into the features that sets of images are compared by."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 
 from Evaluation.inception import DIMENSIONS, URL, load_inception
+from Model.checkpoint import load_face_parser
 from Model.downloads import download_path
-from Model.face_parser import BiSeNet
+from Model.face_parser import fold_batch_norm
+from Util.settings import blame
 
-Images = Callable[[Tensor], Tensor]
+Mask = Callable[[Tensor], Tensor]
+"""Images (N, 3, H, W), nominally in [-1, 1] -> content masks (N, 1, H, W) in {0, 1}."""
+
+LoadMask = Callable[[Path, torch.device], Mask]
+"""Makes the content mask of a face parser's file."""
+
+FEATURES = ("inception", "parser")
 
 
 @dataclass(frozen=True)
@@ -21,135 +29,99 @@ class Extractor:
 
     Attributes:
         network: images (N, 3, H, W), nominally in [-1, 1] -> features (N, D).
-        name: what a Frechet distance of these features is called.
+        name: what a distance of these features is called, such as "parser"; empty for those of
+            Inception, which need no name.
         protocol: weights and preparation of the images, in words; features are comparable where
             this agrees.
-        mask: images -> content masks (N, 1, H, W) in {0, 1} that they are multiplied by.
+        mask: what the images are multiplied by; None leaves them whole.
     """
 
-    network: Images
+    network: Callable[[Tensor], Tensor]
     name: str
     protocol: str
-    mask: Images | None = None
+    mask: Mask | None = None
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features (N, D) in float32."""
+        """Compute features (N, D) in float32."""
         if self.mask is not None:
             images = images * self.mask(images)
         return self.network(images).float()
 
+    def distance_name(self, abbreviation: str, kind: str) -> str:
+        """Name a distance of these features.
+
+        Args:
+            abbreviation: its name with the features of Inception, such as "FID".
+            kind: of the distance with those of another network, such as "Frechet".
+        """
+        name = f"{kind} {self.name} distance" if self.name else abbreviation
+        return f"content-aware {name}" if self.mask else name
+
     def dimensions(self, size: int, device: torch.device) -> int:
-        """D for images of a side; computes those of one."""
+        """Compute D for images of a side."""
         return self(torch.zeros(1, 3, size, size, device=device)).shape[1]
 
 
 def fingerprint(file: Path) -> str:
-    """First eight hexadecimal digits of a file's SHA-256."""
+    """Return the first eight hexadecimal digits of a file's SHA-256."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:8]
 
 
-def inception_extractor(file: Path | None, device: torch.device) -> Extractor:
-    """The FID Inception network's 2048 pooled features.
-
-    Args:
-        file: its weights, None for the downloaded ones.
-        device: where it runs.
-
-    Raises:
-        CheckpointError: see `load_inception`.
-    """
+def _inception_extractor(file: Path | None, device: torch.device) -> Extractor:
+    """Extract the FID Inception network's pooled features; None takes downloaded weights."""
     network = load_inception(file, device)
     protocol = (
         f"Inception {fingerprint(file or download_path(URL))}, {DIMENSIONS} pooled features; float"
         " images in [-1, 1] without an 8-bit step, bilinear to 299 px without aligned corners"
     )
-    return Extractor(network, "FID", protocol)
+    return Extractor(network, "", protocol)
 
 
-def parser_extractor(parser: BiSeNet, file: Path) -> Extractor:
-    """The features of a face parser's trunk, each stage averaged over the picture.
-
-    Args:
-        parser: frozen.
-        file: the parser's checkpoint, named in the protocol.
-    """
+def parser_extractor(file: Path, device: torch.device) -> Extractor:
+    """Extract the features of a face parser's trunk, each stage averaged over the picture."""
+    parser = fold_batch_norm(load_face_parser(file, device))
 
     def network(images: Tensor) -> Tensor:
         maps = parser.trunk_features(parser.prepare(images))
         return torch.cat([stage.mean(dim=(2, 3)) for stage in maps], dim=1)
 
     protocol = f"face parser {fingerprint(file)}, average-pooled features of all trunk stages"
-    return Extractor(network, "Frechet parser distance", protocol)
-
-
-def content_aware(extractor: Extractor, mask: Images, file: Path) -> Extractor:
-    """The same features of images that are multiplied by their own content mask.
-
-    Args:
-        extractor: of whole images.
-        mask: images -> content masks (N, 1, H, W) in {0, 1}.
-        file: the checkpoint of the parser that makes them, named in the protocol.
-    """
-    protocol = f"{extractor.protocol}; images times the content mask of face parser"
-    return replace(
-        extractor,
-        name=f"content-aware {extractor.name}",
-        protocol=f"{protocol} {fingerprint(file)}",
-        mask=mask,
-    )
+    return Extractor(network, "parser", protocol)
 
 
 def make_extractor(
     features: str,
     inception_ckpt: Path | None,
-    parser: BiSeNet | None,
-    parser_file: Path | None,
-    mask: Images | None,
+    parser_ckpt: Path | None,
+    load_mask: LoadMask | None,
     device: torch.device,
 ) -> Extractor:
-    """The features that images are compared by.
+    """Load the features that images are compared by.
 
     Args:
-        features: inception or parser.
+        features: one of `FEATURES`.
         inception_ckpt: Inception's weights, None for the downloaded ones.
-        parser: the face parser, for features of its trunk.
-        parser_file: where it and the masks are from.
-        mask: multiplies the images by their content mask; None leaves them whole.
+        parser_ckpt: the face parser, for features of its trunk and for masks.
+        load_mask: makes the mask that multiplies the images; None leaves them whole.
         device: where they run.
 
     Raises:
-        ValueError: the weights are missing or unfit.
+        SettingError: the weights are missing or do not fit; names inception_ckpt or parser_ckpt.
     """
-    if features == "parser":
-        assert parser is not None
-        assert parser_file is not None
-        extractor = parser_extractor(parser, parser_file)
-    else:
-        extractor = inception_extractor(inception_ckpt, device)
-    if mask is not None:
-        assert parser_file is not None
-        extractor = content_aware(extractor, mask, parser_file)
-    return extractor
-
-
-def extract(
-    extractor: Extractor,
-    batches: Iterable[Tensor],
-    device: torch.device,
-    progress: Callable[[int], object] = lambda n: None,
-) -> list[Tensor]:
-    """Features of all batches, one (n, D) on the CPU for each.
-
-    Args:
-        extractor: on ``device``.
-        batches: images (n, 3, H, W).
-        device: where they are compared.
-        progress: called with the number of images after every batch.
-    """
-    features = []
-    for images in batches:
-        features.append(extractor(images.to(device)).cpu())
-        progress(len(images))
-    return features
+    if features == "inception":
+        with blame("inception_ckpt"):
+            extractor = _inception_extractor(inception_ckpt, device)
+        if load_mask is None:
+            return extractor
+    with blame("parser_ckpt"):
+        if parser_ckpt is None:
+            raise ValueError("is missing; name a face parser")
+        if features == "parser":
+            extractor = parser_extractor(parser_ckpt, device)
+        if load_mask is None:
+            return extractor
+        masks = f"images times the content mask of face parser {fingerprint(parser_ckpt)}"
+        mask = load_mask(parser_ckpt, device)
+    return replace(extractor, protocol=f"{extractor.protocol}; {masks}", mask=mask)

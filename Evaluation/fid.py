@@ -1,19 +1,22 @@
-"""Frechet distance between two sets of features."""
+"""Frechet distance of two sets of features (Heusel et al., NeurIPS 2017)."""
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from Evaluation.feature_statistics import Array, Features, Statistics, statistics_of
 
 
-def mean_and_covariance(features: NDArray[np.floating]) -> tuple[Array, Array]:
-    """Mean (D,) and unbiased covariance (D, D) of features (N, D), N >= 2, in float64."""
-    features = np.asarray(features, dtype=np.float64)
-    return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
+def measure(generated: Features, real: Statistics, name: str, seed: int) -> dict[str, float]:
+    """Measure fid; see `Evaluation.metrics.Metric`."""
+    return {name: distance(statistics_of(generated, {}), real)}
+
+
+def distance(a: Statistics, b: Statistics) -> float:
+    """Compute the Frechet distance of two sets of the same features."""
+    return frechet_distance(a.mean, a.cov, b.mean, b.cov)
 
 
 def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:
-    """Squared Frechet distance of two normal distributions (Heusel et al., 2017, eq. 6).
+    """Compute the squared Frechet distance of two normal distributions (eq. 6).
 
     The trace of the matrix root is that of the symmetric A^(1/2) B A^(1/2), so two symmetric
     eigenvalue problems replace the general root: no imaginary parts, and singular covariances

@@ -29,7 +29,7 @@ def _maximum(x: Tensor) -> Tensor:
 
 
 def _with_pool(block: type[nn.Module], pool: Callable[[Tensor], Tensor]) -> type[nn.Module]:
-    """Torchvision's block with another pooling in its last branch.
+    """Replace the pooling in the last branch of torchvision's block.
 
     TensorFlow's network averages over the pixels inside the picture, and its very last block takes
     the maximum; torchvision's was trained anew with neither.
@@ -67,7 +67,7 @@ class FIDInception(nn.Module):
         self.net = net
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled features (N, 2048) of images (N, 3, H, W), nominally in [-1, 1].
+        """Compute pooled features (N, 2048) of images (N, 3, H, W), nominally in [-1, 1].
 
         As in the original implementation: floats without an 8-bit step, resized bilinearly to 299
         px without aligned corners.
@@ -88,7 +88,7 @@ def load_inception(file: Path | None, device: torch.device) -> FIDInception:
         CheckpointError: no download, or not the network's weights; says what to do.
     """
     if file is None:
-        file = downloaded(URL, "name the file by --inception_ckpt, or take --features parser")
+        file = downloaded(URL, "name it by the setting inception_ckpt, or take the features parser")
     weights = {k: v for k, v in read(file).items() if not str(k).startswith("fc.")}
     network = FIDInception()
     # Counters that files older than PyTorch 0.4.1 lack, and that inference does not use.

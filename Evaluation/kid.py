@@ -3,24 +3,31 @@
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from Evaluation.feature_statistics import Array, Features, Statistics
 
 
 def _kernel(a: Array, b: Array) -> Array:
-    """The cubic kernel (x.y / D + 1) ** 3 of all pairs, (len(a), len(b))."""
+    """Compute the cubic kernel (x.y / D + 1) ** 3 of all pairs, (len(a), len(b))."""
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
 def squared_mmd(a: Array, b: Array) -> float:
-    """Unbiased estimate of the squared maximum mean discrepancy of features (N, D) and (M, D).
+    """Estimate the squared maximum mean discrepancy of features (N, D) and (M, D).
 
-    Section 2 of the paper; it can be negative.
+    Section 2 of the paper; unbiased, so it can be negative.
     """
     within = 0.0
     for x in (a, b):
         kernel = _kernel(x, x)
         within += (kernel.sum() - np.trace(kernel)) / (len(x) * (len(x) - 1))
     return float(within - 2 * _kernel(a, b).mean())
+
+
+def measure(generated: Features, real: Statistics, name: str, seed: int) -> dict[str, float]:
+    """Measure kid; see `Evaluation.metrics.Metric`."""
+    assert real.features is not None
+    value, error = kernel_distance(generated, real.features, seed=seed)
+    return {name: value, f"{name}, standard error": error}
 
 
 def kernel_distance(
@@ -30,7 +37,7 @@ def kernel_distance(
     subset_size: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Mean of the squared discrepancy over random subsets, and its standard error.
+    """Average the squared discrepancy over random subsets, and find its standard error.
 
     The error is that of the distance between the whole sets, by the delete-d jackknife (Shao and
     Wu, 1989) over the same subsets.

@@ -28,8 +28,8 @@ def minimise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Minimise N independent functions of D variables (Nocedal & Wright, 2006, algorithm 7.5).
 
-    A problem whose line search fails starts afresh from steepest descent; where that fails too, it
-    rests at its minimum (as far as the rounding lets it see).
+    A problem whose line search fails restarts from steepest descent; where that fails too, it has
+    reached its minimum up to rounding and stays there.
 
     Args:
         objective: see `Objective`.
@@ -50,11 +50,12 @@ def minimise(
     # The weight 1 / (move * turn) of a pair; 0 takes it out of the sums, problem by problem.
     weight = x.new_zeros(history, n)
     scale = 1 / gradient.abs().sum(dim=1).clamp(min=1)
-    resting = torch.zeros(n, dtype=torch.bool, device=device)
+    finished = torch.zeros(n, dtype=torch.bool, device=device)
+    # Step along -H g, then keep the moves of x and of its gradient as the newest pair of H.
     for k in range(iterations):
         order = [(k - 1 - i) % history for i in range(min(k, history))]
         direction = -_inverse_hessian_product(gradient, moves, turns, weight, scale, order)
-        direction[resting] = 0
+        direction[finished] = 0
         new_x, new_value, new_gradient, trials = _line_search(
             objective, x, value, gradient, direction, step
         )
@@ -64,7 +65,7 @@ def minimise(
         curvature = _dot(move, turn)
         good = curvature > 1e-10 * _dot(turn, turn)
         stuck = ~move.any(dim=1)
-        resting |= stuck & ~weight.any(dim=0)
+        finished |= stuck & ~weight.any(dim=0)
         weight[:, stuck] = 0
         slot = k % history
         moves[slot], turns[slot] = move, turn
@@ -80,7 +81,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _evaluate(objective: Objective, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (M,) and gradients (M, D); the sum's gradient is each problem's own."""
+    """Compute values (M,) and gradients (M, D); the sum's gradient is each problem's own."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         value = objective(x, rows)
@@ -91,7 +92,7 @@ def _evaluate(objective: Objective, x: Tensor, rows: Tensor) -> tuple[Tensor, Te
 def _inverse_hessian_product(
     gradient: Tensor, moves: Tensor, turns: Tensor, weight: Tensor, scale: Tensor, order: list[int]
 ) -> Tensor:
-    """The two-loop recursion (algorithm 7.4) over the pairs of ``order``, newest first."""
+    """Run the two-loop recursion (algorithm 7.4) over the pairs of ``order``, newest first."""
     result = gradient.clone()
     alphas = []
     for i in order:

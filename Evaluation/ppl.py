@@ -11,9 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
-from Evaluation.sampling import POSITION, latents, layer_noise, stream
+from Evaluation.distances import Distance
+from Evaluation.sampling import POSITION, draw_noise, draw_z, shares, synthesise
+from Evaluation.settings import ModelSettings, PerceptualSettings, Result
 from Model.generator import Generator
+from Util import distributed
+from Util.device import pick_device
+from Util.settings import setting
+from Util.streams import stream
 
 Protocol = Literal["paper", "standard"]
 PROTOCOLS: dict[Protocol, str] = {
@@ -42,31 +49,30 @@ class PathPairs:
 
     @torch.no_grad()
     def images(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Both images of these pairs, (n, 3, size, size) each."""
+        """Make both images of these pairs, (n, 3, size, size) each."""
         n, g = len(indices), self.generator
         ends = [2 * i for i in indices], [2 * i + 1 for i in indices]
-        start, end = (g.mapping(latents(g, numbers, self.seed)) for numbers in ends)
+        start, end = (g.mapping(draw_z(g, numbers, self.seed)) for numbers in ends)
         w = torch.cat([start.lerp(end, t) for t in self._positions(indices).to(start)])
-        first = layer_noise(g, ends[0], self.seed)
-        second = first if self.shared_noise else layer_noise(g, ends[1], self.seed)
+        first = draw_noise(g, ends[0], self.seed)
+        second = first if self.shared_noise else draw_noise(g, ends[1], self.seed)
         noise = [torch.cat(pair) for pair in zip(first, second, strict=True)]
-        images = g([w], input_is_latent=True, noise=noise)
+        images = synthesise(g, w, noise)
         return images[:n], images[n:]
 
     def _positions(self, indices: Sequence[int]) -> Tensor:
-        """Where on their lines the two images of every pair are, (2, n, 1)."""
-        cpu = torch.device("cpu")
-        t = [torch.rand(1, generator=stream(self.seed, i, POSITION, cpu)) for i in indices]
+        """Draw where on their lines the two images of every pair are, (2, n, 1)."""
+        t = [torch.rand(1, generator=stream(self.seed, i, POSITION)) for i in indices]
         return torch.stack(t).repeat(2, 1, 1) + torch.tensor([0.0, self.eps]).view(2, 1, 1)
 
 
 def pair_distances(
     pairs: PathPairs,
-    perceptual: Callable[[Tensor, Tensor], Tensor],
+    perceptual: Distance,
     batches: Sequence[Sequence[int]],
     progress: Callable[[int], object] = lambda n: None,
 ) -> list[Tensor]:
-    """Perceptual distances of pairs, one (n,) on the CPU for every batch of their numbers."""
+    """Compute distances of pairs, one (n,) on the CPU for every batch of their numbers."""
     distances = []
     for indices in batches:
         distances.append(perceptual(*pairs.images(indices)).flatten().cpu())
@@ -77,7 +83,7 @@ def pair_distances(
 def perceptual_path_length(
     distances: NDArray[np.floating], eps: float, protocol: Protocol
 ) -> float:
-    """Mean of the distances between the 1st and the 99th percentile.
+    """Average the distances between the 1st and the 99th percentile.
 
     Args:
         distances: of all pairs, (N,).
@@ -89,3 +95,60 @@ def perceptual_path_length(
     high = np.percentile(distances, 99, method="higher")
     mean = distances[(distances >= low) & (distances <= high)].mean()
     return float(mean if protocol == "paper" else mean / eps**2)
+
+
+def path_length(
+    generator: Generator,
+    perceptual: Distance,
+    protocol: Protocol,
+    n: int,
+    batch_size: int = 50,
+    eps: float = 1e-4,
+    seed: int = 0,
+) -> float:
+    """Measure a generator's path length over ``n`` `PathPairs`, which the processes share."""
+    pairs = PathPairs(generator, eps, seed, shared_noise=protocol == "standard")
+    rank, world = distributed.rank(), distributed.world_size()
+    batches = list(shares(n, batch_size, rank, world))
+    total = sum(map(len, batches))
+    with tqdm(total=total, desc=protocol, unit="pair", leave=False, disable=rank > 0) as bar:
+        own = pair_distances(pairs, perceptual, batches, bar.update)
+    distances = torch.cat(distributed.gather_in_turn(own)).numpy()
+    return perceptual_path_length(distances, eps, protocol)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathSettings(PerceptualSettings, ModelSettings):
+    """Settings of `measure`."""
+
+    n_sample: int = setting(5000, "pairs of images", low=1)
+    batch_size: int = setting(50, "pairs at a time", low=1)
+    eps: float = setting(1e-4, "step along a line between two w, in (0, 1)", above=0, below=1)
+
+
+def measure(settings: PathSettings) -> Result:
+    """Measure a model's path length by every protocol.
+
+    The processes of a launcher join here; the caller lets them leave (`Util.distributed`).
+
+    Raises:
+        SettingError: names the setting and what to do.
+    """
+    device = distributed.join(pick_device(settings.device))
+    generator = settings.load(settings.ckpt, device)
+    perceptual = settings.load_distance(settings.ckpt, device)
+    distance = settings.distance_name(settings.ckpt)
+    n, eps = settings.n_sample, settings.eps
+    figures: dict[str, float] = {}
+    lines = []
+    for protocol, description in PROTOCOLS.items():
+        value = path_length(
+            generator, perceptual, protocol, n, settings.batch_size, eps, settings.seed
+        )
+        figures[protocol] = value
+        lines.append(f"PPL ({protocol} protocol, {distance}): {value:.6g}")
+        if settings.info_print:
+            lines.append(f"  {n} pairs, eps {eps:g}; {description}; 1 % trimmed")
+    protocols = {"distance": distance, "trimmed": "1 % at each end"} | dict(PROTOCOLS.items())
+    chosen = {"perceptual": settings.network(settings.ckpt)}
+    return Result(figures, protocols, lines, settings, chosen)

@@ -3,15 +3,24 @@
 import torch
 from torch import Tensor
 
+from Evaluation.feature_statistics import Features, Statistics
+
+
+def measure(generated: Features, real: Statistics, name: str, seed: int) -> dict[str, float]:
+    """Measure pr; see `Evaluation.metrics.Metric`."""
+    assert real.features is not None
+    found = precision_recall(torch.from_numpy(generated), torch.from_numpy(real.features))
+    return dict(zip(("precision", "recall"), found, strict=True))
+
 
 def _radii(features: Tensor, k: int, chunk: int) -> Tensor:
-    """Distance of every point to its k-th nearest other point, (N,)."""
+    """Compute the distance of every point to its k-th nearest other point, (N,)."""
     parts = [torch.cdist(part, features) for part in features.split(chunk)]
     return torch.cat([part.kthvalue(k + 1, dim=1).values for part in parts])
 
 
 def _share_inside(points: Tensor, centres: Tensor, radii: Tensor, chunk: int) -> float:
-    """Share of the points that lie in at least one of the balls."""
+    """Compute the share of the points that lie in at least one of the balls."""
     inside = [(torch.cdist(p, centres) <= radii).any(dim=1) for p in points.split(chunk)]
     return torch.cat(inside).double().mean().item()
 
@@ -19,7 +28,7 @@ def _share_inside(points: Tensor, centres: Tensor, radii: Tensor, chunk: int) ->
 def precision_recall(
     generated: Tensor, real: Tensor, k: int = 3, chunk: int = 2048
 ) -> tuple[float, float]:
-    """Share of generated images among the real ones, and of real among the generated ones.
+    """Find the share of generated images among the real ones, and of real among generated.
 
     A point is among others if it lies in a ball around one of them that reaches to its k-th nearest
     neighbour in its own set (eq. 1 and 2).

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from Evaluation.distances import Distance
 from Evaluation.lbfgs import minimise
-from Evaluation.sampling import mean_latent
+from Evaluation.sampling import mean_latent, synthesise
 from Model.generator import Generator
 from Util.files import atomic_path, read_npz
 
@@ -37,7 +37,7 @@ class Projection:
     evaluations: Tensor
 
     def part(self, i: int) -> "Projection":
-        """The projection of picture ``i`` alone."""
+        """Return the projection of picture ``i`` alone."""
         one = slice(i, i + 1)
         noise = [maps[one] for maps in self.noise]
         return Projection(self.w_plus[one], noise, self.loss[one], self.evaluations[one])
@@ -83,7 +83,7 @@ def project(
         raise ValueError(f"images {tuple(images.shape)}; expected (N, 3, {generator.size}, same)")
 
     def objective(x: Tensor, rows: Tensor) -> Tensor:
-        made = generator.synthesis(*_unflatten(generator, x)).image
+        made = synthesise(generator, *_unflatten(generator, x))
         error = (made - images[rows]).square().mean(dim=(1, 2, 3))
         return mse_weight * error + perceptual_weight * perceptual(made, images[rows])
 
@@ -98,7 +98,7 @@ def project(
 
 
 def _unflatten(generator: Generator, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Points (N, D) -> w+ and noise maps."""
+    """Split points (N, D) into w+ and noise maps."""
     shapes = [torch.Size((generator.n_latent, generator.style_dim))]
     shapes += [noise.shape[1:] for noise in generator.fixed_noise]
     parts = x.split([shape.numel() for shape in shapes], dim=1)
@@ -113,7 +113,7 @@ def _adam(
     lr: float,
     progress: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `minimise`, by gradient steps."""
+    """Minimise by gradient steps; see `minimise`."""
     x, rows = start.clone().requires_grad_(), torch.arange(len(start), device=start.device)
     adam = torch.optim.Adam([x], lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, iterations)
@@ -130,7 +130,7 @@ def _adam(
 
 
 def fingerprint(generator: Generator) -> str:
-    """A digest of all tensors, 16 hexadecimal digits."""
+    """Compute a digest of all tensors, 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in generator.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
@@ -188,7 +188,7 @@ def load_projection(path: str | PathLike[str], generator: Generator | None = Non
     if generator and made_with != fingerprint(generator):
         raise ValueError(
             f"{path}: made with other weights (those of {model}); project the picture with this"
-            " model, by get_projected_image.py --ckpt"
+            " model"
         )
     if generator:
         _check_fit(projection, generator, path)

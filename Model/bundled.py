@@ -1,4 +1,4 @@
-"""Where the files that this repository ships, or that a user downloads, lie."""
+"""Paths of the files that this repository ships or that a user downloads."""
 
 from os import PathLike
 from pathlib import Path
@@ -14,15 +14,15 @@ PRUNED_FOLDER = FOLDER / "pruned_model"
 
 
 def is_bundled(model: str | PathLike[str]) -> bool:
-    """Whether a checkpoint is one that this repository ships."""
+    """Return whether a checkpoint is one that this repository ships."""
     return Path(model).resolve() in (MODEL, COMPRESSED)
 
 
 def default_parser(model: str | PathLike[str]) -> Path:
-    """The face parser that fits a model: the bundled one for bundled models, else the published.
+    """Return the parser that fits a model: the bundled one for bundled models, else the published.
 
     Raises:
-        ValueError: the published parser is not there; says where it is from.
+        ValueError: the published parser is missing; says where to get it.
     """
     if is_bundled(model):
         return PARSER

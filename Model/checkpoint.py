@@ -1,4 +1,4 @@
-"""Reading and writing network checkpoints: strict, safe, atomic.
+"""Read and write network checkpoints: strictly, safely, atomically.
 
 This is the only place where networks meet ``torch.load`` and ``torch.save``. Architectures are read
 off the tensors, so a checkpoint needs no side file. Files are opened with ``weights_only=True``: a
@@ -7,6 +7,7 @@ holds before memory is taken for it.
 """
 
 import contextlib
+import itertools
 import os
 import pickle
 import pickletools
@@ -20,7 +21,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from Model import nvidia
 from Model.discriminator import Discriminator
+from Model.errors import CheckpointError
 from Model.face_parser import BiSeNet
 from Model.generator import Generator
 from Util.files import atomic_path, unpacked_size
@@ -33,15 +36,11 @@ LARGEST_SIZE = 4096
 """Side in px of the largest images a generator's file may claim: its noise maps have that size."""
 
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message names the file, what was found and what to do."""
-
-
 def read(path: PathOrDict) -> dict[str, Any]:
     """Read a checkpoint into CPU memory without running any code from it.
 
     Args:
-        path: a file, or a dict that is returned as it is.
+        path: a file, ours or NVIDIA's (`Model.nvidia`), or a dict that is returned as it is.
 
     Raises:
         CheckpointError: no such file, not a PyTorch file, damaged, or holding objects other than
@@ -51,6 +50,8 @@ def read(path: PathOrDict) -> dict[str, Any]:
         return dict(path)
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file; give the path of a checkpoint (.pt)")
+    if nvidia.is_pickle(path):
+        return nvidia.read(path)
     try:
         if zipfile.is_zipfile(path) and unpacked_size(Path(path)) > Path(path).stat().st_size:
             raise ValueError("it would unpack to more than its size, but checkpoints are stored")
@@ -73,14 +74,14 @@ def read(path: PathOrDict) -> dict[str, Any]:
 
 
 def _unsafe_name(path: PathOrDict, error: Exception) -> str:
-    """The offending global in PyTorch's long message, else the pickle's first one."""
+    """Return the offending global of PyTorch's long message, else the pickle's first one."""
     text = str(error)
     match = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"class '?([\w.]+)", text)
     return match.group(1) if match else _first_global(Path(str(path))) or text.splitlines()[0][:120]
 
 
 def _first_global(path: Path) -> str:
-    """What a bare pickle would import first; only looked at, not run."""
+    """Return what a bare pickle would import first, without running it."""
     words: list[str] = []
     with open(path, "rb") as file, contextlib.suppress(ValueError):
         for code, argument, _ in pickletools.genops(file):
@@ -112,7 +113,7 @@ def _state_dict(source: PathOrDict, key: str, name: str = "") -> tuple[StateDict
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor with all its values in memory."""
+    """Return whether it is a tensor with all its values in memory."""
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
@@ -124,7 +125,7 @@ def _check_claims(state: StateDict, name: str) -> None:
 
 
 def _shape(state: StateDict, key: str, dims: int, name: str) -> torch.Size:
-    """Shape of a tensor that the architecture is read from."""
+    """Return the shape of a tensor that the architecture is read off."""
     if key not in state:
         raise CheckpointError(f"{name} has no tensor {key}; is this the right kind of network?")
     if state[key].ndim != dims:
@@ -132,16 +133,13 @@ def _shape(state: StateDict, key: str, dims: int, name: str) -> torch.Size:
     return state[key].shape
 
 
-def _count(state: StateDict, pattern: str) -> int:
-    """Number of consecutive indices i = 0, 1, ... for which ``pattern.format(i)`` is a tensor."""
-    count = 0
-    while pattern.format(count) in state:
-        count += 1
-    return count
+def _count(state: StateDict, pattern: str, start: int = 0) -> int:
+    """Count the indices from ``start`` on, without a gap, whose ``pattern`` names a tensor."""
+    return next(n for n in itertools.count() if pattern.format(start + n) not in state)
 
 
 def _check_tensors(own: Mapping[str, Tensor], state: StateDict, name: str, kind: str) -> None:
-    """Say which tensor is missing, unexpected, of another shape or of another type."""
+    """Refuse tensors that are missing, unexpected, of another shape or type, or not finite."""
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
     for problem, keys in (("lacks", missing), ("has an unexpected", unexpected)):
@@ -177,7 +175,7 @@ def _build(
 ) -> Network:
     """Make the network that a state dict describes, and fill it.
 
-    It is first made without memory: what a file only claims to hold never takes any.
+    It is made without memory first: what a file only claims to hold never takes any.
 
     Args:
         make: constructor with the sizes that were read off the tensors.
@@ -234,11 +232,7 @@ def load_generator(
         raise CheckpointError(f"{name} claims images of {found_size} px, more than {LARGEST_SIZE}")
     if size is not None and size != found_size:
         raise CheckpointError(f"{name} makes {found_size} px images, but {size} px were asked for")
-    n_mlp = max(
-        _count({k: v for k, v in state.items()} | {"style.0.weight": Tensor()}, "style.{}.weight")
-        - 1,
-        0,
-    )
+    n_mlp = _count(state, "style.{}.weight", start=1)
     style_dim = _shape(state, "style.1.weight", 2, name)[0]
     network = _build(
         lambda: Generator(found_size, style_dim, n_mlp, widths), state, name, optional="noises."
@@ -255,7 +249,7 @@ def load_discriminator(
         CheckpointError: see the module.
     """
     state, name = _state_dict(source, key)
-    n_blocks = _count({**state, "convs.0.conv1.0.weight": Tensor()}, "convs.{}.conv1.0.weight") - 1
+    n_blocks = _count(state, "convs.{}.conv1.0.weight", start=1)
     widths = [_shape(state, "convs.0.0.weight", 4, name)[0]]
     for i in range(1, n_blocks + 1):
         widths.append(_shape(state, f"convs.{i}.conv2.1.weight", 4, name)[0])
@@ -271,7 +265,8 @@ def load_face_parser(source: PathOrDict, device: str | torch.device = "cpu") -> 
     """Build the face parser that a file holds, in evaluation mode and without gradients.
 
     The file is either the published bare state dict (``79999_iter.pth``), or
-    ``{"parser": state dict, "config": {"n_classes", "width", "stem_stride", "input_size"}}``.
+    ``{"parser": state dict, "config": {"n_classes", "width", "stem_stride", "input_size",
+    "classes_excluded", "class_names"}}``. What a config lacks is as `BiSeNet` has it by default.
 
     Raises:
         CheckpointError: see the module.

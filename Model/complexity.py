@@ -1,14 +1,14 @@
-"""What a generator costs: parameters, and multiply-accumulates for one image.
+"""The cost of a generator: parameters, and multiply-accumulates for one image.
 
 The convention is that of the published numbers ("Content-Aware GAN Compression", Liu et al., CVPR
-2021, where multiply-accumulates are called FLOPs). Counted are
+2021, where multiply-accumulates are called FLOPs). It counts
 
 - the linear layers of the mapping network and of the modulation: inputs times outputs;
 - the convolutions: weights times positions, where a transposed convolution of stride 2 takes every
   *input* position, because each input value meets each weight once.
 
-Not counted are filters (blur, RGB upsampling), demodulation, and everything element by element. For
-the full-size 256 px generator they are about 0.6 % on top.
+It leaves out filters (blur, RGB upsampling), demodulation, and everything element by element: for
+the full-size 256 px generator about 0.6 % more.
 """
 
 from dataclasses import dataclass
@@ -47,14 +47,14 @@ def _parameters(module: nn.Module) -> int:
 def _convolution_cost(
     name: str, layer: nn.Module, conv: ModulatedConv2d, in_side: int, out_side: int
 ) -> LayerCost:
-    """Cost of a styled convolution or a ToRGB around its modulated convolution."""
+    """Return the cost of a styled convolution or a ToRGB around its modulated convolution."""
     macs = conv.weight.numel() * in_side**2 + conv.modulation.weight.numel()
     _, out_channels, in_channels, _, _ = conv.weight.shape
     return LayerCost(name, out_side, in_channels, out_channels, macs, _parameters(layer))
 
 
 def layer_costs(generator: Generator) -> list[LayerCost]:
-    """Costs of every layer in the order of computation; works on the meta device too."""
+    """List the costs of every layer in the order of computation; works on the meta device too."""
     mapping = sum(m.weight.numel() for m in generator.style if isinstance(m, EqualLinear))
     dim, width = generator.style_dim, generator.channels[0]
     costs = [
@@ -74,10 +74,10 @@ def layer_costs(generator: Generator) -> list[LayerCost]:
 
 
 def macs(generator: Generator) -> int:
-    """Multiply-accumulates for one image; 45,124,673,536 for the full-size 256 px generator."""
+    """Count multiply-accumulates for one image: 45,124,673,536 for full-size 256 px."""
     return sum(cost.macs for cost in layer_costs(generator))
 
 
 def parameters(generator: Generator) -> int:
-    """Numbers that training changes; the stored noise maps and the filters are none."""
+    """Count the numbers that training changes; noise maps and filters are not among them."""
     return _parameters(generator)

@@ -1,4 +1,4 @@
-"""The StyleGAN2 discriminator (residual)."""
+"""The StyleGAN2 discriminator (residual: Karras et al., CVPR 2020, figure 7c)."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from Model.precision import in_float32
 
 
 class ConvLayer(nn.Sequential):
-    """Convolution, downsampled twofold after a blur if asked, with bias and leaky ReLU if asked."""
+    """Convolution; optionally a blur before and stride 2, optionally bias and leaky ReLU after."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class ConvLayer(nn.Sequential):
         layers: list[nn.Module] = []
         stride, padding = 1, kernel_size // 2
         if downsample and kernel_size == 1:
-            # A strided 1x1 convolution reads only every other sample, so the blur makes no others.
+            # A strided 1x1 convolution reads every other sample: the blur computes no more.
             layers.append(Blur(pad=(1, 1), down=2))
         elif downsample:
             pad = (kernel_size + 1) // 2
@@ -39,7 +39,7 @@ class ConvLayer(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions beside a 1x1 skip; halves the resolution."""
+    """Two 3x3 convolutions beside a 1x1 skip, at half the resolution after them."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -49,18 +49,19 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, I, H, W) to (N, O, H/2, W/2) at unchanged variance."""
+        # The sum of two paths has twice the variance of each.
         return (self.conv2(self.conv1(x)) + self.skip(x)) * math.sqrt(0.5)
 
 
 def minibatch_stddev(x: Tensor, group_size: int = 4) -> Tensor:
-    """Append the mean standard deviation over groups of images as one more map.
+    """Append the mean standard deviation over groups of images as one more map (ProGAN, section 3).
 
-    Image i belongs to the group of i modulo N / group. Where ``group_size`` does not divide N the
-    next smaller divisor is taken, so any batch works.
+    Images i and j share a group if i = j modulo N / group. Where ``group_size`` does not divide N,
+    the next smaller divisor is taken, so any batch works.
 
     Args:
         x: (N, C, H, W) activations.
-        group_size: images that are compared with each other (ProGAN, section 3).
+        group_size: images that are compared with each other.
 
     Returns:
         (N, C + 1, H, W).

@@ -1,4 +1,4 @@
-"""Published weights, fetched on first use: verified, whole, and explained where that fails."""
+"""Fetch published weights on first use, whole and verified."""
 
 from pathlib import Path
 
@@ -8,26 +8,27 @@ from Model.checkpoint import CheckpointError
 
 
 def download_path(url: str) -> Path:
-    """Where a download is kept: PyTorch's folder for such files (``TORCH_HOME`` moves it)."""
+    """Return where a download is kept: PyTorch's folder for such files (see ``TORCH_HOME``)."""
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
 
 
 def downloaded(url: str, otherwise: str) -> Path:
-    """The file of a URL, fetched if it is not there yet.
+    """Return the file of a URL, fetched if it is not there yet.
 
-    It appears under its name only when whole and when its SHA-256 begins as the name says.
+    It appears under its name only once it is whole and, where the name ends in digits of its
+    SHA-256 (NAME-DIGITS.SUFFIX), these agree.
 
     Args:
-        url: ends in NAME-DIGITS.SUFFIX.
+        url: of the file.
         otherwise: what else the user can do, for the message.
 
     Raises:
-        CheckpointError: no download; names the file, where to get it and where to put it.
+        CheckpointError: the download failed; names the file, where to get it and where to put it.
     """
     file = download_path(url)
     if file.is_file():
         return file
-    digits = file.stem.rsplit("-", 1)[1]
+    digits = file.stem.partition("-")[2].rsplit("-", 1)[-1] or None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), hash_prefix=digits)

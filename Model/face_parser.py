@@ -2,8 +2,8 @@
 
 The architecture is that of "BiSeNet: Bilateral Segmentation Network for Real-time Semantic
 Segmentation" (Yu et al., ECCV 2018) in the variant published for CelebAMask-HQ faces
-(79999_iter.pth of face-parsing.PyTorch): there is no separate spatial path, the trunk's features at
-one eighth of the input's side take its place.
+(79999_iter.pth of face-parsing.PyTorch): in place of a separate spatial path it has the trunk's
+features at one eighth of the input's side.
 
 Two numbers make cheaper relatives of the published network: `width` scales every layer, and
 `stem_stride` keeps more of the detail of a small input.
@@ -25,14 +25,19 @@ PUBLISHED_STEM_STRIDE = 4
 PUBLISHED_INPUT_SIZE = 512
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CELEBAMASK_NAMES = (
+    *("background", "skin", "l_brow", "r_brow", "l_eye", "r_eye", "eye_g", "l_ear", "r_ear"),
+    *("ear_r", "nose", "mouth", "u_lip", "l_lip", "neck", "neck_l", "cloth", "hair", "hat"),
+)
+CELEBAMASK_EXCLUDED = (0, 16)
+"""What is not content: background and cloth ("Content-Aware GAN Compression", section 3.1)."""
 
 
 class Conv2d(nn.Conv2d):
-    """PyTorch's layer, without dilation and groups, by way of this project's `conv2d`."""
+    """PyTorch's layer without dilation and groups, through `Model.ops.conv2d`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, I, h, w) -> (N, O, h / stride, w / stride)."""
-        assert not isinstance(self.padding, str)
+        """Map (N, I, h, w) to (N, O, h / stride, w / stride)."""
         return conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
 
@@ -47,7 +52,7 @@ class ConvBNReLU(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, I, h, w) -> (N, O, h, w)."""
+        """Map (N, I, h, w) to (N, O, h, w)."""
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
@@ -68,12 +73,12 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, I, h, w) -> (N, O, h / stride, w / stride)."""
+        """Map (N, I, h, w) to (N, O, h / stride, w / stride)."""
         residual = F.relu(self.bn1(self.conv1(x)), inplace=True)
         residual = self.bn2(self.conv2(residual))
         if self.downsample is None:
             return F.relu(residual.add_(x), inplace=True)
-        # A 1x1 layer with a stride reads every stride-th pixel. They are picked here, because
+        # A 1x1 layer with a stride reads every stride-th pixel. They are picked beforehand, because
         # oneDNN's weight gradient of such a layer writes out of bounds for fewer than 16 channels
         # in channels-last order (github.com/uxlfoundation/oneDNN, issue 6035).
         shortcut = self.downsample(x[:, :, :: self.stride, :: self.stride])
@@ -85,8 +90,8 @@ class ResNet18(nn.Module):
 
     def __init__(self, width: int, stem_stride: int) -> None:
         super().__init__()
-        # Strides are taken away from behind: the first layer's, at the picture's full size, costs
-        # the most to do without.
+        # The later strides go first: a first layer without one, at the picture's full size, would
+        # cost the most.
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, 2 if stem_stride == 4 else 1, padding=1)
@@ -102,7 +107,7 @@ class ResNet18(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, 3, H, W) -> features at 1/8, 1/16 and 1/32 of the side (with stem stride 4)."""
+        """Map (N, 3, H, W) to features at 1/8, 1/16 and 1/32 of the side (with stem stride 4)."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer1(self.maxpool(x))
         feat8 = self.layer2(x)
@@ -121,7 +126,7 @@ class AttentionRefinement(nn.Module):
         self.bn_atten = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, I, h, w) -> (N, O, h, w)."""
+        """Map (N, I, h, w) to (N, O, h, w)."""
         x = self.conv(x)
         attention = self.bn_atten(self.conv_atten(x.mean((2, 3), keepdim=True)))
         return x * attention.sigmoid()
@@ -140,7 +145,7 @@ class ContextPath(nn.Module):
         self.conv_avg = ConvBNReLU(8 * width, 2 * width, kernel_size=1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, 3, H, W) -> trunk features at 1/8, context at 1/8, context at 1/16 of the side."""
+        """Map (N, 3, H, W) to trunk features at 1/8, context at 1/8 and at 1/16 of the side."""
         feat8, feat16, feat32 = self.resnet(x)
         # One value per channel for the whole image: broadcasting is its nearest upsampling.
         context = self.arm32(feat32) + self.conv_avg(feat32.mean((2, 3), keepdim=True))
@@ -151,7 +156,7 @@ class ContextPath(nn.Module):
 
 
 class FeatureFusion(nn.Module):
-    """Joins detail and context and re-weights the channels of the result (section 3.3)."""
+    """Join detail and context and re-weight the channels of the result (section 3.3)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -160,7 +165,7 @@ class FeatureFusion(nn.Module):
         self.conv2 = nn.Conv2d(channels // 4, channels, 1, bias=False)
 
     def forward(self, detail: Tensor, context: Tensor) -> Tensor:
-        """Two (N, C / 2, h, w) -> (N, C, h, w)."""
+        """Map two (N, C / 2, h, w) to (N, C, h, w)."""
         fused = self.convblk(torch.cat((detail, context), dim=1))
         attention = F.relu(self.conv1(fused.mean((2, 3), keepdim=True)))
         return fused * (1 + self.conv2(attention).sigmoid())
@@ -175,7 +180,7 @@ class OutputHead(nn.Module):
         self.conv_out = nn.Conv2d(mid_channels, n_classes, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, h, w) -> logits (N, n_classes, h, w)."""
+        """Map (N, C, h, w) to logits (N, n_classes, h, w)."""
         return self.conv_out(self.conv(x))
 
 
@@ -192,9 +197,13 @@ class BiSeNet(nn.Module):
             input's side; 2 leaves out the pooling's stride, 1 also that of the second stage.
         input_size: side in pixels of the square images that the network was trained for; `prepare`
             resizes to it, `forward` is not limited to it.
+        classes_excluded: classes that are not content. None means CelebAMask-HQ's background and
+            cloth where there are 19 classes, else class 0.
+        class_names: one for each class. Without names, 19 classes have CelebAMask-HQ's.
 
     Raises:
-        ValueError: for a number that is not positive or a stem stride other than 1, 2, 4.
+        ValueError: for a number that is not positive, a stem stride other than 1, 2, 4, or classes
+            that do not fit.
     """
 
     mean: Tensor
@@ -206,6 +215,8 @@ class BiSeNet(nn.Module):
         width: int = PUBLISHED_WIDTH,
         stem_stride: int = PUBLISHED_STEM_STRIDE,
         input_size: int = PUBLISHED_INPUT_SIZE,
+        classes_excluded: Sequence[int] | None = None,
+        class_names: Sequence[str] = (),
     ) -> None:
         super().__init__()
         for name, value in (("n_classes", n_classes), ("width", width), ("input_size", input_size)):
@@ -217,6 +228,13 @@ class BiSeNet(nn.Module):
         self.width = width
         self.stem_stride = stem_stride
         self.input_size = input_size
+        faces = n_classes == len(CELEBAMASK_NAMES)
+        if classes_excluded is None:
+            classes_excluded = CELEBAMASK_EXCLUDED if faces else (0,)
+        if not class_names:
+            class_names = CELEBAMASK_NAMES if faces else [f"class {i}" for i in range(n_classes)]
+        self.classes_excluded, self.class_names = tuple(classes_excluded), tuple(class_names)
+        self._check_classes()
         self.cp = ContextPath(width, stem_stride)
         self.ffm = FeatureFusion(4 * width)
         self.conv_out = OutputHead(4 * width, 4 * width, n_classes)
@@ -226,23 +244,34 @@ class BiSeNet(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self._initialise()
 
+    def _check_classes(self) -> None:
+        for value in self.classes_excluded:
+            if type(value) is not int or not 0 <= value < self.n_classes:
+                known = f"0 to {self.n_classes - 1}"
+                raise ValueError(f"face parser: there is no class {value!r} to exclude in {known}")
+        printable = [isinstance(name, str) and name.isprintable() for name in self.class_names]
+        if len(printable) != self.n_classes or not all(printable):
+            raise ValueError(f"face parser: class_names are not {self.n_classes} printable names")
+
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
 
     @property
-    def config(self) -> dict[str, int]:
+    def config(self) -> dict[str, Any]:
         """The constructor's arguments, as they are stored next to the weights in a checkpoint."""
         return {
             "n_classes": self.n_classes,
             "width": self.width,
             "stem_stride": self.stem_stride,
             "input_size": self.input_size,
+            "classes_excluded": list(self.classes_excluded),
+            "class_names": list(self.class_names),
         }
 
     def prepare(self, images: Tensor) -> Tensor:
-        """What the network is shown of a picture; differentiable in `images`.
+        """Resize and normalise pictures for the network; differentiable in `images`.
 
         Args:
             images: (N, 3, H, W), nominally in [-1, 1].
@@ -257,7 +286,7 @@ class BiSeNet(nn.Module):
         return (images - self.mean) / self.std
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes the main and the two auxiliary outputs; the latter serve training only.
+        """Compute the main and the two auxiliary outputs; the latter serve training only.
 
         Args:
             images: (N, 3, H, W), ImageNet-normalised.
@@ -270,13 +299,13 @@ class BiSeNet(nn.Module):
         return main, at8, at16
 
     def all_logits(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The outputs before their upsampling, the last at half the others' side."""
+        """Compute the outputs before their upsampling, the last at half the others' side."""
         detail8, context8, context16 = self.cp(images)
         main = self.conv_out(self.ffm(detail8, context8))
         return main, self.conv_out16(context8), self.conv_out32(context16)
 
     def upsample(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """Enlarges logits to the picture's size, bilinearly.
+        """Enlarge logits to the picture's size, bilinearly.
 
         The published network lets the corner pixels' centres coincide, so the maps drift against
         the picture by up to half a logit pixel from its middle to its border. With the smaller stem
@@ -287,12 +316,12 @@ class BiSeNet(nn.Module):
         )
 
     def main_logits(self, images: Tensor) -> Tensor:
-        """The main output before its upsampling: (N, n_classes, h, w), h = H / 2 / stem_stride."""
+        """Compute the main output alone, before its upsampling: (N, n_classes, h, w)."""
         detail8, context8, _ = self.cp(images)
         return self.conv_out(self.ffm(detail8, context8))
 
     def trunk_features(self, images: Tensor) -> list[Tensor]:
-        """The trunk's features, for losses that compare images by them.
+        """Compute the trunk's features, for losses that compare images by them.
 
         Args:
             images: (N, 3, H, W), ImageNet-normalised. Gradients flow back to them.
@@ -305,10 +334,10 @@ class BiSeNet(nn.Module):
 
 
 def fold_batch_norm(parser: BiSeNet) -> BiSeNet:
-    """A copy for inference whose convolutions contain the batch normalisation after them.
+    """Copy a parser for inference, with the batch normalisation inside the convolutions before it.
 
-    Spares a pass over memory for every layer. Equal up to rounding; it has other parameters, so it
-    cannot be saved as a face parser.
+    This spares a pass over memory for every layer. The outputs are equal up to rounding; the
+    parameters are others, so the copy cannot be saved as a face parser.
     """
     folded = copy.deepcopy(parser).eval()
     for module in list(folded.modules()):

@@ -15,7 +15,7 @@ Noise = Sequence[Tensor | None] | Literal["fixed"] | None
 
 
 def resolution_log2(size: int) -> int:
-    """Base-2 logarithm of an image side.
+    """Return the base-2 logarithm of an image side.
 
     Raises:
         ValueError: the side is not a power of two of at least 8.
@@ -27,12 +27,12 @@ def resolution_log2(size: int) -> int:
 
 
 def pyramid_width(resolution: int, channel_multiplier: int = 2) -> int:
-    """Width of StyleGAN2's full-size networks at a resolution: 512 up to 32 px, then halving."""
+    """Return the full-size networks' width at a resolution: 512 up to 32 px, then halving."""
     return 512 if resolution <= 32 else 16384 * channel_multiplier // resolution
 
 
 def full_size_channels(size: int, channel_multiplier: int = 2) -> tuple[int, ...]:
-    """Channel tuple of the full-size generator (see `Generator`)."""
+    """Return the channels of the full-size generator (see `Generator`)."""
     widths = [pyramid_width(2**i, channel_multiplier) for i in range(2, resolution_log2(size) + 1)]
     return tuple(width for width in widths for _ in range(2))
 
@@ -77,7 +77,7 @@ class Synthesis:
 
 
 class Generator(nn.Module):
-    """StyleGAN2 generator: z -> mapping -> w -> synthesis -> image.
+    """StyleGAN2 generator (Karras et al., CVPR 2020): z -> mapping -> w -> synthesis -> image.
 
     Args:
         size: image side in pixels, a power of two >= 8.
@@ -143,7 +143,7 @@ class Generator(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the parameters."""
         return self.input.input.device
 
     @property
@@ -175,7 +175,7 @@ class Generator(nn.Module):
 
         Args:
             styles: one or two z (N, style_dim), the second from layer ``inject_index`` on (style
-                mixing; StyleGAN, section 3.1); with ``input_is_latent`` w instead of z, or one w+
+                mixing: StyleGAN, section 3.1); with ``input_is_latent`` w instead of z, or one w+
                 (N, n_latent, style_dim).
             inject_index: layer where the second style takes over, in [1, n_latent - 1]; None draws
                 it.
@@ -196,7 +196,7 @@ class Generator(nn.Module):
             return w if w.ndim == 3 else w[:, None].expand(-1, self.n_latent, -1)
         if len(latents) != 2:
             raise ValueError(f"expected one or two latents, got {len(latents)}")
-        if inject_index is None:
+        if inject_index is None:  # style mixing
             inject_index = int(torch.randint(1, self.n_latent, ()))
         first = latents[0][:, None].expand(-1, inject_index, -1)
         second = latents[1][:, None].expand(-1, self.n_latent - inject_index, -1)

@@ -1,7 +1,7 @@
 """Layers of StyleGAN2 (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN").
 
-Weights are stored with unit variance and scaled at run time (equalised learning rate); parameter
-names are those of the widely used PyTorch checkpoint format.
+Weights are stored with unit variance and scaled at run time: equalised learning rate (ProGAN,
+section 4.1). Parameter names are those of the widely used PyTorch checkpoint format.
 """
 
 import math
@@ -25,14 +25,14 @@ from Model.precision import bounded, in_float32
 def fast_layout(x: Tensor) -> Tensor:
     """Give a 4-D tensor the layout in which convolutions run fastest on its device.
 
-    On a CPU that is channels-last: the filters become one vector operation per pixel (a blur of 16
-    maps takes a quarter of the time) and every later layer keeps the layout by itself.
+    On a CPU that is channels-last: a filter becomes one vector operation per pixel (a blur of 16
+    maps takes a quarter of the time), and every later layer keeps the layout.
     """
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 class PixelNorm(nn.Module):
-    """Normalise every vector along dimension 1 to unit mean square."""
+    """Normalise every vector along dimension 1 to unit mean square (ProGAN, section 4.2)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x / rms(x), (N, C, ...) -> (N, C, ...)."""
@@ -108,7 +108,7 @@ class Blur(nn.Module):
         self.down = down
 
     def forward(self, x: Tensor) -> Tensor:
-        """Filter (N, C, H, W)."""
+        """Filter (N, C, H, W), see `upfirdn2d`."""
         return upfirdn2d(x, self.kernel, down=self.down, pad=self.pad)
 
 
@@ -130,8 +130,8 @@ class Upsample(nn.Module):
 class ModulatedConv2d(nn.Module):
     """Weights of a convolution whose input channels are scaled by a style (StyleGAN2, section 2.2).
 
-    Scaling the activations instead of the weights gives the same values with one shared weight:
-    y = demodulation * conv(style * x), and demodulation needs only a matrix product. `StyledConv`
+    Scaling the activations instead of the weights gives the same values with one weight for all
+    samples: y = demodulation * conv(style * x), and demodulation is a matrix product. `StyledConv`
     and `ToRGB` compute the convolution, each with what follows it.
 
     Args:
@@ -187,7 +187,7 @@ class ModulatedConv2d(nn.Module):
 
 
 class NoiseInjection(nn.Module):
-    """Learned strength of a layer's noise, zero at the start."""
+    """Learned strength of a layer's noise, zero at the start (StyleGAN, section 2)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class NoiseInjection(nn.Module):
 
 
 class StyledConv(nn.Module):
-    """Modulated convolution, layer noise, bias and leaky ReLU."""
+    """Modulated convolution, layer noise, bias and leaky ReLU (StyleGAN2, figure 2d)."""
 
     def __init__(
         self, in_channels: int, out_channels: int, style_dim: int, upsample: bool = False
@@ -206,7 +206,7 @@ class StyledConv(nn.Module):
         self.activate = FusedLeakyReLU(out_channels)
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Compute the layer.
+        """Map activations to activations, twice the side where the layer upsamples.
 
         Args:
             x: (N, I, H, W) activations.
@@ -216,10 +216,10 @@ class StyledConv(nn.Module):
         Returns:
             (N, O, H', W') activations.
         """
-        style = self.conv.style(w)
         if noise is None:
             up = 2 if self.conv.upsample else 1
             noise = torch.randn(len(x), 1, x.shape[2] * up, x.shape[3] * up, device=x.device)
+        style = self.conv.style(w)
         gain = self.conv.demodulation(style)
         epilogue = Epilogue(self.activate.bias, noise, self.noise.weight, gain)
         weight = self.conv.weight[0]
@@ -231,11 +231,11 @@ class StyledConv(nn.Module):
 
 
 class ToRGB(nn.Module):
-    """1x1 modulated convolution to RGB, without demodulation, added to the upsampled last RGB.
+    """1x1 modulated convolution to RGB, added to the upsampled last RGB (StyleGAN2, figure 7b).
 
-    Its weight scale follows its own fan-in, so removing channels raises the gain of what remains by
-    sqrt(full / kept). The original code does the same and published compressed checkpoints rely on
-    it; retraining takes it up.
+    It is not demodulated, and its weight scale follows its own fan-in, so removing channels raises
+    the gain of what remains by sqrt(full / kept). The original code does the same and published
+    compressed checkpoints rely on it; retraining makes up for it.
     """
 
     def __init__(self, in_channels: int, style_dim: int, upsample: bool = True) -> None:
@@ -255,7 +255,7 @@ class ToRGB(nn.Module):
 
 
 class ConstantInput(nn.Module):
-    """The learned 4x4 input of the synthesis network."""
+    """The learned 4x4 input of the synthesis network (StyleGAN, section 2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

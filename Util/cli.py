@@ -65,6 +65,7 @@ def run_settings(
     description: str | None,
     epilog: str = "",
     options: Sequence[type[Settings]] = (),
+    defaults: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda args: {},
 ) -> int:
     """`run_script` for a command line that is made of settings alone.
 
@@ -76,6 +77,7 @@ def run_settings(
         description: what it does.
         epilog: examples.
         options: further dataclasses whose fields are flags; they go to the field ``options``.
+        defaults: of flags that are not given, by what is.
     """
     parser = OneLineParser(
         prog=prog,
@@ -84,7 +86,12 @@ def run_settings(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_flags(parser, kind, *options)
-    return run_script(parser, lambda args: run(from_flags(kind, vars(args), options)), argv)
+
+    def run_with(args: argparse.Namespace) -> int | None:
+        parser.set_defaults(**defaults(args))
+        return run(from_flags(kind, vars(parser.parse_args(argv)), options))
+
+    return run_script(parser, run_with, argv)
 
 
 def _lacks_memory(error: Exception) -> bool:

@@ -7,6 +7,8 @@ import sys
 
 import torch
 
+from Util.settings import SettingError
+
 
 def pick_device(name: str) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that exists.
@@ -15,7 +17,7 @@ def pick_device(name: str) -> torch.device:
         name: ``auto`` is the first GPU that PyTorch can use, the CPU where there is none.
 
     Raises:
-        ValueError: another name, no usable GPU, or no GPU of that number.
+        SettingError: another name, no usable GPU, or no GPU of that number.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         _keep_freed_memory()
@@ -23,13 +25,13 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda")
     if not re.fullmatch(r"cuda(:\d+)?", name):
-        raise ValueError(f"--device {name}: unknown; take auto, cpu, cuda or cuda:N")
+        raise SettingError("device", f"{name}: unknown; take auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: PyTorch finds no GPU; take --device cpu")
+        raise SettingError("device", f"{name}: PyTorch finds no GPU; take cpu")
     device = torch.device(name)
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        raise ValueError(f"--device {name}: there are {count} GPUs, cuda:0 to cuda:{count - 1}")
+        raise SettingError("device", f"{name}: there are {count} GPUs, cuda:0 to cuda:{count - 1}")
     return device
 
 

@@ -82,6 +82,30 @@ def average(values: Tensor) -> Tensor:
     return values if world_size() == 1 else _Average.apply(values)
 
 
+class _GatherRows(torch.autograd.Function):
+    """Every process's loss depends on a row, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous()
+        distributed.all_reduce(total)
+        return total.chunk(world_size())[rank()]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows (n, ...) of all processes, which have equally many, in rank order.
+
+    Differentiable, for losses whose gradients `average_gradients` then averages.
+    """
+    return rows if world_size() == 1 else _GatherRows.apply(rows)
+
+
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace gradients by their mean over the processes, in one transfer.
 

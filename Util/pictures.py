@@ -102,7 +102,7 @@ def captioned(blocks: Mapping[str, np.ndarray], gap: int = 4, margin: int = 0) -
 
 
 def side_by_side(rows: Mapping[str, Tensor], scale: int = 2, margin: int = 120) -> np.ndarray:
-    """One captioned row per network, one column per latent.
+    """Show one captioned row per network, one column per latent.
 
     Args:
         rows: caption -> (N, 3, H, W) images in [-1, 1], or (N, 1, H, W) masks in [0, 1].

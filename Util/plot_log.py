@@ -1,21 +1,45 @@
-"""Draws training curves of one or several runs: ``python -m Util.plot_log RUN... [--out FILE]``."""
+"""Draw training curves of one or several runs: ``python -m Util.plot_log RUN... [--out FILE]``."""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 from Util.cli import OneLineParser, check_writable, run_script
 from Util.files import atomic_path
-from Util.run_log import read_metrics
+from Util.run_log import TIMING, read_metrics
+from Util.settings import Settings, add_flags, from_flags, setting
 
-PANELS = (
-    ("GAN losses", ("d_loss", "g_loss")),
-    ("distance to the teacher", ("kd_l1", "kd_lpips")),
-    ("distance to the real images", ("fid", "frechet_parser_distance")),
-    ("path length", ("path_length",)),
-)
+NOT_DRAWN = {"iteration", "real_score", "fake_score", "r1", "path_penalty", *TIMING}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotSettings(Settings):
+    """Where the curves are drawn."""
+
+    out: Path = setting(Path("training_curve.png"), "PNG file to write", metavar="FILE")
+
+
+def panels_of(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, list[str]]]:
+    """What is drawn side by side: title and logged quantities of every panel that has any.
+
+    Every distillation term (``kd_NAME``) belongs to one panel. What a run measured on samples, by
+    whatever metric, is all that no other panel claims.
+    """
+    logged = sorted({key for row in rows for key in row} - NOT_DRAWN)
+    losses = [key for key in logged if key.endswith("_loss")]
+    terms = [key for key in logged if key.startswith("kd_")]
+    lengths = [key for key in logged if key == "path_length"]
+    measured = [key for key in logged if key not in (*losses, *terms, *lengths)]
+    panels = {
+        "GAN losses": losses,
+        "distance to the teacher": terms,
+        "measured on samples": measured,
+        "path length": lengths,
+    }
+    return [(title, keys) for title, keys in panels.items() if keys]
 
 
 def plot(runs: Sequence[str | PathLike[str]], out: str | PathLike[str]) -> None:
@@ -30,12 +54,8 @@ def plot(runs: Sequence[str | PathLike[str]], out: str | PathLike[str]) -> None:
     """
     from matplotlib.figure import Figure
 
-    logs = {}
-    for run in runs:
-        logs[str(run)] = read_metrics(run)
-    logged = {key for rows in logs.values() for row in rows for key in row}
-    panels = [(t, [k for k in keys if k in logged]) for t, keys in PANELS]
-    panels = [(title, keys) for title, keys in panels if keys]
+    logs = {str(run): read_metrics(run) for run in runs}
+    panels = panels_of([row for rows in logs.values() for row in rows])
     if not panels:
         raise ValueError(f"{', '.join(logs)}: nothing to draw in metrics.jsonl")
     figure = Figure(figsize=(5 * len(panels), 3.4), layout="constrained")
@@ -46,7 +66,9 @@ def plot(runs: Sequence[str | PathLike[str]], out: str | PathLike[str]) -> None:
             for key in keys:
                 points = [(row["iteration"], row[key]) for row in rows if key in row]
                 if points:
-                    axis.plot(*zip(*points, strict=True), label=prefix + key, linewidth=1.2)
+                    marker = "" if len(points) > 1 else "o"
+                    drawn = tuple(zip(*points, strict=True))
+                    axis.plot(*drawn, label=prefix + key, linewidth=1.2, marker=marker)
         axis.set(title=title, xlabel="iteration")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
@@ -55,15 +77,16 @@ def plot(runs: Sequence[str | PathLike[str]], out: str | PathLike[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry."""
+    """Run the command line; return the exit code."""
     parser = OneLineParser(prog="plot_log", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training run")
-    parser.add_argument("--out", default="training_curve.png", help="default: %(default)s")
+    add_flags(parser, PlotSettings)
 
     def run(args: argparse.Namespace) -> None:
-        check_writable("out", Path(args.out))
-        plot(args.runs, args.out)
-        print(f"saved {args.out}")
+        out = from_flags(PlotSettings, vars(args)).out
+        check_writable("out", out)
+        plot(args.runs, out)
+        print(f"saved {out}")
 
     return run_script(parser, run, argv)
 

@@ -57,7 +57,7 @@ class RunLog:
         if resume_at is None and (self.folder / METRICS).exists():
             raise ValueError(
                 f"{folder} holds a run already; name another folder, or go on with that run"
-                f" by --resume {folder}"
+                f" (resume {folder})"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(self.folder)

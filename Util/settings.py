@@ -16,7 +16,7 @@ import argparse
 import math
 import shlex
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -58,6 +58,7 @@ def setting(
     metavar: str | None = None,
     nargs: str | None = None,
     parse: Callable[[str], Any] | None = None,
+    aliases: Sequence[str] = (),
 ) -> Any:
     """A dataclass field that is a flag.
 
@@ -72,10 +73,11 @@ def setting(
         metavar: what stands for a value in the help text.
         nargs: "+" for values separated by spaces; a tuple is else separated by commas.
         parse: makes the value of a text; None follows the field's type.
+        aliases: further names of the flag, as the original code has them.
     """
     limits = {"low": low, "high": high, "above": above, "below": below}
     flag = {"choices": choices, "metavar": metavar, "nargs": nargs, "parse": parse}
-    metadata = {"help": help, "limits": limits, **flag}
+    metadata = {"help": help, "limits": limits, "aliases": aliases, **flag}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
@@ -146,9 +148,8 @@ def add_flags(parser: argparse.ArgumentParser, *kinds: type) -> None:
         hints = get_type_hints(kind)
         for item in fields(kind):
             if "help" in item.metadata:
-                parser.add_argument(
-                    f"--{item.name}", **_flag(item, _without_none(hints[item.name]))
-                )
+                names = [f"--{name}" for name in (item.name, *item.metadata["aliases"])]
+                parser.add_argument(*names, **_flag(item, _without_none(hints[item.name])))
 
 
 def _flag(item: Any, kind: Any) -> dict[str, Any]:

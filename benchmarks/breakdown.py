@@ -11,13 +11,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.jobs import frozen, generator
-from benchmarks.timing import machine, parser, table, write_json
-from Util.device import pick_device
+from benchmarks.timing import Measurement, run_benchmark, table
 
 
 @torch.no_grad()
 def shares(ratio: float, rounds: int) -> dict[str, float]:
-    """Share of every operator in the time of images of a generator pruned by a ratio."""
+    """Profile images of a generator pruned by a ratio: share of every operator in their time."""
     network = frozen(generator(256, ratio))
     w = torch.randn(1, network.n_latent, network.style_dim)
     for _ in range(2):
@@ -29,18 +28,19 @@ def shares(ratio: float, rounds: int) -> dict[str, float]:
     return {name: time / sum(times.values()) for name, time in times.items()}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table, and write JSON if asked."""
-    options = parser("Shares of the operators in the time of an image.").parse_args(argv)
-    pick_device("cpu")
-    torch.set_num_threads(options.threads)
-    full, pruned = (shares(ratio, options.rounds) for ratio in (0.0, 0.7))
+def measure(settings: Measurement) -> dict[str, dict[str, float]]:
+    """Print the largest shares; return all."""
+    full, pruned = (shares(ratio, settings.rounds) for ratio in (0.0, 0.7))
     largest = sorted(full | pruned, key=lambda k: -max(full.get(k, 0), pruned.get(k, 0)))[:12]
-    print(machine("cpu"))
     rows = [[name, f"{full.get(name, 0):.1%}", f"{pruned.get(name, 0):.1%}"] for name in largest]
     print(table(("operator", "full size", "pruned by 0.7"), rows))
-    write_json(options.json, "cpu", {"full size": full, "pruned by 0.7": pruned})
-    return 0
+    return {"full size": full, "pruned by 0.7": pruned}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    what = "Shares of the operators in the time of an image."
+    return run_benchmark(Measurement, measure, argv, "breakdown", what)
 
 
 if __name__ == "__main__":

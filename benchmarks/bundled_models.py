@@ -5,37 +5,39 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-import prune
 from Compression.content import ContentParser, load_content_parser
-from Dataset.images import Images, in_order, load_batches
+from Compression.pruning import PruneSettings, prune
+from Dataset.batches import in_order
+from Dataset.images import Images
+from Dataset.loading import load_batches
 from Evaluation import feature_statistics, sampling
 from Evaluation.comparison import content_l1
-from Evaluation.distances import ParserDistance
+from Evaluation.distances import Distance, load_distance
 from Evaluation.feature_sets import sampled_features
-from Evaluation.feature_statistics import statistics_of
 from Evaluation.features import Extractor, make_extractor
-from Evaluation.ppl import PathPairs, pair_distances, perceptual_path_length
+from Evaluation.metrics import evaluate
+from Evaluation.ppl import path_length
 from Model import bundled
 from Model.checkpoint import load_generator
 from Model.complexity import macs, parameters
 from Model.generator import Generator
-from Util.cli import OneLineParser
-from Util.settings import at_least
+from Util.cli import run_settings
+from Util.settings import Settings, setting
 
 Row = dict[str, str]
 
 
 def speeds(networks: Mapping[str, Generator], batch: int, rounds: int = 7) -> dict[str, float]:
-    """Images per second of each network, medians of rounds in which they take turns."""
+    """Time the networks in turns: images per second of each, medians of the rounds."""
     times: dict[str, list[float]] = {name: [] for name in networks}
     for _ in range(rounds + 1):
         for name, network in networks.items():
@@ -50,43 +52,36 @@ def speeds(networks: Mapping[str, Generator], batch: int, rounds: int = 7) -> di
 
 @torch.no_grad()
 def to_teacher(
-    student: Generator, teacher: Generator, parser: ContentParser, n: int
+    student: Generator, teacher: Generator, mask: ContentParser, perceptual: Distance, n: int
 ) -> tuple[float, float]:
-    """Distance of a student's pictures to its teacher's inside the content: L1 and perceptual."""
-    perceptual = ParserDistance(parser.network)
+    """Compare a student's pictures with its teacher's inside the content: L1 and perceptual."""
     l1, distances = [], []
     for part in sampling.shares(n, 50):
         ours, target = (
             sampling.images(g, part, seed=1, fixed_noise=True) for g in (student, teacher)
         )
-        mask = parser(target)
-        l1.append(content_l1(ours, target, mask) * len(part))
-        distances.append(perceptual(ours * mask, target * mask))
+        inside = mask(target)
+        l1.append(content_l1(ours, target, inside) * len(part))
+        distances.append(perceptual(ours * inside, target * inside))
     return sum(l1) / n, torch.cat(distances).mean().item()
 
 
-def path_length(
-    generator: Generator, distance: Callable[[Tensor, Tensor], Tensor], n: int
-) -> float:
-    """Perceptual path length by the standard protocol, by parser features."""
-    pairs = PathPairs(generator, eps=1e-4, seed=0, shared_noise=True)
-    found = torch.cat(pair_distances(pairs, distance, list(sampling.shares(n, 50))))
-    return perceptual_path_length(found.numpy(), 1e-4, "standard")
-
-
 def frechet(generator: Generator, extractor: Extractor, file: Path, n: int) -> float:
-    """Frechet distance to bundled statistics of the real images."""
+    """Compute the Frechet distance to bundled statistics of the real images."""
     features = sampled_features(generator, extractor, n, batch_size=50, seed=0)
-    return feature_statistics.distance(statistics_of(features, {}), feature_statistics.load(file))
+    real = feature_statistics.load(file)
+    (value,) = evaluate(["fid"], extractor, features, real, seed=0).values()
+    return value
 
 
 def rows(networks: Mapping[str, Generator], n_sample: int, n_pairs: int) -> dict[str, Row]:
-    """The figures of every network by column."""
+    """Measure every network; figures by column."""
     device = torch.device("cpu")
     parser = load_content_parser(bundled.PARSER, device)
+    perceptual = load_distance("parser", None, lambda: bundled.PARSER, device)
     extractors = [
-        make_extractor("parser", None, parser.network, bundled.PARSER, mask, device)
-        for mask in (None, parser)
+        make_extractor("parser", None, bundled.PARSER, load_mask, device)
+        for load_mask in (None, load_content_parser)
     ]
     per_second = speeds(networks, batch=16)
     teacher = next(iter(networks.values()))
@@ -94,8 +89,8 @@ def rows(networks: Mapping[str, Generator], n_sample: int, n_pairs: int) -> dict
     for name, network in tqdm(networks.items(), unit="model"):
         whole = frechet(network, extractors[0], bundled.STATISTICS, n_sample)
         content = frechet(network, extractors[1], bundled.CONTENT_STATISTICS, n_sample)
-        l1, perceptual = to_teacher(network, teacher, parser, n=500)
-        path = path_length(network, ParserDistance(parser.network), n_pairs)
+        l1, distance = to_teacher(network, teacher, parser, perceptual, n=500)
+        path = path_length(network, perceptual, "standard", n_pairs)
         table[name] = {
             "parameters": f"{parameters(network):,}",
             "MACs": f"{macs(network):,}",
@@ -103,7 +98,7 @@ def rows(networks: Mapping[str, Generator], n_sample: int, n_pairs: int) -> dict
             "Frechet parser distance": f"{whole:.3f}",
             "inside the content": f"{content:.3f}",
             "L1 to the teacher inside": f"{l1:.4f}",
-            "parser distance to it inside": f"{perceptual:.4f}",
+            "parser distance to it inside": f"{distance:.4f}",
             "PPL (standard, parser)": f"{path:.1f}",
         }
     return table
@@ -113,7 +108,7 @@ def rows(networks: Mapping[str, Generator], n_sample: int, n_pairs: int) -> dict
 def content_shares(
     networks: Mapping[str, Generator], parser: ContentParser, path: Path | None, n: int = 500
 ) -> str:
-    """Share of pixels inside the content mask, of generated and of real pictures."""
+    """Compute the share of pixels inside the content mask, of generated and of real pictures."""
     parts = list(sampling.shares(n, 50))
     shares = {
         name: [parser(sampling.images(network, part, seed=1)).mean() for part in parts]
@@ -128,35 +123,42 @@ def content_shares(
 
 
 def markdown(table: Mapping[str, Row]) -> str:
-    """The table with one row for each network."""
+    """Format a table with one row for each network."""
     columns = list(next(iter(table.values())))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(row.values()) + " |" for name, row in table.items()]
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry."""
-    parser = OneLineParser(prog="python -m benchmarks.bundled_models", description=__doc__)
-    add = parser.add_argument
-    add("--n_sample", type=at_least(113), default=5000, help="images for the Frechet distances")
-    add("--path", type=Path, metavar="DIR", help="real images, whose share of content is told too")
-    add("--n_pairs", type=at_least(1), default=1000, help="pairs for the path length")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class TableSettings(Settings):
+    """Settings of the table."""
+
+    n_sample: int = setting(5000, "images for the Frechet distances", low=113)
+    path: Path | None = setting(
+        None, "real images, whose share of content is told too", metavar="DIR"
+    )
+    n_pairs: int = setting(1000, "pairs for the path length", low=1)
+
+
+def run(settings: TableSettings) -> None:
+    """Measure and print."""
     with TemporaryDirectory() as folder:
-        pruned = Path(folder) / "pruned.pt"
-        if code := prune.main(["--out", str(pruned)]):
-            return code
-        files = {"teacher": bundled.MODEL, "pruned": pruned, "retrained": bundled.COMPRESSED}
-        networks = {
-            name: load_generator(file).eval().requires_grad_(False)
-            for name, file in files.items()
-            if file.is_file()
-        }
-    print(markdown(rows(networks, args.n_sample, args.n_pairs)))
-    parser_network = load_content_parser(bundled.PARSER, torch.device("cpu"))
-    print(content_shares(networks, parser_network, args.path))
-    return 0
+        pruned = prune(PruneSettings(out=Path(folder) / "pruned.pt", device="cpu")).pruned
+    networks = {"teacher": load_generator(bundled.MODEL), "pruned": pruned}
+    if bundled.COMPRESSED.is_file():
+        networks["retrained"] = load_generator(bundled.COMPRESSED)
+    for network in networks.values():
+        network.eval().requires_grad_(False)
+    print(markdown(rows(networks, settings.n_sample, settings.n_pairs)))
+    parser = load_content_parser(bundled.PARSER, torch.device("cpu"))
+    print(content_shares(networks, parser, settings.path))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns the exit code."""
+    prog = "python -m benchmarks.bundled_models"
+    return run_settings(TableSettings, run, argv, prog=prog, description=__doc__)
 
 
 if __name__ == "__main__":

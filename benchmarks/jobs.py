@@ -21,7 +21,15 @@ from lpips import LPIPS
 from torch import Tensor, nn
 
 from benchmarks import textbook
-from benchmarks.timing import Timing, interleaved, machine, milliseconds, parser, table, write_json
+from benchmarks.timing import (
+    Measurement,
+    Timing,
+    interleaved,
+    milliseconds,
+    run_benchmark,
+    some_of,
+    table,
+)
 from Compression.content import ContentParser
 from Compression.distillation import Term, perceptual, pixels
 from Compression.scores import channel_scores
@@ -36,7 +44,6 @@ from Model.discriminator import Discriminator
 from Model.face_parser import BiSeNet, fold_batch_norm
 from Model.generator import Generator, full_size_channels
 from train_hyperparams import TrainConfig
-from Util.device import pick_device
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,6 +214,13 @@ JOBS: dict[str, Callable[[], Pairs]] = {
 START = "start"
 
 
+@dataclass(frozen=True, kw_only=True)
+class JobSettings(Measurement):
+    """Which jobs are measured."""
+
+    only: tuple[str, ...] = some_of([*JOBS, START])
+
+
 def compared(pair: Pair, rounds: int) -> Result:
     """Time a pair."""
     product = {"gemm": matrix_product} if pair.work else {}
@@ -248,23 +262,22 @@ def row(result: Result) -> list[str]:
     return [result["job"], *times, ratio, roof]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table, and write JSON if asked."""
-    jobs = [*JOBS, START]
-    flags = parser("Speed of the tool's jobs against the original's formulations.", jobs)
-    options = flags.parse_args(argv)
-    pick_device("cpu")  # as the scripts set it up
-    torch.set_num_threads(options.threads)
-    print(machine("cpu"))
+def measure(settings: JobSettings) -> list[Result]:
+    """Print a table of the jobs; return its figures."""
     results: list[Result] = []
-    for name in options.only:
-        for result in timed(name, options.rounds):
+    for name in settings.only:
+        for result in timed(name, settings.rounds):
             results.append(result)
             print(row(result), file=sys.stderr, flush=True)
     head = ("job", "textbook ms", "ours ms", "textbook / ours", "of the roof")
     print(table(head, [row(result) for result in results]))
-    write_json(options.json, "cpu", results)
-    return 0
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    what = "Speed of the tool's jobs against the original's formulations."
+    return run_benchmark(JobSettings, measure, argv, "jobs", what)
 
 
 if __name__ == "__main__":

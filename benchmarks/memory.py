@@ -11,6 +11,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,21 @@ from typing import Any
 import torch
 
 from benchmarks.jobs import JOBS
-from benchmarks.timing import machine, parser, table, write_json
+from benchmarks.timing import Measurement, run_benchmark, some_of, table
 from Util.device import pick_device
 
 SIDES = ("textbook", "ours")
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemorySettings(Measurement):
+    """Which jobs are measured."""
+
+    only: tuple[str, ...] = some_of(JOBS)
+
+
 def resident_gib() -> float:
-    """Memory that this process needs now (Linux with glibc): what was freed is given back first."""
+    """Measure what this process needs now (Linux with glibc), freed memory given back first."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return _status("VmRSS")
@@ -37,10 +45,10 @@ def _status(entry: str) -> float:
     return int(kibibytes) / 2**20
 
 
-def rise(job: str, index: int, side: str, threads: int) -> tuple[str, float] | None:
-    """Name of a job's pair and the memory one formulation takes; None if there is no such pair."""
+def rise(job: str, index: int, side: str, threads: int | None) -> tuple[str, float] | None:
+    """Measure the memory one formulation of a job's pair takes; None without such a pair."""
     pick_device("cpu")
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads or torch.get_num_threads())
     pair = next(itertools.islice(JOBS[job](), index, None), None)
     if pair is None:
         return None
@@ -51,8 +59,8 @@ def rise(job: str, index: int, side: str, threads: int) -> tuple[str, float] | N
     return pair.name, _status("VmHWM") - before
 
 
-def measured(job: str, threads: int) -> list[dict[str, Any]]:
-    """Both formulations of every pair of a job."""
+def measured(job: str, threads: int | None) -> list[dict[str, Any]]:
+    """Measure both formulations of every pair of a job."""
     results: list[dict[str, Any]] = []
     for index in itertools.count():
         found: dict[str, Any] = {}
@@ -67,19 +75,21 @@ def measured(job: str, threads: int) -> list[dict[str, Any]]:
     return results
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table, and write JSON if asked."""
-    flags = parser("Peak memory of the tool's jobs against the original's formulations.", JOBS)
-    options = flags.parse_args(argv)
-    results = [result for name in options.only for result in measured(name, options.threads)]
-    print(machine("cpu"))
+def measure(settings: MemorySettings) -> list[dict[str, Any]]:
+    """Print a table of the jobs; return its figures."""
+    results = [found for job in settings.only for found in measured(job, settings.threads)]
     rows = [
         [r["job"], *(f"{r[side]:.2f}" for side in SIDES), f"{r['ours'] / r['textbook']:.2f}"]
         for r in results
     ]
     print(table(("job", "textbook GiB", "ours GiB", "ours / textbook"), rows))
-    write_json(options.json, "cpu", results)
-    return 0
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    what = "Peak memory of the tool's jobs against the original's formulations."
+    return run_benchmark(MemorySettings, measure, argv, "memory", what)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ value once. GB/s counts one read of the input and one write of the output.
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -28,7 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import textbook
-from benchmarks.timing import Timing, interleaved, machine, milliseconds, parser, table, write_json
+from benchmarks.timing import (
+    Measurement,
+    Timing,
+    interleaved,
+    milliseconds,
+    run_benchmark,
+    table,
+)
 from Model.ops import (
     Epilogue,
     apply_epilogue,
@@ -38,10 +45,19 @@ from Model.ops import (
     upfirdn2d,
 )
 from Model.ops.dispatch import Impl
+from Util.settings import SettingError, setting
 
 # Batch, channels and side: last layers of the 256 px generator, full size and pruned by 0.7.
 SHAPES = ((1, 128, 256), (1, 512, 64), (1, 39, 256), (1, 77, 128), (1, 154, 64), (16, 39, 64))
 GAIN = 2**0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorSettings(Measurement):
+    """Where the operators run, and what is counted as their time."""
+
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N", metavar="DEV")
+    cpu_time: bool = setting(False, "count this thread's processor time only, on a shared machine")
 
 
 @dataclass(frozen=True)
@@ -56,7 +72,7 @@ class Operation:
 def textbook_epilogue(
     x: Tensor, bias: Tensor, noise: Tensor, strength: Tensor, gain: Tensor
 ) -> Tensor:
-    """Demodulation, noise, bias, leaky ReLU and gain, each over all of memory."""
+    """Demodulate, add noise and bias, apply leaky ReLU and gain, each over all of memory."""
     y = x * gain[:, :, None, None]
     y = y + strength * noise
     y = y + bias.view(1, -1, 1, 1)
@@ -64,7 +80,7 @@ def textbook_epilogue(
 
 
 def layer(n: int, c: int, side: int) -> Operation:
-    """A styled convolution with (n, c, side, side) activations, on the CPU."""
+    """Make a styled convolution with (n, c, side, side) activations, on the CPU."""
     x = torch.randn(n, c, side, side).contiguous(memory_format=torch.channels_last)
     weight, style = torch.randn(c, c, 3, 3) / (3 * c**0.5), torch.randn(n, c)
     bias, noise, strength = torch.randn(c), torch.randn(n, 1, side, side), torch.randn(1)
@@ -81,7 +97,7 @@ def layer(n: int, c: int, side: int) -> Operation:
 
 
 def operations(n: int, c: int, side: int, device: str) -> list[Operation]:
-    """The operations of a layer with (n, c, side, side) activations."""
+    """Make the operations of a layer with (n, c, side, side) activations."""
 
     def randn(*shape: int) -> Tensor:
         x = torch.randn(shape, device=device)
@@ -120,10 +136,10 @@ def operations(n: int, c: int, side: int, device: str) -> list[Operation]:
     ]
 
 
-def measure(
+def timed(
     operation: Operation, rounds: int, device: str, clock: Callable[[], float]
 ) -> dict[str, dict[str, Timing]]:
-    """Forward and forward-with-backward times of the three forms and of a copy."""
+    """Time the three forms and a copy, forward and forward with backward."""
     x = operation.x
     forms: dict[str, Impl | None]
     forms = {"textbook": None, "reference": "reference", "native": "native"}
@@ -152,7 +168,7 @@ def measure(
 def row(
     operation: Operation, shape: tuple[int, ...], way: str, times: dict[str, Timing]
 ) -> dict[str, object]:
-    """One line of the result: times, ratios, and bytes per second where a copy is there."""
+    """Make a line of the result: times, ratios, and bytes per second where a copy is there."""
     native = times["native"].median
     result: dict[str, object] = {
         "operation": operation.name,
@@ -171,26 +187,17 @@ def row(
     return result
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, print a table, and write JSON if asked."""
-    flags = parser("Speed of the compiled operators.")
-    flags.add_argument(
-        "--cpu-time",
-        action="store_true",
-        help="count this thread's processor time only (one thread, on a machine that is shared)",
-    )
-    options = flags.parse_args(argv)
-    if options.cpu_time and (options.threads != 1 or options.device != "cpu"):
-        flags.error("--cpu-time sees one thread only: it needs --threads 1 --device cpu")
-    torch.set_num_threads(options.threads)
-    clock = time.thread_time if options.cpu_time else time.perf_counter
-    print(machine(options.device))
+def measure(settings: OperatorSettings) -> list[dict[str, object]]:
+    """Print a table of all operations; return its figures."""
+    if settings.cpu_time and (settings.threads != 1 or settings.device != "cpu"):
+        raise SettingError("cpu_time", "sees one thread only: it needs --threads 1 --device cpu")
+    clock = time.thread_time if settings.cpu_time else time.perf_counter
     lines, results = [], []
     for n, c, side in SHAPES:
-        layers = [layer(n, c, side)] if options.device == "cpu" else []
-        for operation in layers + operations(n, c, side, options.device):
+        layers = [layer(n, c, side)] if settings.device == "cpu" else []
+        for operation in layers + operations(n, c, side, settings.device):
             shape = tuple(operation.x.shape)
-            for way, times in measure(operation, options.rounds, options.device, clock).items():
+            for way, times in timed(operation, settings.rounds, settings.device, clock).items():
                 result = row(operation, shape, way, times)
                 results.append(result)
                 speed = (
@@ -206,8 +213,13 @@ def main(argv: list[str] | None = None) -> int:
     head = ("operation", "input", "pass", "textbook ms", "reference ms", "native ms",
             "textbook / native", "reference / native", "GB/s, of a copy's")  # fmt: skip
     print(table(head, lines))
-    write_json(options.json, options.device, results)
-    return 0
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    what = "Speed of the compiled operators."
+    return run_benchmark(OperatorSettings, measure, argv, "operators", what)
 
 
 if __name__ == "__main__":

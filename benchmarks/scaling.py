@@ -4,28 +4,34 @@
 would predict from the first point of each curve.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.jobs import frozen, generator
-from benchmarks.timing import Timing, interleaved, machine, parser, table, write_json
+from benchmarks.timing import Measurement, Timing, interleaved, run_benchmark, table
 from Model.complexity import macs
-from Util.device import pick_device
 from Util.files import atomic_path
+from Util.settings import setting
 
 Point = tuple[float, Timing, float]
 """Abscissa, seconds per image, multiply-accumulates per image."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScalingSettings(Measurement):
+    """Where the curves are drawn."""
+
+    out: Path = setting(Path("scaling.png"), "picture of the curves", metavar="FILE")
+
+
 @torch.no_grad()
 def seconds(size: int, ratio: float, batch: int, rounds: int) -> tuple[Timing, float]:
-    """Time of an image, and its multiply-accumulates."""
+    """Time an image; return that and its multiply-accumulates."""
     network = frozen(generator(size, ratio))
     w = torch.randn(batch, network.n_latent, 512)
     whole = interleaved({"x": partial(network.synthesis, w, "fixed")}, rounds)["x"]
@@ -33,21 +39,21 @@ def seconds(size: int, ratio: float, batch: int, rounds: int) -> tuple[Timing, f
 
 
 def curves(rounds: int) -> dict[str, list[Point]]:
-    """The three curves."""
-    measure: Callable[[int, float, int], tuple[Timing, float]] = partial(seconds, rounds=rounds)
+    """Measure the three curves."""
+    cost: Callable[[int, float, int], tuple[Timing, float]] = partial(seconds, rounds=rounds)
     return {
-        "batch (256 px, full size)": [(n, *measure(256, 0.0, n)) for n in (1, 2, 4, 8)],
+        "batch (256 px, full size)": [(n, *cost(256, 0.0, n)) for n in (1, 2, 4, 8)],
         "size in px (full size, batch 1)": [
-            (side, *measure(side, 0.0, 1)) for side in (64, 128, 256, 512, 1024)
+            (side, *cost(side, 0.0, 1)) for side in (64, 128, 256, 512, 1024)
         ],
         "remove ratio (256 px, batch 1)": [
-            (ratio, *measure(256, ratio, 1)) for ratio in (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
+            (ratio, *cost(256, ratio, 1)) for ratio in (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
         ],
     }
 
 
 def draw(found: dict[str, list[Point]], out: Path) -> None:
-    """One panel for each curve."""
+    """Draw one panel for each curve."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(found), 3.6), layout="constrained")
@@ -70,26 +76,23 @@ def draw(found: dict[str, list[Point]], out: Path) -> None:
         figure.savefig(temporary, dpi=110, format="png")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, draw, print a table, and write JSON if asked."""
-    flags: argparse.ArgumentParser = parser("Growth of the generator's time.")
-    flags.add_argument("--out", type=Path, default=Path("scaling.png"), metavar="FILE")
-    options = flags.parse_args(argv)
-    pick_device("cpu")
-    torch.set_num_threads(options.threads)
-    print(machine("cpu"))
-    found = curves(options.rounds)
-    draw(found, options.out)
+def measure(settings: ScalingSettings) -> dict[str, list[tuple[float, dict[str, float], float]]]:
+    """Draw the curves and print a table; return their points."""
+    found = curves(settings.rounds)
+    draw(found, settings.out)
     rows = [
         [name, x, f"{1e3 * timing.median:.1f}", f"{work:,}", f"{work / timing.median / 1e9:.0f}"]
         for name, points in found.items()
         for x, timing, work in points
     ]
     print(table(("varied", "value", "ms per image", "MACs", "GMAC/s"), rows))
-    write_json(
-        options.json, "cpu", {k: [(x, asdict(t), m) for x, t, m in v] for k, v in found.items()}
-    )
-    return 0
+    return {k: [(x, asdict(timing), work) for x, timing, work in v] for k, v in found.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    what = "Growth of the generator's time."
+    return run_benchmark(ScalingSettings, measure, argv, "scaling", what)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def noisy_teacher(strength: float, file: Path) -> Generator:
 def distances(student: Generator, teacher: Generator, n: int = 256) -> tuple[float, float]:
     """L1 inside the teacher's content, with the same layer noise on both sides and with others."""
     indices = range(n)
-    z = sampling.latents(teacher, indices, seed=1)
-    noise, other = (sampling.layer_noise(teacher, indices, seed) for seed in (1, 2))
+    z = sampling.draw_z(teacher, indices, seed=1)
+    noise, other = (sampling.draw_noise(teacher, indices, seed) for seed in (1, 2))
     target = teacher([z], noise=noise)
     mask = load_content_parser(bundled.PARSER, torch.device("cpu"))(target)
     same, different = (student([z], noise=maps) for maps in (noise, other))

@@ -1,6 +1,5 @@
 """Timings that hold on a busy machine: variants take turns, and medians and ranges are reported."""
 
-import argparse
 import gc
 import json
 import os
@@ -8,10 +7,16 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+
+from Util.cli import run_settings
+from Util.device import pick_device
+from Util.files import atomic_path
+from Util.settings import Settings, setting
 
 Variants = Mapping[str, Callable[[], object]]
 
@@ -25,26 +30,50 @@ class Timing:
     slowest: float
 
 
-def parser(description: str, jobs: Iterable[str] = ()) -> argparse.ArgumentParser:
-    """Flags that every benchmark takes, and --only, a list, where there are jobs to choose from."""
-    flags = argparse.ArgumentParser(description=description)
-    names = list(jobs)
+@dataclass(frozen=True, kw_only=True)
+class Measurement(Settings):
+    """What every benchmark is told."""
 
-    def some(text: str) -> list[str]:
-        for name in text.split(","):
-            if name not in names:
-                choice = ", ".join(names)
-                raise argparse.ArgumentTypeError(f"{name}: no such job; choose from {choice}")
-        return text.split(",")
+    threads: int | None = setting(None, "of PyTorch (default: as it finds)", low=1, metavar="N")
+    rounds: int = setting(7, "of each timing, at least 5", low=5, metavar="N")
+    json: Path | None = setting(None, "also write the numbers there", metavar="FILE")
+    device: str = "cpu"
 
-    if names:
-        help_text = ", ".join(names)
-        flags.add_argument("--only", type=some, default=names, metavar="JOB,...", help=help_text)
-    flags.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
-    flags.add_argument("--rounds", type=int, default=7, metavar="N", help="at least 5")
-    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    flags.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
-    return flags
+
+Kind = TypeVar("Kind", bound=Measurement)
+
+
+def some_of(jobs: Iterable[str]) -> Any:
+    """Make the setting of the jobs to measure."""
+    names = tuple(jobs)
+    text = f"of {','.join(names)} (default: all)"
+    return setting(names, text, choices=names, metavar="JOB,...")
+
+
+def run_benchmark(
+    kind: type[Kind],
+    measure: Callable[[Kind], object],
+    argv: Sequence[str] | None,
+    name: str,
+    description: str,
+) -> int:
+    """Parse the flags, print what the numbers depend on, measure, and write JSON if asked.
+
+    ``measure`` prints a table and returns the numbers. See `run_settings`.
+    """
+
+    def run(settings: Kind) -> None:
+        settings = replace(settings, device=str(pick_device(settings.device)))
+        torch.set_num_threads(settings.threads or torch.get_num_threads())
+        print(machine(settings.device), flush=True)
+        results = measure(settings)
+        if settings.json is not None:
+            content = {"machine": machine(settings.device), "results": results}
+            with atomic_path(settings.json) as temporary:
+                temporary.write_text(json.dumps(content, indent=1))
+
+    prog = f"python -m benchmarks.{name}"
+    return run_settings(kind, run, argv, prog=prog, description=description)
 
 
 def interleaved(
@@ -58,16 +87,11 @@ def interleaved(
 
     Args:
         variants: functions without arguments by name.
-        rounds: how often each is timed, at least 5; one more warms up.
+        rounds: how often each is timed; a median of fewer than 5 says little. One more warms up.
         device: "cuda" waits for the GPU before the clock is read.
         least: seconds that one timing should take; short functions are called several times.
         clock: seconds, e.g. `time.thread_time` to leave out what other processes took of a core.
-
-    Raises:
-        ValueError: fewer than 5 rounds.
     """
-    if rounds < 5:
-        raise ValueError(f"a median of {rounds} rounds says little; take at least 5")
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
     def seconds(function: Callable[[], object], calls: int) -> float:
@@ -95,7 +119,7 @@ def interleaved(
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table, columns aligned."""
+    """Make a Markdown table, columns aligned."""
     cells = [[str(cell) for cell in row] for row in [head, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = [
@@ -106,13 +130,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def milliseconds(timing: Timing) -> str:
-    """Median and range, e.g. ``2.31 (2.20-2.95)``."""
+    """Format median and range, e.g. ``2.31 (2.20-2.95)``."""
     median, low, high = (1e3 * t for t in (timing.median, timing.fastest, timing.slowest))
     return f"{median:.2f} ({low:.2f}-{high:.2f})"
 
 
 def machine(device: str) -> dict[str, object]:
-    """What the numbers depend on."""
+    """Tell what the numbers depend on."""
     name = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else ():
         if line.startswith("model name"):
@@ -128,9 +152,3 @@ def machine(device: str) -> dict[str, object]:
         "torch": torch.__version__,
         "malloc": memory,
     }
-
-
-def write_json(path: Path | None, device: str, results: object) -> None:
-    """Write the machine and the results, if there is a file to write to."""
-    if path is not None:
-        path.write_text(json.dumps({"machine": machine(device), "results": results}, indent=1))

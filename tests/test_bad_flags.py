@@ -16,7 +16,7 @@ import get_projected_image
 import prune
 import train
 import train_parser
-from Dataset import images, prepare_data, toon_faces
+from Dataset import loading, prepare_data, toon_faces
 from tests.hostile import make_files
 from Util import plot_log
 
@@ -50,7 +50,7 @@ SCRIPTS = {
         "--device cpu --ckpt model.pt --perceptual parser --parser_ckpt parser.pt --out new"
         " --num_iters 1 --n_sample 1",
     ),
-    "Dataset.images": (images, "--path data --size 8 --n_batches 1 --runs 1 --workers 0"),
+    "Dataset.images": (loading, "--path data --size 8 --n_batches 1 --runs 1 --workers 0"),
     "Dataset.prepare_data": (prepare_data, "--path data --out new --size 8 --workers 1"),
     "Dataset.toon_faces": (toon_faces, "--out new --n 1 --size 8 --workers 1"),
     "Util.plot_log": (plot_log, "--out new/curve.png"),
@@ -70,24 +70,27 @@ KINDS = {
 }
 FLAGS = {
     "prune": {
-        "count": "n_sample batch_size generated_img_size",
+        "count": "n_sample batch_size generated_img_size dcp_directions dcp_latents",
         "count from 0": "seed",
         "fraction": "remove_ratio noise_prob",
+        "positive": "dcp_alpha",
         "file": "ckpt parser_ckpt",
         "target": "out",
-        "choice": "metric",
+        "choice": "metric dcp_stop_gradient",
         "device": "device",
     },
     "train": {
         "count": "iter batch_size path_batch_shrink d_reg_every g_reg_every fid_batch n_sample"
-        " log_freq",
+        " log_freq channel_multiplier moments_n_sample",
+        "positive": "relation_step",
         "count from 0": "max_bad fid_n_sample val_sample_freq model_save_freq keep_checkpoints"
-        " workers size",
+        " workers size gan_ramp",
         "fraction": "mixing ema_decay",
         "file": "ckpt teacher_ckpt resume",
         "folder": "path",
         "target": "out",
-        "choice": "kd_mode perceptual amp fid_features mirror tf32",
+        "choice": "kd_mode perceptual amp fid_features mirror tf32 discriminator relation_loss"
+        " relation_gather high_band_side",
         "device": "device",
     },
     "train_parser": {
@@ -174,7 +177,6 @@ ALLOWED = {
     ("train", "teacher_ckpt", ""),
     ("train", "resume", ""),
     ("train_parser", "seed", "-1"),
-    ("train_parser", "eval_only", ""),
 }
 CASES = [
     (script, flag, value)
@@ -184,6 +186,7 @@ CASES = [
     for value in KINDS[kind]
     if (script, flag, value) not in ALLOWED
 ]
+TEACHER = "--teacher_ckpt model.pt --content_aware_KD False --kd_lpips_lambda 0"
 MORE = [
     # Contradictions, and values that only the model, the data or another flag rules out.
     ("prune", "--remove_ratio 1", "below 1"),
@@ -191,6 +194,25 @@ MORE = [
     ("prune", "--out model.pt", "is the checkpoint to prune"),
     ("prune", "--unknown 3", "unrecognized"),
     ("prune", "stray", "unrecognized"),
+    ("prune", "--recipe x", "--recipe x: unknown; take cagc"),
+    ("train", "--recipe x", "--recipe x: unknown; take cagc"),
+    ("train", "--recipe cagc", "--teacher_ckpt is missing; cagc distils"),
+    ("train", "--kd relation=1", "--teacher_ckpt is missing; relation=1 distils"),
+    (
+        "train",
+        f"{TEACHER} --kd relation=1",
+        "relation compares blocks from 16 px on; 8 px has none",
+    ),
+    ("train", f"{TEACHER} --kd high_band=1", "features of 64 px, but the networks make 8 px"),
+    ("train", f"{TEACHER} --kd moments=1 --moments_networks=", "--moments_networks is empty"),
+    ("train", f"{TEACHER} --kd moments=1 --moments_networks vgg=1", "vgg=1: expected NAME=WEIGHT"),
+    ("train", f"{TEACHER} --kd moments=1 --moments_networks clip=1", "--clip_ckpt is missing"),
+    (
+        "train",
+        f"{TEACHER} --kd moments=1 --moments_networks parser=1 --parser_ckpt parser.pt"
+        " --moments_file model.pt",
+        "--moments_file model.pt: ",
+    ),
     ("train", "--size 12", "power of two"),
     ("train", "--size 16", "makes 8 px images"),
     ("train", "--ckpt= --size 12 --channels 4,4,4,4", "power of two"),
@@ -208,19 +230,20 @@ MORE = [
     ("train", "--resume run --size 16", "makes 8 px images"),
     ("train", "--resume data", "no config.json"),
     ("train", "--gpu_device_ids x", "integers separated by commas"),
-    ("train_parser", "--batch_size 1", "--batch_size: 1 is not at least 2"),
+    ("train_parser", "--batch_size 1", "--batch_size must be at least 2, not 1"),
     ("train_parser", "--batch_size 99", "more than the pictures"),
     ("train_parser", "--n_classes 2", "class"),
     ("train_parser", "--flip_pairs 1", "no pair of classes"),
     ("train_parser", "--flip_pairs 1,2,3", "no pair of classes"),
-    ("train_parser", "--flip_pairs 1,99", "no class 99"),
-    ("train_parser", "--classes_excluded 99", "no class 99"),
-    ("train_parser", "--path data", "no folder data/images"),
-    ("get_fid", "--n_sample 1", "1 is not at least 2"),
+    ("train_parser", "--flip_pairs 1,99", "--flip_pairs 99: there is no such class"),
+    ("train_parser", "--classes_excluded 99", "--classes_excluded 99: there is no such class"),
+    ("train_parser", "--path data", "--path data: no folder images"),
+    ("get_fid", "--n_sample 1", "at least 2, not 1"),
     ("get_fid", "--generated_img_size 16", "makes 8 px images"),
     ("get_fid", "--images data", "--generated_img_size is missing"),
     ("get_fid", "--path none", "none: no such folder"),
-    ("get_fid", "--metrics fid,x", "is not a list of"),
+    ("get_fid", "--metrics fid,x", "x: unknown; take fid, kid, pr"),
+    ("get_fid", "--metrics ,", "--metrics is empty"),
     ("get_ppl", "--eps 1", "--eps"),
     ("get_ppl", "--generated_img_size 12", "makes 8 px images"),
     ("get_generated_image", "--colours 7", "--colours"),
@@ -228,7 +251,8 @@ MORE = [
     ("get_generated_image", "--scale 1.5", "neither a whole number"),
     ("get_generated_image", "--scale 0.25", "leaves less than 8 px"),
     ("get_generated_image", "--scale -1", "neither a whole number"),
-    ("get_generated_image", "--scale nan", "neither a whole number"),
+    ("get_generated_image", "--scale nan", "a finite number"),
+    ("get_generated_image", "--generated_img_size 64", "makes 8 px images"),
     ("get_generated_image", "--names a b", "need as many different names"),
     ("get_generated_image", "--ckpt model.pt model.pt", "need as many different names"),
     ("get_edited_image", "--layers 9", "layers 0-3"),
@@ -237,21 +261,21 @@ MORE = [
     ("get_edited_image", "--a=", "numbers from 0 on"),
     ("get_edited_image", "--a x", "integers separated by commas"),
     ("get_edited_image", "--mode morphing --a 0 --b 1,2", "a morph goes from each to one"),
-    ("get_edited_image", "--steps 2", "2 is not at least 3"),
+    ("get_edited_image", "--steps 2", "at least 3, not 2"),
     ("get_edited_image", "--projection_a latents.npz latents.npz", "a projection belongs"),
     ("get_edited_image", "--projection_a latents.npz --a 1", "the file has 0 to 0"),
     ("get_projected_image", "--perceptual_weight -1", "at least 0"),
-    ("get_projected_image", "--mse_weight nan", "at least 0"),
+    ("get_projected_image", "--mse_weight nan", "a finite number"),
     ("get_projected_image", "--image_file empty", "holds no pictures"),
     ("get_projected_image", "--out model.pt", "is no folder"),
     ("Dataset.images", "--path data none", "none: no such folder"),
     ("Dataset.prepare_data", "--path empty", "holds no images"),
     ("Dataset.prepare_data", "--out data", "holds other files"),
-    ("Dataset.prepare_data", "--quality 90", "goes with --format jpeg"),
-    ("Dataset.prepare_data", "--quality 101 --format jpeg", "1 to 100"),
-    ("Dataset.prepare_data", "--size 8,0", "--size"),
-    ("Dataset.prepare_data", "--size ,", "--size"),
-    ("Dataset.toon_faces", "--size 7", "7 is not at least 8"),
+    ("Dataset.prepare_data", "--quality 90", "goes with the format jpeg"),
+    ("Dataset.prepare_data", "--quality 101 --format jpeg", "at most 100"),
+    ("Dataset.prepare_data", "--size 8,0", "--size must be"),
+    ("Dataset.prepare_data", "--size ,", "--size must be"),
+    ("Dataset.toon_faces", "--size 7", "--size must be at least 8, not 7"),
     ("Util.plot_log", "run --out model.pt/x", "--out"),
     ("Util.plot_log", "run --out /proc/none/x", "--out"),
     ("Util.plot_log", "--out x", "required: RUN"),
@@ -309,6 +333,23 @@ def check_refused(files, capsys, name, flags):
 def test_a_value_that_cannot_be(files, capsys, name, flag, value):
     line = check_refused(files, capsys, name, [f"--{flag}={value}"])
     assert flag in line or (value and value in line), line
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "more"),
+    [
+        ("train", "path", ""),
+        ("train_parser", "path", ""),
+        ("train_parser", "val_path", ""),
+        ("get_fid", "path", ""),
+        ("get_fid", "images", "--generated_img_size=8"),
+        ("Dataset.images", "path", ""),
+        ("Dataset.prepare_data", "path", ""),
+    ],
+)
+def test_a_folder_is_named_with_its_own_flag_once(files, capsys, name, flag, more):
+    line = check_refused(files, capsys, name, [f"--{flag}=none", *more.split()])
+    assert re.fullmatch(rf"[^:]+: error: --{flag} none: no (such )?folder((?!--{flag}).)+", line)
 
 
 @pytest.mark.parametrize(("name", "flags", "message"), MORE)

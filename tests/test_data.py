@@ -1,5 +1,7 @@
+import hashlib
 import itertools
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,11 @@ import torch
 from PIL import Image
 
 import train
-from Dataset.images import DatasetError, EndlessBatches, Images, load_batches, main
+from Dataset import DatasetError, sources
+from Dataset.batches import EndlessBatches
+from Dataset.images import Images
+from Dataset.loading import load_batches, main
+from Dataset.pictures import UnreadableImageError
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,14 +73,60 @@ def test_an_lmdb_is_read(tmp_path, folder):
 
 
 def test_bad_data_is_named(tmp_path, folder):
-    with pytest.raises(DatasetError, match="no such folder"):
+    with pytest.raises(DatasetError, match=f"^{tmp_path}/none: no such folder"):
         Images(tmp_path / "none", 8)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match="holds no images"):
+    with pytest.raises(DatasetError, match=f"^{tmp_path}/empty: holds no images"):
         Images(tmp_path / "empty", 8)
     (tmp_path / "empty" / "bad.png").write_bytes(b"no png")
-    with pytest.raises(DatasetError, match=r"bad\.png: not a readable image"):
+    with pytest.raises(DatasetError, match=r"^/.*/empty: none of 1 images .*bad\.png: not a read"):
         Images(tmp_path / "empty", 8)[0, False]
+
+
+def test_a_fingerprint_is_that_of_names_and_sizes(tmp_path):
+    """Kept statistics are found again by it."""
+    (tmp_path / "data/sub").mkdir(parents=True)
+    (tmp_path / "data/x.png").write_bytes(b"abc")
+    (tmp_path / "data/sub/y.jpg").write_bytes(b"de")
+    assert Images(tmp_path / "data", 8).fingerprint() == "457c188b"
+    with lmdb.open(str(tmp_path / "lmdb")) as env, env.begin(write=True) as txn:
+        txn.put(b"8-00000", b"x")
+        txn.put(b"length", b"1")
+    size = (tmp_path / "lmdb/data.mdb").stat().st_size
+    expected = hashlib.sha256(f"[('data.mdb', {size})]".encode()).hexdigest()[:8]
+    assert Images(tmp_path / "lmdb", 8).fingerprint() == expected
+
+
+class Greys:
+    """Pictures of one grey each."""
+
+    files = ()
+
+    def __init__(self, path):
+        self.path = path
+
+    def __len__(self):
+        return 3
+
+    def name(self, index):
+        return f"{self.path} grey {index}"
+
+    def read(self, index):
+        if index == 1:
+            raise UnreadableImageError("not grey")
+        return Image.new("RGB", (12, 8), (index,) * 3)
+
+
+def test_a_source_is_one_class_and_one_entry_of_the_table(folder, monkeypatch, capsys):
+    def open_greys(path, size):
+        return Greys(path) if path.suffix == ".greys" else None
+
+    monkeypatch.setattr(sources, "SOURCES", (*sources.SOURCES, open_greys))
+    images = Images("some.greys", 8)
+    assert len(images) == 3
+    torch.testing.assert_close(images[1, False], torch.full((3, 8, 8), 2 / 127.5 - 1))
+    assert capsys.readouterr().err.startswith("warning: some.greys grey 1: not grey; the next")
+    assert len(Images(folder, 8)) == 7
 
 
 def test_every_epoch_is_a_permutation_and_no_batch_is_partial():
@@ -112,7 +164,7 @@ def test_the_loader_gives_the_stream_in_order(folder, workers):
 
 def test_a_forgotten_loader_does_not_hold_up_the_exit(folder):
     code = (
-        "import sys; from Dataset.images import *;"
+        "import sys; from Dataset.loading import *;"
         f"images = Images({str(folder)!r}, 8);"
         "stream = load_batches(images, EndlessBatches(7, 4), 1); next(stream);"
         "sys.kept = stream.gi_frame, stream.gi_frame.f_locals['messages']"
@@ -131,7 +183,7 @@ def break_files(folder, *names):
 def test_a_bad_file_is_named_once_and_replaced_the_same_way_in_every_run(folder, capfd, workers):
     break_files(folder, "6.png", "1.png")  # indices 3 (part0's last) and 4 (part1's first)
     images = Images(folder, 8)
-    assert [file[-5:] for file in images.files[3:5]] == ["6.png", "1.png"]
+    assert [file[-5:] for file in images.source.files[3:5]] == ["6.png", "1.png"]
     batches = load_batches(images, EndlessBatches(7, 7, seed=3), workers)
     for batch, items in zip(range(3), EndlessBatches(7, 7, seed=3), strict=False):
         shown = [(5, flip) if index in (3, 4) else (index, flip) for index, flip in items]
@@ -198,7 +250,9 @@ def test_train_reports_bad_data_in_one_line(folder, tmp_path, capfd, workers):
     assert train.main([*flags.split(), *out.split()]) == 2
     error = capfd.readouterr().err.splitlines()
     assert not [line for line in error if "Traceback" in line or "File" in line]
-    assert error[-1].startswith(f"train.py: error: --path {folder}: none of 7 images can be read")
+    assert re.match(
+        rf"train\.py: error: (--path )?{folder}: none of 7 images can be read: /", error[-1]
+    )
     assert "part0/0.png: not a readable image (unknown format or damaged)" in error[-1]
 
 
@@ -208,4 +262,5 @@ def test_the_loader_is_measured(folder, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in lines] == [str(folder), str(folder / "part0")]
     assert main([*flags.split(), str(tmp_path / "none")]) == 2
-    assert "none: no such folder" in capsys.readouterr().err
+    start = f"python -m Dataset.images: error: --path {tmp_path}/none: no such folder"
+    assert capsys.readouterr().err.startswith(start)

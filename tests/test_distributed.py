@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing
 
-from Compression.distillation import Term, pixels
+from Compression.distillation import Parts, Term, high_band, moments, pixels, relation
+from Compression.distillation.teacher_discriminator import adversary
 from Compression.training import Draws, Teacher, Trainer
+from Evaluation.embeddings import Embedding
 from Model.discriminator import Discriminator
 from Model.generator import Generator
 from train_hyperparams import TrainConfig
 
-BATCH, ITERATIONS = 16, 5
+BATCH, ITERATIONS, SIDE = 16, 5, 16
 CPU = torch.device("cpu")
 
 
@@ -38,22 +40,41 @@ class SharedDraws(Draws):
 
 
 def left_half(images: Tensor) -> Tensor:
-    return torch.ones(len(images), 1, 8, 8).cumsum(3).le(4).float()
+    return torch.ones(len(images), 1, SIDE, SIDE).cumsum(3).le(4).float()
+
+
+def make_terms(rank: int, world: int) -> list[Term]:
+    """One of every kind that the processes have in common."""
+    stream = torch.Generator().manual_seed(6)
+
+    def offsets(n: int) -> Tensor:
+        return torch.randn(n * world, 1, 8, generator=stream)[rank::world]
+
+    colours = {"dino": Embedding(lambda x: x.mean(dim=(2, 3)), "colours")}
+    target = {"dino": (torch.full((3,), 0.1), torch.full((3,), 0.2))}
+    settings = relation.RelationSettings(relation_gather=True)
+    return [
+        Term("l1", 3.0, pixels.term()),
+        Term("relation", 30.0, relation.term([4], offsets, settings), features=True),
+        Term("moments", 1.0, moments.term(colours, {"dino": 20.0}, target)),
+        Term("high_band", 10.0, Parts(critic=high_band.term(4, SIDE))),
+        Term("teacher_discriminator", 1.0, adversary(Discriminator(SIDE, channels=(5, 4, 4)))),
+    ]
 
 
 def make_trainer(rank: int, world: int) -> Trainer:
     torch.manual_seed(0)
-    generator = Generator(8, style_dim=8, n_mlp=2, channels=(6, 5, 4, 4))
+    generator = Generator(SIDE, style_dim=8, n_mlp=2, channels=(6, 5, 4, 4, 4, 4))
     frozen = copy.deepcopy(generator).requires_grad_(False)
-    teacher = Teacher(frozen, left_half, [Term("l1", 3.0, pixels.term())])
+    teacher = Teacher(frozen, left_half, make_terms(rank, world))
     for parameter in generator.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     for layer in (*generator.styled_convs, *teacher.generator.styled_convs):
         layer.noise.weight.data.zero_()  # layer noise is drawn per process
     settings = TrainConfig(
-        batch_size=BATCH, freeze_noise=True, kd_lpips_lambda=0.0, d_reg_every=2, g_reg_every=2
+        batch_size=BATCH, freeze_noise=True, d_reg_every=2, g_reg_every=2, gan_ramp=3 * BATCH
     )
-    trainer = Trainer(generator, Discriminator(8, channels=(5, 4)), settings, CPU, teacher)
+    trainer = Trainer(generator, Discriminator(SIDE, channels=(5, 4, 4)), settings, CPU, teacher)
     trainer.draws = SharedDraws(trainer.draws, rank, world)
     return trainer
 
@@ -64,7 +85,7 @@ def train(rank: int, world: int) -> dict:
     stream = torch.Generator().manual_seed(1)
     gradients = {}
     for i in range(ITERATIONS):
-        real = torch.randn(BATCH, 3, 8, 8, generator=stream)[rank::world]
+        real = torch.randn(BATCH, 3, SIDE, SIDE, generator=stream)[rank::world]
         trainer.iterate(real)
         if i == 0:
             gradients = {
@@ -78,6 +99,8 @@ def train(rank: int, world: int) -> dict:
         for name in ("generator", "g_ema", "discriminator")
         for key, value in getattr(trainer, name).state_dict().items()
     }
+    (further,) = (network for network, _ in trainer.further.values())
+    weights |= {f"further.{key}": value for key, value in further.state_dict().items()}
     metrics = {k: v for k, v in trainer.averages.flush().items() if k != "images_per_second"}
     return {
         "weights": weights,

@@ -7,7 +7,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from Evaluation import editing, sampling
-from Evaluation.editing import Latents
+from Evaluation.sampling import Latents
 from Model.generator import Generator
 from Util.animation import save_gif
 from Util.pictures import captioned, framed, rescale
@@ -24,8 +24,8 @@ def generator():
 
 def drawn(generator, n, seed):
     """Faces with layer noise of their own."""
-    noise = sampling.layer_noise(generator, range(n), seed)
-    return editing.from_z(generator, sampling.latents(generator, range(n), seed), noise=noise)
+    noise = sampling.draw_noise(generator, range(n), seed)
+    return sampling.from_z(generator, sampling.draw_z(generator, range(n), seed), noise=noise)
 
 
 def l1(a, b):
@@ -50,26 +50,26 @@ def test_spherical_interpolation_follows_the_arc():
 
 
 def test_latents_map_and_truncate_as_the_generator_does(generator):
-    z, centre = sampling.latents(generator, range(3), 0), sampling.mean_latent(generator, 0, 64)
-    latents = editing.from_z(generator, z, 0.6, centre)
+    z, centre = sampling.draw_z(generator, range(3), 0), sampling.mean_latent(generator, 0, 64)
+    latents = sampling.from_z(generator, z, 0.6, centre)
     expected = generator([z], truncation=0.6, truncation_latent=centre, randomize_noise=False)
-    assert_close(editing.synthesise(generator, latents), expected)
+    assert_close(sampling.render(generator, latents), expected)
     with pytest.raises(ValueError, match="needs its centre"):
-        editing.from_z(generator, z, 0.6)
+        sampling.from_z(generator, z, 0.6)
 
 
 def test_the_batch_does_not_change_pictures(generator):
     latents = drawn(generator, 5, 0)
-    whole = editing.synthesise(generator, latents)
-    assert_close(editing.synthesise(generator, latents, batch=2), whole)
-    assert_close(editing.synthesise(generator, latents[[3, 1]]), whole[[3, 1]])
+    whole = sampling.render(generator, latents)
+    assert_close(sampling.render(generator, latents, batch=2), whole)
+    assert_close(sampling.render(generator, latents[[3, 1]]), whole[[3, 1]])
 
 
 def test_a_morph_has_its_ends_and_goes_straight_in_w(generator):
     a, b = drawn(generator, 2, 0), drawn(generator, 2, 1)
     for t, end in ((0.0, a), (1.0, b)):
-        pictures = editing.synthesise(generator, editing.morph(a, b, t))
-        assert_close(pictures, editing.synthesise(generator, end), atol=1e-5, rtol=1e-5)
+        pictures = sampling.render(generator, editing.morph(a, b, t))
+        assert_close(pictures, sampling.render(generator, end), atol=1e-5, rtol=1e-5)
     assert_close(editing.morph(a, b, 0.25).w_plus, 0.75 * a.w_plus + 0.25 * b.w_plus)
 
 

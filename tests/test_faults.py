@@ -23,9 +23,10 @@ import prune
 import train
 from Compression import pruning
 from Compression import run as run_module
-from Dataset import images, prepare_data, toon_faces
-from Dataset.images import DatasetError, EndlessBatches, Images
-from Dataset.prepare_data import Encoding, prepare
+from Dataset import DatasetError, loading, prepare_data, toon_faces
+from Dataset.batches import EndlessBatches
+from Dataset.images import Images
+from Dataset.prepare_data import PrepareSettings, prepare
 from Evaluation import feature_statistics
 from Evaluation.distances import load_lpips
 from Evaluation.feature_statistics import Statistics
@@ -38,6 +39,7 @@ from Util.files import PREFIX, atomic_path, lock_folder
 from Util.pictures import save_png
 from Util.plot_log import plot
 from Util.run_log import RunLog, checkpoints, read_config, read_metrics
+from Util.settings import SettingError
 
 ROOT = Path(__file__).parent.parent
 
@@ -237,13 +239,13 @@ def pictures(tmp_path):
 def test_an_lmdb_is_completed_after_a_fault_at_any_byte(pictures, tmp_path, monkeypatch, killed):
     monkeypatch.setattr(prepare_data, "CHUNK_PIXELS", 16**2)
 
-    def encoded(folder, chunks, encoding, workers):
-        yield from (prepare_data._encode_files(folder, c, encoding) for c in chunks)
+    def encoded(settings, chunks, workers):
+        yield from (prepare_data._encode_files(settings, chunk) for chunk in chunks)
 
     monkeypatch.setattr(prepare_data, "_encoded", encoded)
 
     def make(out):
-        return prepare(pictures, out, Encoding((16,)), progress=False)
+        return prepare(PrepareSettings(path=pictures, out=out, size=(16,)), progress=False)
 
     make(tmp_path / "whole")
     expected = [Images(tmp_path / "whole", 16)[i, False] for i in range(1)]
@@ -254,7 +256,7 @@ def test_an_lmdb_is_completed_after_a_fault_at_any_byte(pictures, tmp_path, monk
         def attempt(out=out):
             try:
                 make(out)
-            except DatasetError:
+            except SettingError:
                 raise OSError from None
 
         # A write that reaches the limit in its middle is cut short without a signal.
@@ -286,7 +288,7 @@ def test_a_killed_loader_leaves_a_checkpoint(pictures, tmp_path, monkeypatch, ca
     assert train.main(f"{small} {where}".split()) == 2
     lines = [x for x in capfd.readouterr().err.replace("\r", "\n").splitlines() if "error" in x]
     assert len(lines) == 1
-    assert "a loading process was killed" in lines[0]
+    assert f"{pictures}: a loading process was killed" in lines[0]
     order = [batch[0][0] for batch, _ in zip(EndlessBatches(8, 1), range(8), strict=False)]
     (kept,) = checkpoints(tmp_path / "run")
     assert 0 <= int(kept.stem) <= order.index(3)
@@ -299,7 +301,7 @@ def batches_until(error, pictures):
         yield torch.zeros(1), {}
         raise error
 
-    batches = images._reported(fetch(), Images(pictures, 16))
+    batches = loading._reported(fetch(), Images(pictures, 16))
     next(batches)
     return batches
 
@@ -309,7 +311,7 @@ def batches_until(error, pictures):
 )
 def test_a_loader_killed_while_its_batch_is_fetched(pictures, error):
     batches = batches_until(error, pictures)
-    with pytest.raises(DatasetError, match="a loading process was killed"):
+    with pytest.raises(DatasetError, match=f"^{pictures}: a loading process was killed"):
         next(batches)
 
 
@@ -352,7 +354,7 @@ def test_a_killed_renderer_is_one_line(tmp_path, monkeypatch, capfd):
 
     monkeypatch.setattr(toon_faces, "ProcessPoolExecutor", Broken)
     with pytest.raises(toon_faces.ToonFacesError, match="a worker was killed"):
-        toon_faces.render_dataset(tmp_path, 1, 8, progress=False)
+        toon_faces.render_dataset(toon_faces.ToonFacesSettings(out=tmp_path, n=1), progress=False)
 
 
 # Two at once
@@ -444,7 +446,7 @@ def test_without_a_network_the_error_says_what_to_put_where(tmp_path, monkeypatc
     text = str(error.value)
     assert f"{tmp_path}/hub/checkpoints/" in text
     assert "put https://download.pytorch.org/models/" in text
-    assert "--perceptual_ckpt" in text
+    assert "perceptual_ckpt" in text
     assert not list(tmp_path.rglob("*.pth*"))
 
 

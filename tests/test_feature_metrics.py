@@ -9,9 +9,12 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from Evaluation import inception
-from Evaluation.fid import frechet_distance, mean_and_covariance
+from Evaluation.feature_statistics import StatisticsError, mean_and_covariance, statistics_of
+from Evaluation.features import Extractor
+from Evaluation.fid import frechet_distance
 from Evaluation.inception import FIDInception, load_inception
 from Evaluation.kid import kernel_distance, squared_mmd
+from Evaluation.metrics import METRICS, distance_key, evaluate, need_features
 from Evaluation.precision_recall import precision_recall
 from Model.checkpoint import CheckpointError
 
@@ -59,6 +62,41 @@ def test_precision_and_recall_of_a_missed_mode():
     real = torch.cat([torch.randn(50, 2), torch.randn(50, 2) + 100])
     generated = torch.randn(100, 2) * 0.1
     assert precision_recall(generated, real) == (1.0, pytest.approx(0.1, abs=0.1))
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "names"),
+    [
+        ("", None, ("FID", "KID")),
+        ("parser", None, ("Frechet parser distance", "kernel parser distance")),
+        ("", torch.ones_like, ("content-aware FID", "content-aware KID")),
+    ],
+)
+def test_distances_are_named_after_their_features(features, name, mask, names):
+    extractor = Extractor(lambda x: x, name, "", mask)
+    found = tuple(METRICS[metric].name(extractor) for metric in ("fid", "kid"))
+    assert found == names
+
+
+def test_metrics_come_in_their_order(features):
+    extractor, (a, b) = Extractor(lambda x: x, "", ""), features
+    figures = evaluate(["pr", "kid", "fid"], extractor, a, statistics_of(b, {}, True), seed=3)
+    assert list(figures) == ["precision", "recall", "KID", "KID, standard error", "FID"]
+    assert (figures["KID"], figures["KID, standard error"]) == kernel_distance(a, b, seed=3)
+    assert distance_key(["pr", "kid", "fid"], extractor) == "KID"
+    assert distance_key(["pr"], extractor) is None
+    assert need_features(["fid", "pr"])
+    assert evaluate(["fid"], extractor, a, statistics_of(b, {}), seed=0) == {"FID": figures["FID"]}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_features_that_cannot_be_measured_are_refused(features, metric):
+    extractor, (a, b) = Extractor(lambda x: x, "", ""), features
+    real = statistics_of(b, {}, True)
+    with pytest.raises(StatisticsError, match="statistics of 15 and of 16 features"):
+        evaluate([metric], extractor, a[:, :15], real, seed=0)
+    with pytest.raises(StatisticsError, match="features of 1 of 300 images are NaN"):
+        evaluate([metric], extractor, np.where(a == a.max(), np.nan, a), real, seed=0)
 
 
 @pytest.fixture(scope="module")

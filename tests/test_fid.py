@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from Evaluation.fid import frechet_distance, mean_and_covariance
+from Evaluation.feature_statistics import mean_and_covariance
+from Evaluation.fid import frechet_distance
 from tests.golden_fill import load_golden
 
 

@@ -186,41 +186,6 @@ def test_projected_pictures_are_edited(files, tmp_path, capsys):
     assert "--space z: projected pictures have no z" in error(*projections, *flags)
 
 
-@pytest.mark.parametrize("call", [generate, edit])
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--names", "a"], "--names: 2 checkpoints need as many different names, got a"),
-        (["--names", "a", "a"], "--names: 2 checkpoints need as many different names"),
-        (["--truncation", "0"], "--truncation: 0 is not in (0, 1]"),
-        (["--scale", "1.5"], "--scale: 1.5 is neither a whole number"),
-        (["--scale", "-2"], "--scale: -2 is neither a whole number"),
-        (["--scale", "0.25"], "--scale 0.25 leaves less than 8 px"),
-        (["--fps", "0"], "--fps: 0 is not at least 1"),
-        (["--colours", "1"], "--colours: invalid choice: 1"),
-        (["--device", "tpu"], "--device tpu: unknown"),
-        (["--generated_img_size", "64"], "--ckpt"),
-    ],
-)
-def test_bad_flags(files, tmp_path, capsys, call, flags, message):
-    line = error_of(capsys, lambda: call(files, *flags, "--out", tmp_path / "no"))
-    assert message in line
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--layers", "fine"], "--layers fine: expected coarse, middle, fine or a range"),
-        (["--a", "-1"], "--a -1: numbers from 0 on"),
-        (["--mode", "morphing", "--a", "0", "--b", "1,2"], "--a has 1 faces and --b 2"),
-        (["--steps", "2"], "--steps: 2 is not at least 3"),
-    ],
-)
-def test_bad_edits(files, tmp_path, capsys, flags, message):
-    assert message in error_of(capsys, lambda: edit(files, *flags, "--out", tmp_path / "no"))
-
-
 def test_models_that_cannot_share_latents_and_bad_targets(files, tmp_path, capsys):
     line = error_of(capsys, lambda: generate(files, models=("full", "other")))
     assert "other.pt: 8 px and style_dim 6" in line

@@ -1,5 +1,6 @@
 """The compiled operators against the plain ones, and how they are built and chosen."""
 
+import re
 import stat
 import subprocess
 import sys
@@ -132,6 +133,15 @@ def test_filtered_leaky_relu_is_the_two_in_turn(layout, dtype, device):
         expected = exact(filtered_leaky_relu, x, kernel, (1, 1), parameters)
         tolerance = {k: 20 * v for k, v in TOLERANCE[dtype].items()}
         torch.testing.assert_close(actual, expected, **tolerance)
+
+
+def test_a_trained_filter_has_its_gradient():
+    x, kernel = values(2, 3, 7, 6), taps(4, True).requires_grad_()
+    parameters = epilogue(2, 3, (6, 5), torch.float64)
+    results = [
+        filtered_leaky_relu(x, kernel, (1, 1), parameters, impl) for impl in ("native", "reference")
+    ]
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), kernel) for y in results))
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (2, 5, 3), (2, 5, 3, 2, 2), (0, 5), (0, 5, 3, 3)])
@@ -368,11 +378,15 @@ def unbuilt(monkeypatch, tmp_path):
         cache.cache_clear()
 
 
+def program(file: Path, body: str) -> str:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"#!/bin/sh\n{body}\n")
+    file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    return str(file)
+
+
 def compiler_script(folder: Path, body: str) -> str:
-    script = folder / "compiler"
-    script.write_text(f"#!/bin/sh\n{body}\n")
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    return str(script)
+    return program(folder / "compiler", body)
 
 
 LARGE = torch.ones(1, 1, 256, 256)
@@ -473,16 +487,131 @@ def test_wrong_arguments_are_named():
     ):
         with pytest.raises(RuntimeError, match=match):
             apply_epilogue(x, Epilogue(**more), "native")
+    backward = torch.ops.stylegan.fused_leaky_relu_backward
+    for wrong in (x[:1], x.double()):
+        for grad, y, inputs in ((wrong, x, None), (x, x, wrong)):
+            with pytest.raises(RuntimeError, match=r"expected \[2, 3, 4, 4\] of Float"):
+                backward(grad, y, inputs, None, 0.2, 1.0)
     for impl in ("native", "reference"):
         with pytest.raises(ValueError, match="does not fit"):
             upfirdn2d(x, make_kernel(), pad=(-1, 0), impl=impl)
     assert filtered_size(x, make_kernel(), 1, 1, (0, 0)) == (1, 1)
 
 
-def test_the_cuda_kernels_compile():
-    """For sm_80 and sm_90, without a GPU; remembered until a source changes."""
+# --- The CUDA library -----------------------------------------------------------------------------
+
+
+def test_the_cuda_library_builds_and_loads():
+    """For sm_80 and sm_90, without a GPU; kept until a source changes."""
     try:
         build.nvcc()
     except build.BuildError as error:
         pytest.skip(str(error))
-    assert set(build.check_cuda()) == {"80", "90"}
+    command = [sys.executable, "-m", "Model.ops.build", "--cuda-check"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "_80_90+PTX.so" in done.stdout
+
+
+@pytest.fixture
+def toolkit(unbuilt, monkeypatch):
+    """The folder of compilers that write down their calls; nvcc is behind a script on PATH."""
+    answer = f'echo "$0 $*" >> {unbuilt}/calls; while [ "$1" != -o ]; do shift; done; echo x > "$2"'
+    version = f'[ "$1" = --version ] && exec cat {unbuilt}/version'
+    monkeypatch.setenv("CXX", program(unbuilt / "c++", answer))
+    real = program(unbuilt / "toolkit" / "nvcc", f"{version}\n{answer}")
+    program(unbuilt / "bin" / "nvcc", f'exec {real} "$@"')
+    monkeypatch.setenv("PATH", f"{unbuilt}/bin:/usr/bin:/bin")
+    (unbuilt / "version").write_text("Cuda compilation tools, release 13.2, V13.2.1")
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    monkeypatch.setattr(build, "PYTORCH", unbuilt / "torch")
+    monkeypatch.setattr(build, "_visible", list)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    for variable in ("CUDA_HOME", "CUDA_PATH", "NVCC", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(variable, raising=False)
+    return unbuilt
+
+
+def test_nothing_of_the_toolkit_but_nvcc_is_needed(toolkit):
+    build.library("cuda")
+    *compiled, linked = (toolkit / "calls").read_text().splitlines()
+    for source in ("kernels.cu", "cuda.cpp"):
+        (call,) = [c for c in compiled if f"{source} -o" in c]
+        assert call.startswith(f"{toolkit}/toolkit/nvcc -ccbin {toolkit}/c++ ")
+        assert "code=[sm_80]" in call
+        assert "code=[sm_90,compute_90]" in call
+    assert linked.startswith(f"{toolkit}/c++ ")
+    assert "-lc10_cuda" in linked
+    assert "cudart" not in linked
+
+
+def test_nvcc_from_pip_is_found_beside_pytorch(toolkit):
+    installed = program(toolkit / "nvidia" / "cu13" / "bin" / "nvcc", "echo release 13.2,")
+    assert build.nvcc() == installed
+
+
+def test_an_nvcc_of_another_version_is_refused_with_the_remedy(toolkit):
+    (toolkit / "version").write_text("release 12.8, V12.8.1")
+    with pytest.raises(build.BuildError, match=r"CUDA 12.8.*toolkit\[nvcc\]==13\.2\.\*"):
+        build.library("cuda")
+
+
+def test_the_listed_architectures_are_compiled_for(toolkit, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.6;12.0a+PTX")
+    assert build.library("cuda").stem.endswith("_75_86_120a+PTX")
+    calls = (toolkit / "calls").read_text()
+    assert "-gencode=arch=compute_75,code=[sm_75] " in calls
+    assert "-gencode=arch=compute_120a,code=[sm_120a,compute_120a] " in calls
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(build.BuildError, match="'Hopper' is no compute capability"):
+        build.library("cuda")
+
+
+def test_a_library_built_without_a_gpu_is_used_where_it_runs(toolkit, monkeypatch):
+    built = build.library("cuda")
+    for gpu in ((8, 0), (8, 9), (9, 0), (12, 0)):
+        monkeypatch.setattr(build, "_visible", lambda gpu=gpu: [gpu])
+        assert build.library("cuda") == built
+    monkeypatch.setattr(build, "_visible", lambda: [(7, 5), (9, 0)])
+    assert build.library("cuda").stem.endswith("_75_90")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")  # and what it leaves out
+    assert build.library("cuda").stem.endswith("_90_75")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "gpu", "runs"),
+    [
+        ("80", (8, 6), True), ("86", (8, 0), False), ("80", (9, 0), False), ("90", (10, 0), False),
+        ("80+PTX", (12, 1), True), ("90+PTX", (8, 9), False), ("90a", (9, 0), True),
+        ("100f", (10, 3), False), ("120", (12, 1), True),
+    ],
+)  # fmt: skip
+def test_which_code_runs_on_which_gpu(architecture, gpu, runs):
+    assert build._runs_on(architecture, gpu) == runs
+
+
+def test_new_flags_or_another_nvcc_behind_the_script_mean_a_new_library(toolkit, monkeypatch):
+    built = {build.library("cuda")}
+    (toolkit / "version").write_text("release 13.3, V13.3.1")
+    built.add(build.library("cuda"))
+    monkeypatch.setattr(build, "NVCC_FLAGS", (*build.NVCC_FLAGS, "-lineinfo"))
+    built.add(build.library("cuda"))
+    assert len(built) == 3
+
+
+@pytest.mark.parametrize("flags", [[], ["--cuda-check"]])
+def test_a_cuda_library_that_can_not_be_built_is_a_failure(toolkit, monkeypatch, capsys, flags):
+    assert build.main(flags) == 0
+    program(toolkit / "toolkit" / "nvcc", 'case "$1" in --version) echo release 13.1,; exit; esac\n'
+                                          "echo error: oh no; exit 1")  # fmt: skip
+    assert build.main(flags) == 1
+    log = re.search(r"nvcc failed: error: oh no \(all of it: (.*)\)", capsys.readouterr().out)
+    assert "oh no" in Path(log[1]).read_text()
+
+
+def test_a_missing_nvcc_is_a_failure_where_it_is_asked_for(toolkit, monkeypatch):
+    monkeypatch.setenv("NVCC", "no-such-compiler")
+    assert build.main([]) == int(torch.cuda.is_available())
+    assert build.main(["--cuda-check"]) == 1
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert build.main([]) == 1

@@ -2,9 +2,10 @@ import pytest
 import torch
 import torchvision
 
-from Evaluation.distances import LPIPS_TRUNKS, ParserDistance, load_lpips
+from Evaluation.distances import LPIPS_TRUNKS, ParserDistance, load_distance, load_lpips
 from Model.checkpoint import CheckpointError
 from Model.face_parser import BiSeNet
+from Util.settings import SettingError
 
 
 def images():
@@ -31,6 +32,13 @@ def test_parser_distance_of_a_pair_ignores_the_batch():
     distance = parser_distance()
     a, b = images()
     torch.testing.assert_close(distance(a, b)[:1], distance(a[:1], b[:1]))
+
+
+def test_a_distance_names_the_setting_of_its_file(tmp_path):
+    cpu, none = torch.device("cpu"), tmp_path / "none"
+    for name, setting in (("parser", "parser_ckpt"), ("squeeze", "perceptual_ckpt")):
+        with pytest.raises(SettingError, match=f"{setting} .*none: no such file"):
+            load_distance(name, none, lambda: none, cpu)
 
 
 def test_lpips_trunk_comes_from_a_torchvision_file(tmp_path):
@@ -71,6 +79,6 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     for part in (
         f"{tmp_path}/checkpoints/vgg16-397923af.pth is missing and could not be downloaded",
         "(no network); put https://download.pytorch.org/models/vgg16-397923af.pth there",
-        "give torchvision's vgg16 file as --perceptual_ckpt, or take --perceptual parser",
+        "name torchvision's vgg16 file by the setting perceptual_ckpt, or take perceptual parser",
     ):
         assert part in str(error.value)

@@ -11,12 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from Dataset import prepare_data
+from Dataset import DatasetError, prepare_data
 from Dataset.images import Images
-from Dataset.prepare_data import DatasetError, Encoding, image_files, main, prepare
+from Dataset.prepare_data import PrepareSettings, main, prepare
+from Dataset.sources.folder import image_files
+from Util.settings import SettingError
 
 ROOT = Path(__file__).parent.parent
-CODEC = Encoding((8, 16))
+ERROR = "python -m Dataset.prepare_data: error: "
 
 
 @pytest.fixture
@@ -41,8 +43,8 @@ def _in_this_process(monkeypatch, request):
     monkeypatch.setattr(prepare_data, "CHUNK_PIXELS", 2 * (8**2 + 16**2))
     if "processes" not in request.fixturenames:
 
-        def encoded(folder, chunks, encoding, workers):
-            yield from (prepare_data._encode_files(folder, c, encoding) for c in chunks)
+        def encoded(settings, chunks, workers):
+            yield from (prepare_data._encode_files(settings, chunk) for chunk in chunks)
 
         monkeypatch.setattr(prepare_data, "_encoded", encoded)
 
@@ -56,8 +58,9 @@ def truncate(file):
     file.write_bytes(file.read_bytes()[:-200])
 
 
-def make(folder, out, **options):
-    return prepare(folder, out, CODEC, workers=1, progress=False, **options)
+def make(folder, out, **more):
+    settings = {"path": folder, "out": out, "size": (8, 16), "workers": 1} | more
+    return prepare(PrepareSettings(**settings), progress=False)
 
 
 @pytest.mark.usefixtures("processes")
@@ -146,17 +149,17 @@ def test_a_finished_lmdb_is_left_as_it_is(folder, tmp_path, monkeypatch):
 
 def test_other_settings_or_files_are_refused(folder, tmp_path, capsys):
     make(folder, tmp_path / "lmdb")
-    with pytest.raises(DatasetError, match=r"sizes \[8, 16\], not \[8\]; name a new folder"):
-        prepare(folder, tmp_path / "lmdb", Encoding((8,)), progress=False)
-    with pytest.raises(DatasetError, match="format png, not jpeg"):
-        prepare(folder, tmp_path / "lmdb", Encoding((8, 16), "jpeg", 100), progress=False)
+    with pytest.raises(SettingError, match=r"sizes \[8, 16\], not \[8\]; name a new folder"):
+        make(folder, tmp_path / "lmdb", size=(8,))
+    with pytest.raises(SettingError, match="format png, not jpeg"):
+        make(folder, tmp_path / "lmdb", format="jpeg")
     (folder / "part0/0.png").rename(folder / "part0/9.png")
-    with pytest.raises(DatasetError, match="LMDB of other files"):
+    with pytest.raises(SettingError, match="LMDB of other files"):
         make(folder, tmp_path / "lmdb")
     (folder / "part0/9.png").unlink()
     assert main(f"--path {folder} --out {tmp_path}/lmdb --size 8,16".split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "with files 7, not 6" in line
+    assert line.startswith(f"{ERROR}--out {tmp_path}/lmdb holds an LMDB with files 7, not 6; name")
 
 
 def test_bad_files_are_named_and_get_no_index(folder, tmp_path, capsys):
@@ -176,7 +179,7 @@ def test_bad_files_are_named_and_get_no_index(folder, tmp_path, capsys):
     assert [bool(images[i, False].numel()) for i in range(5)] == [True] * 5
     whole = Images(folder, 8)
     for i, file in enumerate(good):
-        index = whole.files.index(file.relative_to(folder).as_posix())
+        index = whole.source.files.index(file.relative_to(folder).as_posix())
         torch.testing.assert_close(images[i, False], whole[index, False])
 
 
@@ -186,7 +189,8 @@ def test_more_bad_files_than_allowed_are_an_error_until_allowed(folder, tmp_path
     argv = f"--path {folder} --out {tmp_path}/lmdb --size 8,16".split()
     assert main([*argv, "--max_bad", "1"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "more than 1 unreadable images: part0/0.png: not a readable image (" in error
+    start = f"{ERROR}--path {folder}: more than 1 unreadable images: part0/0.png: not a readable "
+    assert error.startswith(start)
     assert "part1/1.png" in error
     assert main([*argv, "--max_bad", "2"]) == 0
     assert content(tmp_path / "lmdb")[b"length"] == b"5"
@@ -195,7 +199,7 @@ def test_more_bad_files_than_allowed_are_an_error_until_allowed(folder, tmp_path
 def test_a_folder_of_bad_files_only_is_an_error(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/a.png").write_text("no image")
-    with pytest.raises(DatasetError, match=r"none of its images can be read: a\.png"):
+    with pytest.raises(SettingError, match=r"none of its images can be read: a\.png"):
         make(tmp_path / "data", tmp_path / "lmdb")
 
 
@@ -215,7 +219,7 @@ def test_a_full_disk_is_one_line_and_leaves_a_run_to_complete(folder, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare_data, "_commit", full)
-        with pytest.raises(DatasetError, match=r"No space left .* MB free .* goes on from there"):
+        with pytest.raises(SettingError, match=r"No space left .* MB free .* goes on from there"):
             make(folder, tmp_path / "lmdb")
     with pytest.raises(DatasetError, match="only 4 of 7 files; complete it with: python -m"):
         Images(tmp_path / "lmdb", 8)
@@ -228,13 +232,13 @@ def test_a_full_disk_is_one_line_and_leaves_a_run_to_complete(folder, tmp_path, 
     ("flags", "message"),
     [
         ("--path none --out x --size 8", "--path none: no such folder"),
-        ("--path {0} --out {0}/data --size 8", "data holds other files; name a new folder"),
-        ("--path {0} --out {0}/foreign --size 8", "not made by this command"),
-        ("--path {0}/empty --out x --size 8", "empty: holds no images"),
+        ("--path {0} --out {0}/data --size 8", "--out {0}/data holds other files; name a new"),
+        ("--path {0} --out {0}/foreign --size 8", "--out {0}/foreign holds an LMDB that was not"),
+        ("--path {0}/empty --out x --size 8", "--path {0}/empty: holds no images (.png, .jpg"),
         ("--path {0} --out x --size 8,0", "--size must be"),
-        ("--path {0} --out x --size 8 --quality 90", "--quality 90"),
-        ("--path {0} --out x --size 8 --format jpeg --quality 101", "--quality 101"),
-        ("--path {0} --out x --size 8 --format gif", "--format"),
+        ("--path {0} --out x --size 8 --quality 90", "--quality 90: goes with"),
+        ("--path {0} --out x --size 8 --format jpeg --quality 101", "--quality must be at most"),
+        ("--path {0} --out x --size 8 --format gif", "--format gif: unknown; take png, jpeg"),
     ],
 )
 def test_bad_flags_are_one_line(folder, tmp_path, capsys, flags, message):
@@ -247,7 +251,7 @@ def test_bad_flags_are_one_line(folder, tmp_path, capsys, flags, message):
         code = error.code
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert code == 2
-    assert message in line
+    assert line.startswith(ERROR + message.format(tmp_path))
     assert not Path("x").exists()
 
 
@@ -255,7 +259,8 @@ def test_bad_flags_are_one_line(folder, tmp_path, capsys, flags, message):
 def test_workers_are_gone_after_an_interruption(folder, tmp_path):
     before = set(multiprocessing.active_children())
     chunks = [[name] for name in image_files(folder)]
-    encoded = prepare_data._encoded(folder, chunks, CODEC, 2)
+    settings = PrepareSettings(path=folder, out=tmp_path, size=(8, 16))
+    encoded = prepare_data._encoded(settings, chunks, 2)
     assert len(next(encoded)) == 1
     encoded.close()
     assert set(multiprocessing.active_children()) <= before

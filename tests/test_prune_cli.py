@@ -57,6 +57,7 @@ def test_prunes(files, tmp_path, capsys):
     saved = checkpoint.read(out)
     assert set(saved) == {"g", "g_ema", "d", "config"}
     assert saved["config"] == {
+        "recipe": "",
         "metric": "content_aware",
         "init": "pruned",
         "remove_ratio": 0.7,

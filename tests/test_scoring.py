@@ -173,7 +173,9 @@ def test_batch_size_is_part_of_the_content_score_alone(small):
 
     for metric in SCORES:
         one, all_at_once = scores(metric, 1), scores(metric, 6)
-        if metric == "content_aware":
+        if metric == "diversity_aware":  # see test_diversity_aware.py
+            assert not any(torch.allclose(a, b) for a, b in zip(one, all_at_once, strict=True))
+        elif metric == "content_aware":
             # |a + b| <= |a| + |b|: gradients of different images cancel within a batch.
             assert all((a >= b).all() for a, b in zip(one, all_at_once, strict=True))
             assert any((a > 1.1 * b).any() for a, b in zip(one, all_at_once, strict=True))
@@ -248,7 +250,7 @@ def test_errors(small):
         with pytest.raises(error, match=match):
             channel_scores(small, metric, **{"parser": left_half, "n_sample": 2} | kwargs)
 
-    fails("unknown metric 'l3'; there are content_aware, l1_out", metric="l3")
+    fails("unknown metric 'l3'; there are content_aware, diversity_aware", metric="l3")
     fails("n_sample is 0", n_sample=0)
     fails("batch_size is 0", batch_size=0)
     fails("seed is -1", seed=-1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from Dataset.toon_faces import main, render, render_dataset
+from Dataset.toon_faces import ToonFacesSettings, main, render, render_dataset
 
 CLASSES = {0, 1, 2, 3, 4, 5, 11, 14, 16, 17}
 
@@ -50,14 +50,19 @@ def test_labels_agree_with_the_picture(pairs):
         assert near.mean() > 0.6
 
 
+def rendered(out, n, workers=1, **more):
+    settings = ToonFacesSettings(out=out, n=n, size=16, workers=workers, **more)
+    render_dataset(settings, progress=False)
+
+
 def test_a_set_is_cached_extended_and_completed(tmp_path):
-    render_dataset(tmp_path, 3, size=16, workers=1, progress=False)
+    rendered(tmp_path, 3)
     first = {f: f.read_bytes() for f in tmp_path.rglob("*.png")}
     assert len(first) == 6
     kept = tmp_path / "images" / "00000001.png"
     stamp = kept.stat().st_mtime_ns
     (tmp_path / "images" / "00000002.png").unlink()
-    render_dataset(tmp_path, 4, size=16, workers=2, progress=False)
+    rendered(tmp_path, 4, workers=2)
     assert kept.stat().st_mtime_ns == stamp
     assert len(list(tmp_path.rglob("*.png"))) == 8
     assert all(f.read_bytes() == data for f, data in first.items())
@@ -65,7 +70,7 @@ def test_a_set_is_cached_extended_and_completed(tmp_path):
 
 
 def test_ranges_of_one_seed_are_disjoint(tmp_path):
-    render_dataset(tmp_path, 2, size=16, workers=1, labels=False, start=1_000_000, progress=False)
+    rendered(tmp_path, 2, no_labels=True, start=1_000_000)
     assert [f.name for f in sorted(tmp_path.rglob("*.png"))] == ["01000000.png", "01000001.png"]
     np.testing.assert_array_equal(
         np.asarray(Image.open(tmp_path / "images" / "01000001.png")),
@@ -78,6 +83,6 @@ def test_another_set_in_the_same_folder_is_refused(tmp_path, capsys):
     assert main(flags) == 0
     capsys.readouterr()
     assert main([*flags, "--seed", "5"]) == 2
-    error = capsys.readouterr().err.strip()
-    assert "holds a set with seed 0, not 5" in error
-    assert "\n" not in error
+    (line,) = capsys.readouterr().err.splitlines()
+    start = f"python -m Dataset.toon_faces: error: --out {tmp_path} holds a set with seed 0, not 5;"
+    assert line.startswith(start)

@@ -5,19 +5,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import prune
 import train
 from Compression import run as training_run
 from Compression.training import Trainer
 from Dataset.images import Images
-from Evaluation.feature_statistics import distance, statistics_of
+from Evaluation.feature_sets import sampled_features
+from Evaluation.feature_statistics import statistics_of
 from Evaluation.features import Extractor
-from get_fid import sampled_features
+from Evaluation.fid import distance
 from Model import checkpoint
 from Model.bundled import PARSER
 from Model.discriminator import Discriminator
@@ -69,7 +72,7 @@ def measured(monkeypatch):
     """Flags for a Frechet distance of three features, one for each colour."""
 
     def colours(*args):
-        return Extractor(lambda x: x.mean(dim=(2, 3)), "Frechet parser distance", "colours")
+        return Extractor(lambda x: x.mean(dim=(2, 3)), "parser", "colours")
 
     monkeypatch.setattr(training_run, "make_extractor", colours)
     return f"--fid_n_sample 20 --fid_features parser --parser_ckpt {PARSER} --model_save_freq 2"
@@ -316,7 +319,8 @@ def test_flags_of_type_bool_are_what_they_say(text, value):
 
 def test_every_setting_has_a_flag_and_the_papers_defaults_hold():
     config = train.parse_config(["--path", "x"])
-    assert config == TrainConfig(path="x")
+    assert replace(config, options=()) == TrainConfig(path="x")
+    assert config.options == tuple(kind() for kind in training_run.option_kinds())
     assert (config.lr, config.r1, config.path_regularize, config.mixing) == (0.002, 10, 2, 0.9)
     assert (config.kd_l1_lambda, config.kd_lpips_lambda, config.batch_size) == (3, 3, 16)
 
@@ -338,3 +342,47 @@ def test_several_processes_stop_together_on_a_signal_and_resume(folder):
     again = ["--resume", str(run_folder), "--iter", str(iteration + 3)]
     subprocess.run([*launcher, train.__file__, *again], check=True)
     assert [int(p.stem) for p in checkpoints(run_folder)] == [iteration, iteration + 3]
+
+
+def without_train_state(path, name):
+    """A checkpoint as the original code writes it."""
+    content = checkpoint.read(path)
+    del content["train_state"]
+    checkpoint.save(path.with_name(name), content)
+    return path.with_name(name)
+
+
+def test_a_run_of_the_original_code_goes_on(folder, capsys):
+    assert run(folder, f"{SMALL} --iter 3") == 0
+    old = without_train_state(folder / "run/checkpoints/000003.pt", "000120.pt")
+    flags = "--load_train_state --batch_size 4 --workers 0 --device cpu --log_freq 1 --iter 122"
+    assert run(folder, f"--ckpt {old} {flags}", "more") == 0
+    assert "going on at iteration 120, as its name says" in capsys.readouterr().out
+    assert [row["iteration"] for row in read_metrics(folder / "more")] == [121, 122]
+    steps = checkpoint.read(folder / "more/checkpoints/000122.pt")["d_optim"]["state"][0]["step"]
+    assert steps == 3 + 1 + 2  # the first iteration had R1 too
+    assert (
+        checkpoint.read(folder / "more/checkpoints/000122.pt")["train_state"]["images_seen"] == 488
+    )
+    nameless = without_train_state(folder / "run/checkpoints/000003.pt", "best.pt")
+    assert run(folder, f"--ckpt {nameless} {flags}", "none") == 2
+    assert "no 'train_state' in the checkpoint" in capsys.readouterr().err
+
+
+def test_a_pruned_checkpoint_asks_for_its_teacher(folder, capsys):
+    assert run(folder, f"{SMALL} --iter 1") == 0
+    full = folder / "run/checkpoints/000001.pt"
+    small = folder / "small.pt"
+    assert prune.main(f"--ckpt {full} --metric random --device cpu --out {small}".split()) == 0
+    flags = f"--ckpt {small} --batch_size 4 --workers 0 --device cpu --iter 1"
+    assert run(folder, flags, "asked") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"train.py: error: --teacher_ckpt is missing; {small} was pruned")
+    assert not (folder / "asked").exists()
+    assert run(folder, f"{flags} --teacher_ckpt none", "alone") == 0
+    assert "kd_l1" not in read_metrics(folder / "alone")[-1]
+
+
+def test_flags_of_the_original_code_are_known():
+    config = train.parse_config(["--path", "x", "--latent", "64", "--channel_multiplier", "1"])
+    assert (config.style_dim, config.channel_multiplier) == (64, 1)

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -5,10 +7,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import train_parser
-from Compression import parser_training
-from Compression.parser_training import Augmentation
+from Compression import parser_augmentation, parser_scores, parser_training
+from Compression.content import load_content_parser
+from Compression.parser_augmentation import Augmentation
+from Compression.parser_training import ParserSettings
 from Dataset.label_maps import LabelMapDataset, LabelMapError
-from Model import checkpoint
+from Model import bundled, checkpoint
+from Model.face_parser import CELEBAMASK_NAMES, BiSeNet
 
 
 def make_folder(path, count, side=32, seed=0):
@@ -48,8 +53,8 @@ def test_flip_swaps_classes():
     images = torch.arange(2 * 3 * 2 * 4.0).view(2, 3, 2, 4)
     labels = torch.tensor([[[0, 2, 3, 1], [4, 4, 5, 18]]]).repeat(2, 1, 1)
     chosen = torch.tensor([True, False])
-    flipped, mirrored = parser_training.flip(
-        images, labels, chosen, parser_training.CELEBAMASK_FLIP_PAIRS
+    flipped, mirrored = parser_augmentation.flip(
+        images, labels, chosen, parser_augmentation.CELEBAMASK_FLIP_PAIRS
     )
     assert mirrored[0].tolist() == [[1, 2, 3, 0], [18, 4, 5, 5]]
     torch.testing.assert_close(mirrored[1], labels[1])
@@ -63,7 +68,8 @@ def test_augmentation_keeps_picture_and_labels_together(folder):
         torch.stack(part) for part in zip(*(dataset[i] for i in range(8)), strict=True)
     )
     how = Augmentation(colour=0.0, noise=0.0)
-    varied, moved = parser_training.augment(images, labels, how, torch.Generator().manual_seed(0))
+    stream = torch.Generator().manual_seed(0)
+    varied, moved = parser_augmentation.augment(images, labels, how, stream)
     assert (moved != labels).any()
     # Red is class 1, green class 2, blue class 0; only the blurred edges may disagree.
     seen = torch.tensor([1, 2, 0])[varied.argmax(1)]
@@ -73,15 +79,16 @@ def test_augmentation_keeps_picture_and_labels_together(folder):
 def test_augmentation_reduces_pictures_only():
     images, labels = torch.zeros(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.int64)
     how = Augmentation(image_size=16)
-    images, labels = parser_training.augment(images, labels, how, torch.Generator())
+    images, labels = parser_augmentation.augment(images, labels, how, torch.Generator())
     assert (images.shape, labels.shape) == ((2, 3, 16, 16), (2, 32, 32))
 
 
 def test_scores_against_closed_form():
     labels = torch.tensor([[[0, 0, 1, 1], [2, 2, 2, 2]]])
     predicted = torch.tensor([[[0, 1, 1, 1], [2, 2, 0, 3]]])
-    confusion = parser_training.confusion_matrix(predicted, labels, 5)
-    scores = parser_training.scores_of(confusion, torch.tensor([False, True, True, True, True]))
+    confusion = parser_scores.confusion_matrix(predicted, labels, 5)
+    is_content = torch.tensor([False, True, True, True, True])
+    scores = parser_scores.scores_of(confusion, is_content, tuple("abcde"))
     assert scores.occurs.tolist() == [True, True, True, False, False]
     expected = torch.tensor([1 / 3, 2 / 3, 2 / 4], dtype=torch.float64)
     torch.testing.assert_close(scores.class_iou[:3], expected)
@@ -101,8 +108,7 @@ def test_loss_adds_the_auxiliary_outputs():
 
 
 def test_learning_rate_rises_then_falls():
-    plan = parser_training.TrainingPlan(100, warm_up=0.1)
-    factors = [parser_training.learning_rate_factor(step, plan) for step in range(100)]
+    factors = [parser_training.learning_rate_factor(step, 200) for step in range(200)]
     assert factors[0] == pytest.approx(0.1)
     assert max(factors) == factors[9] == factors[10] == 1
     assert sorted(factors[10:], reverse=True) == factors[10:]
@@ -110,31 +116,67 @@ def test_learning_rate_rises_then_falls():
 
 
 def test_training_learns_and_saves(folder, tmp_path, capsys):
+    small = {"size": 32, "width": 4, "stem_stride": 2, "n_classes": 3, "batch_size": 8}
+    where = {"path": folder, "out": tmp_path / "parser.pt", "device": "cpu"}
+    settings = ParserSettings(**where, **small, iter=60)
     losses = []
-    plain = parser_training.train
-
-    def recording(network, batches, plan, generator, after_step):
-        def both(step, loss):
-            losses.append(loss)
-            after_step(step, loss)
-
-        plain(network, batches, plan, generator, both)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parser_training, "train", recording)
-        assert train_parser.main(flags(folder, tmp_path, "--iter", "60", "--eval_every", "40")) == 0
+    scores = parser_training.train_parser(settings, lambda step, loss: losses.append(loss))
     assert len(losses) == 60
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
-    printed = capsys.readouterr().out
-    assert "mean IoU of the 3 classes" in printed
-    assert "content-mask IoU" in printed
+    assert scores.mean_iou > 0.6
     network = checkpoint.load_face_parser(tmp_path / "parser.pt")
-    assert network.config == {"n_classes": 3, "width": 4, "stem_stride": 2, "input_size": 32}
+    assert (network.n_classes, network.width, network.stem_stride) == (3, 4, 2)
+    assert network.input_size == 32
     assert [file.name for file in tmp_path.iterdir()] == ["parser.pt"]
     arguments = ["--eval_only", str(tmp_path / "parser.pt"), "--path", str(folder)]
     assert train_parser.main(arguments) == 0
     mean_iou = float(capsys.readouterr().out.split("classes: ")[1].split()[0])
     assert mean_iou > 0.6
+
+
+def test_what_is_printed(folder, tmp_path, capsys):
+    named = ["--iter", "3", "--eval_every", "2", "--class_names", "ground,disc,square"]
+    assert train_parser.main(flags(folder, tmp_path, *named)) == 0
+    number = r"(0\.\d{4}|1\.0000)"
+    scores = rf"loss \d\.\d+, mean IoU {number}, content-mask IoU {number}"
+    lines = [
+        *(f"iteration 2: {scores}", f"iteration 3: {scores}"),
+        *(r"class +IoU", f"  0 ground +{number}", f"  1 disc +{number}", f"  2 square +{number}"),
+        *(f"mean IoU of the 3 classes: {number}", f"content-mask IoU: {number}"),
+        f"wrote {tmp_path}/parser.pt",
+    ]
+    assert re.fullmatch("\n".join(lines) + "\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("excluded", [(0, 2, 3), (1,), ()])
+def test_the_excluded_classes_reach_the_mask(folder, tmp_path, capsys, excluded):
+    """They are stored with the parser, and whatever makes masks with it takes them."""
+    four = ["--n_classes", "4", "--val_path", str(folder), "--iter", "30"]
+    chosen = ["--classes_excluded", *map(str, excluded)]
+    assert train_parser.main(flags(folder, tmp_path, *four, *chosen)) == 0
+    trained = capsys.readouterr().out.splitlines()[-2]
+    parser = load_content_parser(tmp_path / "parser.pt", torch.device("cpu"))
+    assert parser.network.classes_excluded == excluded
+    images = torch.stack([LabelMapDataset(folder, 32, 4)[i][0] for i in range(8)])
+    classes = parser.parse(images)
+    assert {0, 1, 2} <= set(classes.unique().tolist())
+    content = ~torch.isin(classes, torch.tensor(excluded))
+    torch.testing.assert_close(parser(images)[:, 0], content.float())
+    scoring = ["--eval_only", str(tmp_path / "parser.pt"), "--val_path", str(folder)]
+    assert train_parser.main(flags(folder, tmp_path, *scoring)) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == trained
+
+
+def test_parsers_without_classes_have_the_usual_ones(tmp_path):
+    """Published files hold no config, and older ones no classes in it."""
+    bundled_parser = checkpoint.load_face_parser(bundled.PARSER)
+    assert bundled_parser.classes_excluded == (0, 16)
+    assert bundled_parser.class_names == CELEBAMASK_NAMES
+    torch.save(BiSeNet(3, width=2).state_dict(), tmp_path / "bare.pth")
+    bare = load_content_parser(tmp_path / "bare.pth", torch.device("cpu"))
+    assert bare.network.classes_excluded == (0,)
+    assert bare.network.class_names == ("class 0", "class 1", "class 2")
+    assert bare.is_content.tolist() == [0, 1, 1]
 
 
 def test_the_seed_decides_the_run(folder, tmp_path):
@@ -150,19 +192,24 @@ def test_the_seed_decides_the_run(folder, tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--path", "/nowhere"], "--path no folder /nowhere/images"),
-        (["--val_path", "/nowhere"], "--val_path no folder /nowhere/images"),
-        (["--batch_size", "1"], "--batch_size: 1 is not at least 2"),
+        (["--path", "/nowhere"], "--path /nowhere: no folder images"),
+        (["--val_path", "/nowhere"], "--val_path /nowhere: no folder images"),
+        (["--batch_size", "1"], "--batch_size must be at least 2, not 1"),
         (["--batch_size", "64"], "--batch_size 64: more than"),
         (["--batch_size", "none"], "--batch_size"),
-        (["--val_fraction", "1.5"], "--val_fraction: 1.5"),
-        (["--lr", "0"], "--lr: 0 is not a positive number"),
+        (["--val_fraction", "1.5"], "--val_fraction must be below 1, not 1.5"),
+        (["--lr", "0"], "--lr must be above 0, not 0.0"),
         (["--device", "tpu"], "--device tpu: unknown"),
-        (["--stem_stride", "3"], "--stem_stride"),
+        (["--stem_stride", "3"], "--stem_stride 3: unknown; take 1, 2, 4"),
         (["--n_classes", "2"], "raise n_classes"),
-        (["--flip_pairs", "1,7"], "--flip_pairs: there is no class 7"),
-        (["--classes_excluded", "16"], "--classes_excluded: there is no class 16"),
-        (["--eval_only", "/nowhere.pt"], "--eval_only /nowhere.pt"),
+        (["--flip_pairs", "1,7"], "--flip_pairs 7: there is no such class in 0 to 2"),
+        (["--classes_excluded", "16"], "--classes_excluded 16: there is no such class in 0 to 2"),
+        (["--class_names", "a,b"], "--class_names names 2 classes, but there are 3"),
+        (
+            ["--class_names", "a,b,\x1b"],
+            "--class_names face parser: class_names are not 3 print",
+        ),
+        (["--eval_only", "/nowhere.pt"], "--eval_only /nowhere.pt: no such file"),
     ],
 )
 def test_bad_input_is_one_line(folder, tmp_path, capsys, more, said):

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from Compression.averages import Averages
-from Compression.distillation import Term, pixels
+from Compression.distillation import Parts, Term, pixels
+from Compression.distillation.teacher_discriminator import adversary
 from Compression.training import (
     Event,
     NonFiniteError,
@@ -146,6 +147,107 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted():
         for key, value in getattr(second, name).state_dict().items():
             torch.testing.assert_close(value, expected[key], rtol=0, atol=0)
     torch.testing.assert_close(second.mean_path_length, whole.mean_path_length, rtol=0, atol=0)
+
+
+def second_discriminator(weight=1.0):
+    torch.manual_seed(7)
+    teacher = Generator(8, style_dim=8, n_mlp=2, channels=(6, 5, 4, 4)).requires_grad_(False)
+    network = Discriminator(8, channels=(3, 4))
+    return Teacher(teacher, None, [Term("teacher_discriminator", weight, adversary(network))])
+
+
+def test_a_second_discriminator_is_trained_beside_the_first():
+    trainer = make_trainer(config(), second_discriminator())
+    ((network, _),) = trainer.further.values()
+    before = snapshot(network)
+    metrics = trainer.iterate(images()[0])
+    assert changed(network, before)
+    assert {"d_loss", "r1", "d_loss_teacher_discriminator", "r1_teacher_discriminator"} <= set(
+        metrics
+    )
+    before = snapshot(network)
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    trainer._g_phase(4)
+    assert not changed(network, before)
+
+
+def test_losses_of_both_discriminators_by_their_definition(monkeypatch):
+    trainer = make_trainer(config(r1=0.0, path_regularize=0.0, lr=0.0), second_discriminator(0.5))
+    ((further, _),) = trainer.further.values()
+    seen, steps = [], []
+    monkeypatch.setattr(trainer, "_step", lambda optimizer, phase, loss: steps.append(loss))
+    for network in (trainer.discriminator, further):
+        network.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+    trainer.iterate(images()[0])
+    fake, real, fake_t, real_t, g, g_t = seen
+    softplus = torch.nn.functional.softplus
+    torch.testing.assert_close(steps[0], softplus(fake).mean() + softplus(-real).mean())
+    torch.testing.assert_close(steps[1], softplus(fake_t).mean() + softplus(-real_t).mean())
+    torch.testing.assert_close(steps[2], softplus(-g).mean() + 0.5 * softplus(-g_t).mean())
+
+
+def test_a_resumed_run_with_a_second_discriminator_equals_one_that_was_not_interrupted():
+    whole, data = make_trainer(config(), second_discriminator()), images(4)
+    for real in data:
+        whole.iterate(real)
+    first = make_trainer(config(), second_discriminator())
+    for real in data[:2]:
+        first.iterate(real)
+    content = copy.deepcopy(
+        {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in first.state().items()}
+    )
+    second = make_trainer(config(), second_discriminator())
+    for name, key in (("generator", "g"), ("g_ema", "g_ema"), ("discriminator", "d")):
+        getattr(second, name).load_state_dict(content[key])
+    second.load_state(content)
+    for real in data[2:]:
+        second.iterate(real)
+    pairs = [(whole.generator, second.generator), (whole.discriminator, second.discriminator)]
+    pairs.append(tuple(t.further["teacher_discriminator"][0] for t in (whole, second)))
+    for a, b in pairs:
+        for key, value in a.state_dict().items():
+            torch.testing.assert_close(b.state_dict()[key], value, rtol=0, atol=0)
+    del content["teacher_discriminator"]
+    with pytest.raises(ValueError, match="no 'teacher_discriminator' in the checkpoint"):
+        make_trainer(config(), second_discriminator()).load_state(content)
+
+
+def test_the_gan_loss_grows_over_the_first_images(monkeypatch):
+    settings = config(r1=0.0, path_regularize=0.0, gan_ramp=16)  # four iterations
+    trainer = make_trainer(settings, second_discriminator(2.0))
+    shares = []
+
+    def step(optimizer, phase, loss):
+        if phase == "generator":
+            shares.append(loss.item())
+
+    monkeypatch.setattr(trainer, "_step", step)
+    for i, real in enumerate(images(6)):
+        metrics = trainer.iterate(real)
+        whole = metrics["g_loss"] + 2 * metrics["kd_teacher_discriminator"]
+        assert shares[-1] == pytest.approx(min(1, i / 4) * whole.item(), rel=1e-5)
+
+
+def test_a_term_may_train_the_discriminator_and_sees_the_teachers_pass(monkeypatch):
+    torch.manual_seed(5)
+    teacher = Generator(8, style_dim=8, n_mlp=2, channels=(6, 5, 4, 4)).requires_grad_(False)
+    seen, steps = [], {}
+
+    def critic(discriminator, target):
+        seen.append(target)
+        return discriminator(target.made.image).square().mean()
+
+    trainer = make_trainer(config(r1=0.0, path_regularize=0.0))
+    trainer.teacher = Teacher(teacher, None, [Term("critic", 10.0, Parts(critic=critic))])
+    monkeypatch.setattr(
+        trainer, "_step", lambda optimizer, phase, loss: steps.update({phase: loss.item()})
+    )
+    metrics = trainer.iterate(images()[0])
+    assert [f.shape[1] for f in seen[0].made.features] == [5, 4, 4]
+    expected = metrics["d_loss"] + 10 * metrics["kd_critic"]
+    assert steps["discriminator"] == pytest.approx(expected.item(), rel=1e-6)
+    assert steps["generator"] == pytest.approx(metrics["g_loss"].item(), rel=1e-6)
 
 
 def test_events_come_at_their_periods_and_at_the_end():

@@ -6,17 +6,44 @@
 import math
 from dataclasses import replace
 
-from Compression.distillation import perceptual, pixels
-from Compression.distillation.terms import Pass, Sources, Term, TermKind
+from Compression.distillation import (
+    high_band,
+    moments,
+    perceptual,
+    pixels,
+    relation,
+    teacher_discriminator,
+)
+from Compression.distillation.terms import Parts, Pass, Sources, Term, TermKind
 from train_hyperparams import TrainConfig
 from Util.settings import SettingError, chosen
 
-__all__ = ["TERMS", "Pass", "Sources", "Term", "TermKind", "make_terms", "weights"]
+__all__ = ["TERMS", "Parts", "Pass", "Sources", "Term", "TermKind", "make_terms", "weights"]
 
 TERMS = {
     "l1": TermKind(pixels.make, "absolute difference of the pictures"),
     "perceptual": TermKind(
         perceptual.make, "LPIPS, or a distance of parser features (--perceptual)", perceptual.label
+    ),
+    "relation": TermKind(
+        relation.make,
+        "relations between latents and their neighbours (StyleKD)",
+        options=relation.RelationSettings,
+        features=True,
+    ),
+    "moments": TermKind(
+        moments.make,
+        "moments of features against the teacher's (DiME)",
+        moments.label,
+        moments.MomentsSettings,
+    ),
+    "high_band": TermKind(
+        high_band.make,
+        "the discriminator's high-frequency features against the teacher's (NICKEL)",
+        options=high_band.HighBandSettings,
+    ),
+    "teacher_discriminator": TermKind(
+        teacher_discriminator.make, "a second discriminator that starts as the teacher's (DiME)"
     ),
 }
 
@@ -51,7 +78,7 @@ def make_terms(sources: Sources) -> list[Term]:
     for name, weight in weights(sources.config).items():
         kind = TERMS[name]
         options = chosen(sources.config.options, kind.options)
-        call = kind.make(replace(sources, options=options))
-        label = kind.label(sources.config) if kind.label else name
-        terms.append(Term(label, weight, call, kind.features))
+        made = kind.make(replace(sources, options=options))
+        label = kind.label(options or sources.config) if kind.label else name
+        terms.append(Term(label, weight, made, kind.features))
     return terms

@@ -3,16 +3,18 @@
     L_KD = sum over terms of  weight * term(student pass, teacher pass, content mask)
 
 (Liu et al., CVPR 2021, eq. 4, with any terms.) A term is one file with its equation on top, and one
-line in the table `Compression.distillation.TERMS`.
+line in the table `Compression.distillation.TERMS`. Most are a `Call`; what needs more is a `Parts`.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from Model.discriminator import Discriminator
 from Model.generator import Generator, Synthesis
 from train_hyperparams import TrainConfig
 from Util.settings import Settings
@@ -36,15 +38,36 @@ class Pass:
     made: Synthesis
     context: Callable[[], AbstractContextManager[None]]
 
-    def again(self, offset: Tensor) -> Synthesis:
+    def again(self, offset: Tensor, features: bool = False) -> Synthesis:
         """Run the generator at w+ plus an offset (N, 1 or n_latent, style_dim)."""
         with self.context():
-            return self.generator.synthesis(self.w_plus + offset, self.noise)
+            return self.generator.synthesis(self.w_plus + offset, self.noise, features=features)
 
 
 Call = Callable[[Pass, Pass, Tensor | None], Tensor]
 """Student pass, teacher pass, content mask (N, 1, H, W) of the teacher's image or None -> scalar
 without weight; no gradient flows into the teacher."""
+
+CriticCall = Callable[[Discriminator, Pass], Tensor]
+"""Discriminator, teacher pass on the latents of a batch of its fakes -> scalar without weight."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A term that is more than a `Call`.
+
+    Attributes:
+        call: its share of the generator's loss, if it has one.
+        critic: its share of the discriminator's loss, if it has one.
+        network: a further discriminator that is trained beside the first, with its losses, its
+            regularisation and its place in checkpoints; the call is then a GAN loss.
+        prepare: work before the first iteration that all processes take part in.
+    """
+
+    call: Call | None = None
+    critic: CriticCall | None = None
+    network: Discriminator | None = None
+    prepare: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -55,12 +78,14 @@ class Sources:
         config: the run's settings.
         teacher: the full-size generator, frozen.
         device: where the run is.
+        discriminator: of the run; None where there is none yet.
         options: the term's own settings, of the type that its entry in the table names.
     """
 
     config: TrainConfig
     teacher: Generator
     device: torch.device
+    discriminator: Discriminator | None = None
     options: Settings | None = None
 
 
@@ -69,16 +94,17 @@ class TermKind:
     """A kind of term, as the table lists it.
 
     Attributes:
-        make: builds the term's call, loading what it needs.
+        make: builds the term, loading what it needs.
         description: one line for the command line's help.
-        label: the log calls the term ``kd_LABEL``; None takes the table's name.
+        label: of the term's options, or the run's settings where it has none: the log calls the
+            term ``kd_LABEL``; None takes the table's name.
         options: dataclass of the term's own settings, each a flag of train.py; None if it has none.
-        features: the passes must hold the activations of every layer.
+        features: the passes of the generator's phase must hold the activations of every layer.
     """
 
-    make: Callable[[Sources], Call]
+    make: Callable[[Sources], Call | Parts]
     description: str
-    label: Callable[[TrainConfig], str] | None = None
+    label: Callable[[Any], str] | None = None
     options: type[Settings] | None = None
     features: bool = False
 
@@ -89,12 +115,17 @@ class Term:
 
     Attributes:
         name: what the log calls it, after ``kd_``.
-        weight: its factor in the generator's loss, > 0.
-        call: computes it.
+        weight: its factor in the losses, > 0.
+        made: computes it.
         features: it needs the activations of every layer.
     """
 
     name: str
     weight: float
-    call: Call
+    made: Call | Parts
     features: bool = False
+
+    @property
+    def parts(self) -> Parts:
+        """What the term consists of."""
+        return self.made if isinstance(self.made, Parts) else Parts(self.made)

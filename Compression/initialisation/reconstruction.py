@@ -25,7 +25,12 @@ from Compression.initialisation.refit import (
     store,
 )
 from Compression.scores.positions import Positions, content_weight, draw_positions
-from Compression.scores.sampling import INITIALISATION, PIXELS_AT_ONCE, Sampling
+from Compression.scores.sampling import (
+    INITIALISATION,
+    PIXELS_AT_ONCE,
+    Sampling,
+    layer_noise,
+)
 from Model.generator import Generator
 from Model.layers import StyledConv, ToRGB
 from Util.settings import Settings, setting
@@ -86,7 +91,7 @@ def _chunks(
     z = torch.randn(options.init_n_sample, full.style_dim, generator=stream)
     for part in z.split(max(1, PIXELS_AT_ONCE // full.size**2)):
         w = full.mapping(part.to(full.input.input))
-        noise = [torch.randn(len(w), 1, side, side, generator=stream).to(w) for side in sides]
+        noise = [noise.to(w) for noise in layer_noise(full, len(w), stream)]
         made = full.synthesis(w[:, None].expand(-1, full.n_latent, -1), noise, features=True)
         weight = content_weight(made.image, sampling.parser, options.init_outside)
         at = {

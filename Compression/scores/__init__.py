@@ -18,6 +18,7 @@ from Compression.scores.content_aware import (
     salt_and_pepper,
     weight_gradient_score,
 )
+from Compression.scores.diversity_aware import DiversitySettings, diversity_aware
 from Compression.scores.sampling import CHANCE, Sampling, Scores, draw_sampling
 from Compression.scores.weights import l1_in, l1_out, l1_style
 from Model.generator import Generator
@@ -69,6 +70,11 @@ SCORES = {
     "content_aware": Score(
         content_aware, "weight gradient of a distance inside the content mask", needs_parser=True
     ),
+    "diversity_aware": Score(
+        diversity_aware,
+        "variance over latent directions of the weight gradient (DCP)",
+        options=DiversitySettings,
+    ),
     "l1_out": Score(l1_out, "L1 norm of the mean modulated weights that read the channel"),
     "l1_in": Score(l1_in, "L1 norm of the mean modulated weights that make the channel"),
     "l1_style": Score(l1_style, "absolute value of the channel's mean style"),
@@ -84,7 +90,8 @@ def channel_scores(generator: Generator, metric: str = "content_aware", **how: A
     """Score every channel of a generator.
 
     Exactly ``n_sample`` images (or latents) take part; the last batch may be smaller. The generator
-    comes back as it was, gradients included. Only `content_aware` depends on ``batch_size``.
+    comes back as it was, gradients included. Only `content_aware` and
+    `diversity_aware` depend on ``batch_size``.
 
     Args:
         generator: the full network; scored on its device.

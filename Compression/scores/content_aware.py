@@ -67,7 +67,7 @@ def weight_gradients(generator: Generator, images: Tensor, noisy_images: Tensor)
     return list(torch.autograd.grad(distance, weights))
 
 
-def _mean_magnitude(gradients: Sequence[Tensor]) -> Scores:
+def mean_magnitude(gradients: Sequence[Tensor]) -> Scores:
     """Mean absolute gradient per input channel: (1, O, I, k, k) -> (I,)."""
     return [gradient.abs().mean(dim=(0, 1, 3, 4)) for gradient in gradients]
 
@@ -90,11 +90,11 @@ def weight_gradient_score(generator: Generator, images: Tensor, noisy_images: Te
     Raises:
         ValueError: the images have no graph or another shape than the noisy ones.
     """
-    return _mean_magnitude(weight_gradients(generator, images, noisy_images))
+    return mean_magnitude(weight_gradients(generator, images, noisy_images))
 
 
 @contextmanager
-def _only_reader_gradients(generator: Generator) -> Iterator[None]:
+def only_reader_gradients(generator: Generator) -> Iterator[None]:
     """Let gradients flow to the `readers`' weights alone; restores every parameter's setting."""
     before = [(parameter, parameter.requires_grad) for parameter in generator.parameters()]
     generator.requires_grad_(False)
@@ -121,9 +121,9 @@ def content_aware(generator: Generator, sampling: Sampling) -> Scores:
         raise ValueError("the metric content_aware needs a parser for the content mask")
     stream = sampling.stream(PIXEL_NOISE)
     zeros = [torch.zeros_like(layer.conv.weight) for layer in readers(generator)]
-    scores, gradients = _mean_magnitude(zeros), zeros
+    scores, gradients = mean_magnitude(zeros), zeros
     inside = changed = 0.0
-    with _only_reader_gradients(generator):
+    with only_reader_gradients(generator):
         for z, noise, batch_ends in chunks(generator, sampling):
             images = generator([z], noise=noise)
             mask = sampling.parser(images.detach())
@@ -133,7 +133,7 @@ def content_aware(generator: Generator, sampling: Sampling) -> Scores:
             found = weight_gradients(generator, images, noisy)
             gradients = [a + b for a, b in zip(gradients, found, strict=True)]
             if batch_ends:
-                batch_scores = _mean_magnitude(gradients)
+                batch_scores = mean_magnitude(gradients)
                 scores = [a + b for a, b in zip(scores, batch_scores, strict=True)]
                 gradients = zeros
     _check_content(len(sampling.latents), inside, changed)

@@ -22,7 +22,7 @@ Scores = list[Tensor]
 ContentMask = Callable[[Tensor], Tensor]
 """Images (N, 3, H, W) in [-1, 1] -> content mask (N, 1, H, W) of 0 and 1."""
 
-LATENTS, LAYER_NOISE, PIXEL_NOISE, CHANCE, INITIALISATION = range(5)
+LATENTS, LAYER_NOISE, PIXEL_NOISE, CHANCE, DIRECTIONS, INITIALISATION = range(6)
 """What a random stream is for."""
 
 PIXELS_AT_ONCE = 2**18
@@ -72,18 +72,25 @@ def chunks(generator: Generator, sampling: Sampling) -> Iterator[tuple[Tensor, l
         z (n, style_dim), layer noise (n, 1, h, w) per layer, and whether a batch ends here.
     """
     stream = sampling.stream(LAYER_NOISE)
-    device = generator.device
-    sides = [noise.shape[-1] for noise in generator.fixed_noise]
     at_once = max(1, PIXELS_AT_ONCE // generator.size**2)
     for batch in sampling.latents.split(sampling.batch_size):
         parts = batch.split(at_once)
         for i, z in enumerate(parts):
-            # One row per image holds its noise for all layers, so the batch size changes nothing.
-            rows = torch.randn(len(z), sum(side**2 for side in sides), generator=stream).to(device)
-            maps = rows.split([side**2 for side in sides], dim=1)
-            noise = [m.view(-1, 1, s, s) for m, s in zip(maps, sides, strict=True)]
-            yield z.to(device), noise, i == len(parts) - 1
+            yield (
+                z.to(generator.device),
+                layer_noise(generator, len(z), stream),
+                i == len(parts) - 1,
+            )
             sampling.progress(len(z))
+
+
+def layer_noise(generator: Generator, n: int, stream: torch.Generator) -> list[Tensor]:
+    """Draw layer noise (n, 1, h, w) per layer, image by image: the batch size changes nothing."""
+    sides = [noise.shape[-1] for noise in generator.fixed_noise]
+    areas = [side**2 for side in sides]
+    rows = torch.randn(n, sum(areas), generator=stream).to(generator.device)
+    maps = rows.split(areas, dim=1)
+    return [m.view(-1, 1, side, side) for m, side in zip(maps, sides, strict=True)]
 
 
 def draw_sampling(

@@ -1,4 +1,4 @@
-"""3x3 convolutions with stride 1 that keep the size, by Winograd's minimal filtering on the CPU."""
+"""3x3 convolutions that keep the size, by Winograd's minimal filtering on the CPU."""
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +35,9 @@ def conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int | tuple[int, ...] = 1,
-    padding: int | tuple[int, ...] = 0,
+    padding: str | int | tuple[int, ...] = 0,
 ) -> Tensor:
-    """`torch.nn.functional.conv2d`, by way of `conv3x3` where that computes it."""
+    """Compute ``F.conv2d(x, weight, bias, stride, padding)``, through `conv3x3` where it can."""
     if weight.shape[2:] == (3, 3) and stride in (1, (1, 1)) and padding in (1, (1, 1)):
         return conv3x3(x, weight, bias)
     return F.conv2d(x, weight, bias, stride, padding)
@@ -48,9 +48,9 @@ def styled_conv3x3(
 ) -> Tensor:
     """Compute ``apply_epilogue(conv3x3(x * style, weight), epilogue)``.
 
-    A layer of StyleGAN2's synthesis network. The factors are converted to the types of what they
-    meet. Where no gradient is wanted, the compiled convolution scales what it reads and activates
-    what it writes, without a pass over memory for either.
+    A layer of StyleGAN2's synthesis network. Style and epilogue are converted to the type of what
+    they act on. Where no gradient is wanted, the compiled convolution scales what it reads and
+    activates what it writes, without a pass over memory for either.
 
     Args:
         x: (N, I, H, W).
@@ -77,10 +77,10 @@ def _native(impl: Impl, x: Tensor, weight: Tensor, *others: Tensor | None) -> bo
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether the multiplications saved outweigh the transforms.
+    """Return whether the saved multiplications outweigh the transforms.
 
-    Those of the weights cost as much as some 250 pixels, those of a pixel as much as products with
-    12 channels; a GPU's library has such algorithms itself.
+    Transforming the weights costs as much as some 250 pixels, transforming a pixel as much as
+    products with 12 channels. A GPU's library has such algorithms itself.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False

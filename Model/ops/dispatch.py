@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # `python -m Model.ops.build` is not to find itself imported already
+if TYPE_CHECKING:  # at run time `python -m Model.ops.build` would find itself imported already
     from Model.ops.build import Part
 
 Impl = Literal["auto", "reference", "native"]
 
 VARIABLE = "STYLEGAN_OPS"
-# Where a gradient is wanted, PyTorch calls Python for every operator of ours: below this many
-# values that outweighs the passes over memory that are saved.
+# Where a gradient is wanted, PyTorch calls Python for every compiled operator: below this many
+# values that costs more than the saved passes over memory.
 WORTH_IT = 16384
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class NativeUnavailable(RuntimeError):
-    """A compiled operator was demanded where there is none; the message says why."""
+    """A compiled operator is demanded where there is none; the message says why."""
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def why_not(part: "Part") -> str | None:
     Cached: a process tries once, and warns once.
 
     Returns:
-        The reason and the remedy where they can not be had.
+        The reason and the remedy where there are none.
     """
     from Model.ops import native
     from Model.ops.build import BuildError
@@ -93,16 +93,16 @@ def _mode() -> str:
 
 
 def gradient_wanted(*tensors: Tensor | None) -> bool:
-    """Whether what is computed from these tensors is recorded for a gradient."""
+    """Return whether what is computed from these tensors is recorded for a gradient."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def use_native(operator: str, impl: Impl, x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the compiled operator runs.
+    """Return whether the compiled operator runs.
 
-    ``impl="auto"`` means what the environment variable STYLEGAN_OPS says. If that is "auto" too,
-    the compiled operator runs where it can be built, for floating-point tensors of one type, and,
-    where a gradient is wanted, large enough to gain from it.
+    ``impl="auto"`` defers to the environment variable STYLEGAN_OPS. If that is "auto" too, the
+    compiled operator runs where it can be built, for floating-point tensors of one type that, where
+    a gradient is wanted, are large enough to gain from it.
 
     Args:
         operator: name for messages.
@@ -112,7 +112,7 @@ def use_native(operator: str, impl: Impl, x: Tensor, *others: Tensor | None) -> 
 
     Raises:
         ValueError: ``impl`` or STYLEGAN_OPS is none of the three names.
-        NativeUnavailable: "native" is demanded and can not be had.
+        NativeUnavailable: "native" is demanded where there is none.
     """
     if impl not in ("auto", "reference", "native"):
         raise ValueError(f"{operator}: impl must be auto, reference or native, not {impl!r}")

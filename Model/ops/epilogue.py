@@ -99,7 +99,8 @@ def filtered_leaky_relu(
     Returns:
         (N, C, H + sum(pad) - K + 1, W + sum(pad) - K + 1).
     """
-    if not use_native("filtered_leaky_relu", impl, x, *epilogue.tensors):
+    # As in upfirdn2d: only the reference computes a gradient for the filter.
+    if kernel.requires_grad or not use_native("filtered_leaky_relu", impl, x, *epilogue.tensors):
         return apply_epilogue(upfirdn2d(x, kernel, pad=pad, impl=impl), epilogue, impl)
     height, width = filtered_size(x, kernel, 1, 1, pad)
     return torch.ops.stylegan.filtered_leaky_relu(x, kernel, pad[0], height, width, *epilogue)

@@ -10,7 +10,7 @@ from Model.ops.dispatch import Impl, use_native
 
 
 def make_kernel(taps: Sequence[float] = (1, 3, 3, 1), gain: float = 1.0) -> Tensor:
-    """Outer product of a 1-D filter with itself, normalised to sum to ``gain``; (K, K) float32."""
+    """Return a 1-D filter's outer product with itself, of sum ``gain``: (K, K) float32."""
     row = torch.tensor(taps, dtype=torch.float32)
     kernel = torch.outer(row, row)
     return kernel * (gain / kernel.sum())
@@ -19,7 +19,7 @@ def make_kernel(taps: Sequence[float] = (1, 3, 3, 1), gain: float = 1.0) -> Tens
 def filtered_size(
     x: Tensor, kernel: Tensor, up: int, down: int, pad: tuple[int, int]
 ) -> tuple[int, int]:
-    """Height and width of a filter operation's result (see `upfirdn2d`).
+    """Return height and width of a filter operation's result (see `upfirdn2d`).
 
     Raises:
         ValueError: the filter is larger than the padded input.

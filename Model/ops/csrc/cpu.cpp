@@ -240,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_leaky_relu_backward(
     const Tensor& grad, const Tensor& y, const OptionalTensor& x, const OptionalTensor& gain,
     double slope, double scale) {
   const Layout layout = layout_of(y);
-  TORCH_CHECK(grad.sizes() == y.sizes(), "fused_leaky_relu_backward: sizes differ");
+  check_gradient_inputs(y, grad, x);
   const Index n = layout.batch, c = layout.channels;
   const auto sums = y.options().dtype(accumulate_type(y)).memory_format(std::nullopt);
   auto map = y.sizes().vec();

@@ -43,9 +43,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_leaky_relu_backward(
     double slope, double scale) {
   const c10::cuda::CUDAGuard guard(y.device());
   const Layout layout = layout_of(y);
-  TORCH_CHECK(grad.sizes() == y.sizes(), "fused_leaky_relu_backward: sizes differ");
-  const int64_t n = layout.batch, c = layout.channels;
-  const int64_t pieces = (layout.pixels + kPiece - 1) / kPiece;
+  check_gradient_inputs(y, grad, x);
+  const int64_t n = layout.batch, c = layout.channels, pieces = pieces_of(layout.pixels);
   const auto sums = y.options().dtype(accumulate_type(y)).memory_format(std::nullopt);
   auto map = y.sizes().vec();
   map[1] = 1;

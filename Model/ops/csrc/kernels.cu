@@ -17,15 +17,17 @@ constexpr int kLanes = 32;
 constexpr int kRows = kThreads / kLanes;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-/// Blocks for one thread per element, bounded; threads stride over what is left.
+constexpr int64_t kMostBlocks = 1 << 20;  // threads stride over what is left
+constexpr int64_t kMostSamples = 65535;   // of a grid's z; blocks stride over what is left
+// 32-bit indices are much faster to divide; the bound leaves room for a stride beyond the end.
+constexpr int64_t kMostIndexed32 = std::numeric_limits<int32_t>::max() - kThreads * kMostBlocks;
+
+/// Blocks for one thread per element, bounded.
 int blocks_for(int64_t elements) {
-  return static_cast<int>(std::min<int64_t>((elements + kThreads - 1) / kThreads, 1 << 20));
+  return static_cast<int>(std::min((elements + kThreads - 1) / kThreads, kMostBlocks));
 }
 
-/// 32-bit indices are much faster to divide; the bound leaves room for a stride beyond the end.
-bool fits_32_bits(int64_t elements) {
-  return elements <= std::numeric_limits<int32_t>::max() - (int64_t{kThreads} << 20);
-}
+bool fits_32_bits(int64_t elements) { return elements <= kMostIndexed32; }
 
 /// Sample, channel and pixel of element i.
 template <class I>
@@ -59,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(
 
 /// Block (32, 8) of the gradient. Lanes run along what is contiguous: channels if they come last
 /// (then the rows of threads take pixels), pixels if not (then the rows take channels).
-/// Grid: x pieces of pixels, y groups of channels, z samples.
+/// Grid: x = pieces of pixels, times groups of channels; z = samples.
 template <class T, bool LAST>
 __global__ void __launch_bounds__(kThreads) gradient_kernel(
     const T* __restrict__ grad, const T* __restrict__ y, const T* __restrict__ x,
@@ -69,9 +71,10 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(
   using A = Accumulate<T>;
   const int64_t channels = planes.channels, pixels = planes.pixels;
   const int lane = threadIdx.x, row = threadIdx.y;
-  const int64_t channel = LAST ? int64_t{blockIdx.y} * kLanes + lane
-                               : int64_t{blockIdx.y} * kRows + row;
-  const int64_t begin = int64_t{blockIdx.x} * kPiece;
+  const int64_t pieces = pieces_of(pixels);
+  const int64_t piece = blockIdx.x % pieces, group = blockIdx.x / pieces;
+  const int64_t channel = LAST ? group * kLanes + lane : group * kRows + row;
+  const int64_t begin = piece * kPiece;
   const int64_t end = begin + kPiece < pixels ? begin + kPiece : pixels;
   for (int64_t n = blockIdx.z; n < planes.batch; n += gridDim.z) {
     A sum = 0, product = 0;
@@ -80,16 +83,18 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(
       for (int64_t p = begin + (LAST ? row : lane); p < end; p += LAST ? kRows : kLanes) {
         const int64_t i = LAST ? (n * pixels + p) * channels + channel
                                : (n * channels + channel) * pixels + p;
+        // d = grad * f'(sum); dx = d * gain.
         const A d = static_cast<A>(grad[i]) * slope_at<A>(static_cast<A>(y[i]), above, below);
         result[i] = static_cast<T>(d * factor);
         sum += d;
         if (x) product += d * static_cast<A>(x[i]);
       }
     }
+    // Sum of d, and of d * x, over the piece: by rows of threads through shared memory, or by lanes.
     bool writes = lane == 0;
     if constexpr (LAST) {
       __shared__ A parts[2][kRows][kLanes];
-      __syncthreads();
+      __syncthreads();  // until the sample before is read
       parts[0][row][lane] = sum, parts[1][row][lane] = product;
       __syncthreads();
       writes = row == 0;
@@ -103,14 +108,14 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(
       }
     }
     if (writes && channel < channels) {
-      const int64_t at = (n * gridDim.x + blockIdx.x) * channels + channel;
+      const int64_t at = (n * pieces + piece) * channels + channel;
       sums[at] = sum;
       if (x) products[at] = product;
     }
   }
 }
 
-/// One warp per pixel if channels come last, else one thread.
+/// Sum of d over the channels of a pixel: by one warp if channels come last, else by one thread.
 template <class T, bool LAST>
 __global__ void __launch_bounds__(kThreads) by_pixel_kernel(
     const T* __restrict__ grad, const T* __restrict__ y, Accumulate<T>* __restrict__ sums,
@@ -145,6 +150,7 @@ __global__ void __launch_bounds__(kThreads) filter_kernel(
   extern __shared__ unsigned char shared[];
   A* weights = reinterpret_cast<A*>(shared);
   const int count = static_cast<int>(f.taps * f.taps);
+  // A true convolution meets the filter turned: weight t is tap count - 1 - t.
   for (int i = threadIdx.x; i < count; i += kThreads) {
     weights[i] = kernel[flip ? i : count - 1 - i];
   }
@@ -157,6 +163,7 @@ __global__ void __launch_bounds__(kThreads) filter_kernel(
     const I pixel = i / inner, c = i - pixel * inner;
     const I line = pixel / width, column = pixel - line * width;
     const I image = line / height, row = line - image * height;
+    // y(row, column) = sum over (i, j) of weight(i, j) * upsampled(row * down - pad + i, ...).
     A value = filter_at<UP, DOWN, TAPS, A>(x + image * area + c, weights, f, row, column);
     if constexpr (ACTIVATE) {
       // Contiguous maps are images of their own, inner is 1 and c is 0.
@@ -208,10 +215,10 @@ void launch_gradient(
     cudaStream_t stream) {
   using A = Accumulate<T>;
   const int64_t group = planes.channels_last ? kLanes : kRows;
+  const int64_t groups = (planes.channels + group - 1) / group;
   const dim3 grid(
-      static_cast<unsigned>((planes.pixels + kPiece - 1) / kPiece),
-      static_cast<unsigned>((planes.channels + group - 1) / group),
-      static_cast<unsigned>(std::min<int64_t>(planes.batch, 65535)));
+      static_cast<unsigned>(pieces_of(planes.pixels) * groups), 1,
+      static_cast<unsigned>(std::min(planes.batch, kMostSamples)));
   const dim3 block(kLanes, kRows);
   auto kernel = planes.channels_last ? gradient_kernel<T, true> : gradient_kernel<T, false>;
   kernel<<<grid, block, 0, stream>>>(

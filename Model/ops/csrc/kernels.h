@@ -21,6 +21,8 @@ void launch_activation(
 /// Pixels that one block of the gradient adds up; the parts (N, pieces, C) are summed by the caller.
 constexpr int64_t kPiece = 256;
 
+HOST_DEVICE int64_t pieces_of(int64_t pixels) { return (pixels + kPiece - 1) / kPiece; }
+
 /// With d = grad * slope: result = d * gain, and the sums of d and of d * x (if x is not null) over
 /// each piece of pixels.
 template <class T>

@@ -87,6 +87,16 @@ inline OptionalTensor checked(
   return t->contiguous();
 }
 
+/// What the gradient of the activation reads, element by element, beside its output y.
+inline void check_gradient_inputs(const Tensor& y, const Tensor& grad, const OptionalTensor& x) {
+  for (const Tensor& t : {grad, x.value_or(grad)}) {
+    TORCH_CHECK(
+        t.sizes() == y.sizes() && t.scalar_type() == y.scalar_type() && t.device() == y.device(),
+        "fused_leaky_relu_backward: expected ", y.sizes(), " of ", y.scalar_type(), " on ",
+        y.device(), ", got ", t.sizes(), " of ", t.scalar_type(), " on ", t.device());
+  }
+}
+
 inline EpilogueTensors epilogue_tensors(
     const Tensor& x, int64_t batch, int64_t channels, int64_t pixels, const OptionalTensor& bias,
     const OptionalTensor& noise, const OptionalTensor& strength, const OptionalTensor& gain,

@@ -1,0 +1,102 @@
+"""NICKEL: the discriminator's features of a teacher's picture follow the teacher's own.
+
+    loss = sum over Haar levels j = 1 ... 4 of  mean ( H_j(f_T) - H_j(f_D) )^2
+
+(Yeo et al., "Nickel and Diming Your GAN", ECCV 2024.) f_T are the teacher's activations
+after the second convolution of its 64 px block, f_D those of the discriminator at 64 px on the same
+picture, H_j the three high-frequency bands of the j-th level of the orthonormal Haar transform. It
+trains the discriminator; the generator gets it by the discriminator's answer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from Compression.distillation.terms import CriticCall, Parts, Pass, Sources
+from Model.discriminator import Discriminator
+from Model.layers import fast_layout
+from Util.settings import SettingError, Settings, setting
+
+LEVELS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class HighBandSettings(Settings):
+    """Settings of the term high_band; the default is that of NICKEL's figures."""
+
+    high_band_side: int = setting(
+        64, "high_band: side in px of the features", choices=(16, 32, 64, 128, 256)
+    )
+
+
+def high_bands(x: Tensor, levels: int = LEVELS) -> list[Tensor]:
+    """High-frequency bands of the orthonormal Haar transform.
+
+    Args:
+        x: (N, C, h, w), sides divisible by 2 ** levels.
+        levels: how often the low band is split again.
+
+    Returns:
+        (N, C, 3, h / 2^j, w / 2^j) for j = 1 ... levels: differences along rows, columns and both.
+    """
+    signs = [[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]]
+    kernels = x.new_tensor(signs).div(2)[:, None]
+    bands = []
+    for _ in range(levels):
+        n, c, height, width = x.shape
+        split = F.conv2d(x.reshape(n * c, 1, height, width), kernels, stride=2)
+        split = split.view(n, c, 4, height // 2, width // 2)
+        x = split[:, :, 0]
+        bands.append(split[:, :, 1:])
+    return bands
+
+
+def distance(features: Tensor, teacher: Tensor) -> Tensor:
+    """Sum over levels of the mean squared difference of the high bands, of (N, C, h, w) each."""
+    pairs = zip(high_bands(features.float()), high_bands(teacher.detach().float()), strict=True)
+    return torch.stack([F.mse_loss(a, b) for a, b in pairs]).sum()
+
+
+def features_at(discriminator: Discriminator, images: Tensor, side: int) -> Tensor:
+    """The discriminator's activations (N, C, side, side)."""
+    blocks = discriminator.size.bit_length() - side.bit_length() + 1
+    return discriminator.convs[:blocks](fast_layout(images))
+
+
+def make(sources: Sources) -> Parts:
+    """The term.
+
+    Raises:
+        SettingError: the networks have no features of that side, or not equally many.
+    """
+    options, discriminator = sources.options, sources.discriminator
+    assert isinstance(options, HighBandSettings)
+    assert discriminator is not None
+    side = options.high_band_side
+    if side > min(sources.teacher.size, discriminator.size):
+        raise SettingError(
+            "kd",
+            f"high_band compares features of {side} px, but the networks make"
+            f" {discriminator.size} px; set high_band_side",
+        )
+    layer = 2 * (side.bit_length() - 3)
+    widths = sources.teacher.channels[layer + 1], discriminator.channels[side.bit_length() - 3]
+    if widths[0] != widths[1]:
+        raise SettingError(
+            "kd",
+            f"high_band compares channel by channel, but at {side} px the teacher has {widths[0]}"
+            f" and the discriminator {widths[1]}",
+        )
+    return Parts(critic=term(layer, side))
+
+
+def term(layer: int, side: int) -> CriticCall:
+    """The term, of the teacher's styled convolution ``layer`` and its side in px."""
+
+    def high_band(discriminator: Discriminator, teacher: Pass) -> Tensor:
+        features = features_at(discriminator, teacher.made.image, side)
+        return distance(features, teacher.made.features[layer])
+
+    return high_band

@@ -1,0 +1,135 @@
+"""StyleKD's relation loss: how the pictures of a batch relate to moved ones.
+
+    C[i, j] = cos( f(w_i), f(w_j + o_j) )                          (N, N) per layer
+    loss    = sum over layers of  1/N sum over i of  KL( softmax C_T[i] || softmax C_S[i] )
+
+(Xu et al., "Mind the Gap in Distilling StyleGANs", ECCV 2022.) f are the activations after the
+second convolution of the 16, 32, 64 and 128 px blocks; o = 5 n v with n normal and v one of the
+teacher's `modulation_directions`, the same for student and teacher, each of which adds it to its
+own w. The offsets serve this term alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from Compression.distillation.terms import Call, Pass, Sources
+from Evaluation.directions import modulation_directions
+from Model.generator import Generator
+from Util import distributed
+from Util.settings import SettingError, Settings, setting
+
+SIDES = (16, 32, 64, 128)
+"""Resolutions whose activations are compared."""
+
+Offsets = Callable[[int], Tensor]
+"""Number of latents -> what is added to each, (N, 1, style_dim)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelationSettings(Settings):
+    """Settings of the term relation; the defaults are those of StyleKD's figures."""
+
+    relation_step: float = setting(
+        5.0, "relation: standard deviation of an offset's length", above=0
+    )
+    # The published command's is the divergence, the published code's default the squared error.
+    relation_loss: str = setting(
+        "kl", "relation: divergence of the rows, or squared error", choices=("kl", "mse")
+    )
+    relation_gather: bool = setting(
+        False,
+        "relation: relate the pictures of all processes; as published, each relates its own",
+    )
+
+
+def layers_of(generator: Generator) -> list[int]:
+    """Indices of the styled convolutions whose activations are compared, those that exist."""
+    layers = (2 * (side.bit_length() - 3) for side in SIDES)
+    return [layer for layer in layers if layer < len(generator.styled_convs)]
+
+
+def similarities(features: Tensor, moved: Tensor, everywhere: bool = False) -> Tensor:
+    """Cosines of all pairs.
+
+    Args:
+        features: (N, C, h, w) of the latents.
+        moved: the same of the moved latents.
+        everywhere: take the moved ones of all processes.
+
+    Returns:
+        (N, N), or (N, N * processes), in float32 or better.
+    """
+    a, b = (F.normalize(x.flatten(1).to(_wide(x)), dim=1) for x in (features, moved))
+    return a @ (distributed.gather_rows(b) if everywhere else b).T
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over the rows of KL(softmax teacher || softmax student), of (N, M) similarities."""
+    return F.kl_div(
+        student.log_softmax(dim=1),
+        teacher.log_softmax(dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"kl": divergence, "mse": F.mse_loss}
+
+
+def make(sources: Sources) -> Call:
+    """The term, with the teacher's directions.
+
+    Raises:
+        SettingError: the networks have no block that is compared.
+    """
+    options = sources.options
+    assert isinstance(options, RelationSettings)
+    layers = layers_of(sources.teacher)
+    if not layers:
+        raise SettingError(
+            "kd",
+            f"relation compares blocks from {SIDES[0]} px on; {sources.teacher.size} px has none",
+        )
+    directions = modulation_directions(sources.teacher)
+    return term(layers, offsets(directions, options.relation_step), options)
+
+
+def offsets(directions: Tensor, step: float) -> Offsets:
+    """Draw offsets: a direction each, times a normal number, times a step."""
+
+    def draw(n: int) -> Tensor:
+        chosen = torch.randint(len(directions), (n,), device=directions.device)
+        length = step * torch.randn(n, 1, device=directions.device)
+        return (length * directions[chosen])[:, None]
+
+    return draw
+
+
+def term(layers: Sequence[int], draw: Offsets, options: RelationSettings) -> Call:
+    """The term.
+
+    Args:
+        layers: styled convolutions whose activations are compared.
+        draw: makes the offsets.
+        options: of the term.
+    """
+    compare, everywhere = LOSSES[options.relation_loss], options.relation_gather
+
+    def relation(student: Pass, teacher: Pass, mask: Tensor | None) -> Tensor:
+        offset = draw(len(student.w_plus))
+        found = []
+        for one in (student, teacher):
+            moved = one.again(offset, features=True).features
+            found.append([similarities(one.made.features[i], moved[i], everywhere) for i in layers])
+        losses = [compare(s, t.detach()) for s, t in zip(*found, strict=True)]
+        return torch.stack(losses).sum()
+
+    return relation

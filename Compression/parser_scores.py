@@ -1,0 +1,75 @@
+"""Measure a parser against label maps."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from Compression.content import ContentParser
+from Compression.parser_augmentation import Batch, reduce_images
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Agreement with the label maps; every IoU is one ratio over all pixels of all pictures.
+
+    Attributes:
+        class_iou: intersection over union per class, NaN for a class in neither the label maps
+            nor the predictions.
+        occurs: classes that occur in the label maps.
+        mean_iou: mean of `class_iou` over those.
+        content_iou: intersection over union of the content masks; 1.0 if both are empty.
+        class_names: as the parser has them.
+    """
+
+    class_iou: Tensor
+    occurs: Tensor
+    mean_iou: float
+    content_iou: float
+    class_names: tuple[str, ...]
+
+
+def confusion_matrix(predicted: Tensor, labels: Tensor, n_classes: int) -> Tensor:
+    """Count the pixels of class `row` predicted as `column`: (n_classes, n_classes), int64."""
+    pairs = labels.flatten() * n_classes + predicted.flatten()
+    return torch.bincount(pairs, minlength=n_classes**2).view(n_classes, n_classes)
+
+
+def scores_of(confusion: Tensor, is_content: Tensor, class_names: tuple[str, ...]) -> Scores:
+    """Compute the scores of a confusion matrix.
+
+    Args:
+        confusion: (n_classes, n_classes), rows are the label maps' classes.
+        is_content: (n_classes,), bool.
+        class_names: one for each class.
+    """
+    counts = confusion.double().cpu()
+    is_content = is_content.bool().cpu()
+    hits = counts.diagonal()
+    class_iou = hits / (counts.sum(0) + counts.sum(1) - hits)
+    occurs = counts.sum(1) > 0
+    both = counts[is_content][:, is_content].sum()
+    either = counts.sum() - counts[~is_content][:, ~is_content].sum()
+    content_iou = float(both / either) if either > 0 else 1.0
+    return Scores(class_iou, occurs, float(class_iou[occurs].mean()), content_iou, class_names)
+
+
+@torch.no_grad()
+def evaluate(
+    parser: ContentParser, batches: Iterable[Batch], image_size: int | None = None
+) -> Scores:
+    """Compare a parser's class maps with label maps, as pictures are parsed in use.
+
+    Args:
+        parser: the parser; its network is put into eval mode.
+        batches: pictures (N, 3, H, W) in [-1, 1] and label maps of the parser's input size.
+        image_size: as for `Augmentation`.
+    """
+    parser.eval()
+    n_classes, device = parser.network.n_classes, parser.is_content.device
+    confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64, device=device)
+    for images, labels in batches:
+        predicted = parser.parse(reduce_images(images.to(device), image_size))
+        confusion += confusion_matrix(predicted, labels.to(device), n_classes)
+    return scores_of(confusion, parser.is_content, parser.network.class_names)

@@ -1,0 +1,210 @@
+"""Batches of images, loaded ahead by processes that may be killed at any time.
+
+``python -m Dataset.images --path DIR`` measures their speed.
+"""
+
+import atexit
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import active_children, get_all_start_methods, get_context, parent_process
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from Dataset import DatasetError
+from Dataset.batches import EndlessBatches, Item
+from Dataset.images import Images
+from Util.cli import run_settings
+from Util.settings import Settings, blame, setting
+
+
+def load_batches(
+    dataset: Images, batches: Iterable[list[Item]], workers: int = 0, pin_memory: bool = False
+) -> Generator[Tensor, None, None]:
+    """Iterate over image batches (N, 3, size, size) in [-1, 1].
+
+    Args:
+        dataset: the images.
+        batches: which of them, in which order: `EndlessBatches` or `in_order`.
+        workers: processes that load; 0 loads in this one. They start at once, and end with the
+            iterator.
+        pin_memory: put batches where a GPU copies from fastest.
+
+    Returns:
+        The iterator; raises `DatasetError` when too many images are unreadable.
+    """
+    loader = DataLoader(
+        _Batches(dataset),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        multiprocessing_context=_worker_context() if workers else None,
+        # At least four batches ahead: iterations differ in time, as most do without regularisation.
+        prefetch_factor=max(2, 4 // workers) if workers else None,
+        # Its own, or a resumed run would draw a seed for its workers from the restored state.
+        generator=torch.Generator(),
+    )
+    before = set(active_children())
+    with _deaf_to_termination():
+        messages = iter(loader)
+    # Whatever still holds the iterator at the exit (the traceback of an error, say): there, Python
+    # ends remaining processes by the signal that these ignore, and waits for them.
+    atexit.register(_kill, [weakref.ref(p) for p in set(active_children()) - before])
+    return _reported(messages, dataset)
+
+
+class _Batches(Dataset[Any]):
+    """Whole batches with the images newly found bad, or the error that a batch ended in.
+
+    Errors are results here: what a worker raises, DataLoader turns into a long traceback.
+    """
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitems__(self, items: list[Item]) -> tuple[Tensor, dict[str, str]] | DatasetError:
+        known = len(self.images.bad)
+        try:
+            batch = default_collate([self.images[item] for item in items])
+        except DatasetError as error:
+            return error
+        return batch, dict(list(self.images.bad.items())[known:])
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    # Ctrl-C and torchrun's SIGTERM reach the whole process group; the main process alone deals with
+    # them, and may need batches until it has.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    # DataLoader's own watch sees the fork server as parent, which outlives a killed main process.
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _worker_context() -> BaseContext:
+    """Start processes without this one's threads, on which a plain fork may deadlock."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    # One import of PyTorch for all workers; it takes seconds and hundreds of megabytes.
+    context.set_forkserver_preload(["torch", "torch.utils.data", "PIL.Image", "lmdb"])
+    return context
+
+
+@contextmanager
+def _deaf_to_termination() -> Iterator[None]:
+    """Let processes started in the block ignore SIGTERM; the fork server cannot be told later."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _reported(messages: Iterator[Any], images: Images) -> Generator[Tensor, None, None]:
+    try:
+        while (message := _next_message(messages, images)) is not None:
+            if isinstance(message, DatasetError):
+                raise message
+            batch, bad = message
+            for name, reason in bad.items():
+                images.note_bad(name, reason)
+            yield batch
+    finally:
+        # An error's traceback holds this frame; the workers end when nothing holds their iterator.
+        del messages
+
+
+def _next_message(messages: Iterator[Any], images: Images) -> Any:
+    """Fetch what `_Batches` made of the next batch; None at the end.
+
+    If its process was killed, return the error: a raised one would refer to PyTorch's, whose
+    traceback holds the loader.
+    """
+    try:
+        return next(messages, None)
+    except (RuntimeError, EOFError, OSError) as error:
+        # DataLoader sees a dead process when it waits for one. If a batch of it lay ready, fetching
+        # that fails first: its memory is handed over by a socket that died with the process. What
+        # was raised inside a living process is marked by these words.
+        fetching = not isinstance(error, RuntimeError) and "in DataLoader worker" not in str(error)
+        if not (fetching or "exited unexpectedly" in str(error)):
+            raise
+    return DatasetError(
+        f"{images.path}: a loading process was killed, perhaps for want of memory; fewer workers"
+        " take less"
+    )
+
+
+def _kill(processes: "Sequence[weakref.ref[BaseProcess]]") -> None:
+    for reference in processes:
+        if (process := reference()) is not None and process.is_alive():
+            process.kill()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingSettings(Settings):
+    """Settings of the measurement of the loader."""
+
+    path: tuple[Path, ...] = setting(..., "folders of images or LMDBs", nargs="+", metavar="DIR")
+    size: int = setting(64, "side in pixels", low=1)
+    batch_size: int = setting(32, "images in a batch", low=1)
+    workers: int = setting(2, "loading processes", low=0)
+    n_batches: int = setting(200, "batches per run", low=1)
+    runs: int = setting(5, "runs of each path, in turn", low=1)
+
+
+def images_per_second(images: Images, batch_size: int, workers: int, n_batches: int) -> float:
+    """Measure the loader alone, without its start."""
+    batches = load_batches(images, EndlessBatches(len(images), batch_size), workers)
+    for _ in range(2 * workers + 4):  # more than wait ready-made
+        next(batches)
+    start = time.perf_counter()
+    for _ in range(n_batches):
+        next(batches)
+    return n_batches * batch_size / (time.perf_counter() - start)
+
+
+def _measure(settings: LoadingSettings) -> None:
+    with blame("path"):
+        sets = [Images(path, settings.size) for path in settings.path]
+        # In turn, so that what else the machine does touches all alike.
+        how = (settings.batch_size, settings.workers, settings.n_batches)
+        speeds = [[images_per_second(s, *how) for s in sets] for _ in range(settings.runs)]
+    for path, runs in zip(settings.path, zip(*speeds, strict=True), strict=True):
+        print(f"{path}: {median(runs):.0f} images/s ({min(runs):.0f} to {max(runs):.0f})")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    prog = "python -m Dataset.images"
+    return run_settings(
+        LoadingSettings, _measure, argv, prog=prog, description="Measure the loader."
+    )

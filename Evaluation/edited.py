@@ -1,0 +1,249 @@
+"""Show faces of several models edited (style mixing, morphing), and measure what survives."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from Evaluation import editing, sampling
+from Evaluation.distances import Distance
+from Evaluation.projection import load_projection
+from Evaluation.sampling import Latents
+from Evaluation.settings import LoadMask, PerceptualSettings, PictureSettings, Result
+from Evaluation.side_by_side import load_models, save_pictures, sizes, stacked, target_stem
+from Model.generator import Generator
+from Util.device import pick_device
+from Util.pictures import framed, grid, rescale
+from Util.settings import SettingError, blame, setting
+
+STEMS = {"mixing": "style_mixing", "morphing": "morphing"}
+Numbers = tuple[int, ...] | None
+Files = tuple[Path, ...] | None
+
+FACES = (
+    "faces of {}: numbers of images of --seed (default: {}), or with --projection_{} of pictures in"
+    " the file, from 0 (default: all)"
+)
+PROJECTION = "take {} from projected pictures: a file for each checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditedSettings(PerceptualSettings, PictureSettings):
+    """Settings of `show_edited`."""
+
+    mode: str = setting("mixing", "what to do", choices=tuple(STEMS))
+    a: Numbers = setting(None, FACES.format("A", "0,1,2", "a"))
+    projection_a: Files = setting(None, PROJECTION.format("A"), nargs="+", metavar="NPZ")
+    b: Numbers = setting(
+        None, FACES.format("B", "3,4,5,6,7, to morph as many as in A from 3 on", "b")
+    )
+    projection_b: Files = setting(None, PROJECTION.format("B"), nargs="+", metavar="NPZ")
+    layers: str = setting(
+        "coarse",
+        "mixing: layers of w+ that come from B: coarse (0-3), middle (4-7), fine (8 and on), or a"
+        " range such as 2-5",
+    )
+    space: str = setting("w", "morphing: linear in w, or spherical in z", choices=("w", "z"))
+    steps: int = setting(7, "morphing: pictures from A to B, with both, at least 3", low=3)
+    out: Path | None = setting(
+        None,
+        "the picture is OUT.png, the animation of a morph OUT.gif; or a folder for them (default:"
+        " style_mixing or morphing)",
+    )
+
+
+@dataclass(frozen=True)
+class Faces:
+    """The faces of a model.
+
+    Attributes:
+        generator: the model.
+        a: faces A.
+        b: faces B.
+        between: t in [0, 1] -> faces between A (0) and B (1).
+    """
+
+    generator: Generator
+    a: Latents
+    b: Latents
+    between: Callable[[float], Latents]
+
+
+Content = Callable[[Tensor], Tensor]
+"""Images (N, 3, H, W) -> the same, each multiplied by its own content mask."""
+
+Edit = tuple[np.ndarray, dict[str, float]]
+"""The picture of one model, and its distances."""
+
+
+def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
+    """Edit, measure, and write the picture and the animation.
+
+    Args:
+        settings: which faces of which models, and how.
+        load_mask: see `LoadMask`.
+
+    Raises:
+        SettingError: names the setting and what to do.
+    """
+    device, first, mode = pick_device(settings.device), settings.files[0], settings.mode
+    stem = target_stem(settings.out or Path(STEMS[mode]), STEMS[mode])
+    models = load_models(settings, device)
+    faces = _load_faces(settings, models)
+    generator = next(iter(models.values()))
+    scale = settings.scale_of(generator.size)
+    edit: Callable[..., Edit] = partial(_morph, n=settings.steps)
+    if mode == "mixing":
+        with blame("layers"):
+            layers = editing.style_layers(settings.layers, generator.n_latent)
+        edit = partial(_mix, layers=layers)
+    mask = settings.load_mask(load_mask, first, device)
+    distance = settings.load_distance(first, device)
+    with torch.no_grad():
+        edits = {
+            name: edit(own, scale, lambda x: x * mask(x), distance)
+            for name, own in tqdm(faces.items(), desc=mode, unit="model")
+        }
+    picture = stacked(models, {name: shown for name, (shown, _) in edits.items()}, gap=24)
+    frames = _frames(models, faces, scale, settings.frames if mode == "morphing" else 0)
+    files = save_pictures(settings, stem, picture, frames)
+    distances = {name: found for name, (_, found) in edits.items()}
+    lines = [*sizes(settings, models), f"content-aware {settings.distance_name(first)}"]
+    lines += [_table(distances), f"saved {' and '.join(files)}"]
+    chosen = {"ckpt": settings.files, "perceptual": settings.network(first)}
+    figures = {"files": files, "models": distances}
+    return Result(figures, _protocol(settings), lines, settings, chosen)
+
+
+def _load_faces(settings: EditedSettings, models: Mapping[str, Generator]) -> dict[str, Faces]:
+    """Find the faces A and B of every model."""
+    projected = [_projected(settings, side, models) for side in "ab"]
+    a = _numbers("a", settings.a, projected[0], range(3))
+    n = len(a) if settings.mode == "morphing" else 5
+    b = _numbers("b", settings.b, projected[1], range(3, 3 + n))
+    if settings.mode == "morphing":
+        if len(a) != len(b):
+            text = f"has {len(a)} faces and b {len(b)}; a morph goes from each to one"
+            raise SettingError("a", text)
+        if settings.space == "z" and any(projected):
+            raise SettingError("space", "z: projected pictures have no z; take space w")
+    return {
+        name: _faces(settings, model, (a, b), [found.get(name) for found in projected])
+        for name, model in models.items()
+    }
+
+
+def _projected(
+    settings: EditedSettings, side: str, models: Mapping[str, Generator]
+) -> dict[str, Latents]:
+    """Load the projected pictures of a side by model, none if there are no files."""
+    name, latents = f"projection_{side}", {}
+    files: Files = getattr(settings, name)
+    if files and len(files) != len(models):
+        raise SettingError(
+            name,
+            f"has {len(files)} files for {len(models)} checkpoints; a projection belongs to one"
+            " model, so give one each",
+        )
+    for file, (model, generator) in zip(files or (), models.items(), strict=False):
+        with blame(name):
+            found = load_projection(file, generator)
+        latents[model] = Latents(found.w_plus, found.noise)
+    return latents
+
+
+def _numbers(
+    side: str, numbers: Numbers, projected: Mapping[str, Latents], default: Sequence[int]
+) -> Sequence[int]:
+    """Choose the faces that the settings name among those there are."""
+    n = min(map(len, projected.values()), default=None)
+    if numbers is None:
+        return default if n is None else range(n)
+    if not numbers or min(numbers) < 0 or (n is not None and max(numbers) >= n):
+        known = "numbers from 0 on" if n is None else f"the file has 0 to {n - 1}"
+        raise SettingError(side, f"{','.join(map(str, numbers))}: {known}")
+    return numbers
+
+
+def _faces(
+    settings: EditedSettings,
+    generator: Generator,
+    numbers: Sequence[Sequence[int]],
+    projected: Sequence[Latents | None],
+) -> Faces:
+    """Draw the faces A and B of a model by their numbers, or take them from projected pictures."""
+    centre = sampling.mean_latent(generator, settings.seed)
+    z_a, z_b = (sampling.draw_z(generator, side, settings.seed) for side in numbers)
+
+    def mapped(z: Tensor) -> Latents:
+        return sampling.from_z(generator, z, settings.truncation, centre)
+
+    a, b = (
+        mapped(z) if stored is None else stored[side]
+        for z, stored, side in zip((z_a, z_b), projected, numbers, strict=True)
+    )
+    if settings.space == "z":
+        return Faces(generator, a, b, lambda t: mapped(editing.spherical(z_a, z_b, t)))
+    return Faces(generator, a, b, lambda t: editing.morph(a, b, t))
+
+
+def _mix(
+    faces: Faces, scale: float, content: Content, distance: Distance, layers: Sequence[int]
+) -> Edit:
+    """Mix the styles of a model's faces."""
+    a, b = faces.a, faces.b
+    all_latents = (a, b, editing.mix(a, b, layers))
+    left, top, mixed = (sampling.render(faces.generator, latents) for latents in all_latents)
+    distances = editing.mixing_distances(content(left), content(top), content(mixed), distance)
+
+    def shown(images: Tensor, columns: int) -> np.ndarray:
+        return grid(rescale(images, scale), columns, gap=4)
+
+    return framed(shown(left, 1), shown(top, len(b)), shown(mixed, len(b))), distances
+
+
+def _morph(faces: Faces, scale: float, content: Content, distance: Distance, n: int) -> Edit:
+    """Morph a model's faces in ``n`` pictures, one row each."""
+    steps = torch.linspace(0, 1, n).tolist()
+    frames = [sampling.render(faces.generator, faces.between(t)) for t in steps]
+    rows = rescale(torch.stack(frames, dim=1).flatten(0, 1), scale)
+    distances = editing.morphing_distances([content(frame) for frame in frames], distance)
+    return grid(rows, columns=n, gap=4), distances
+
+
+def _frames(
+    models: Mapping[str, Generator], faces: Mapping[str, Faces], scale: float, n: int
+) -> Iterator[np.ndarray]:
+    """Render an animation that goes from A to B and back, slowly at both."""
+    for k in tqdm(range(n), desc="morphing", unit="frame", disable=not n):
+        t = (1 - math.cos(2 * math.pi * k / n)) / 2
+        blocks = {}
+        for name, own in faces.items():
+            images = rescale(sampling.render(own.generator, own.between(t)), scale)
+            blocks[name] = grid(images, columns=len(images), gap=4)
+        yield stacked(models, blocks)
+
+
+def _table(figures: Mapping[str, Mapping[str, float]]) -> str:
+    """Format one line for each model, one column for each distance."""
+    width = max(map(len, figures)) + 2
+    lines = [" " * width + "".join(f"{key:>14}" for key in next(iter(figures.values())))]
+    for name, distances in figures.items():
+        cells = "".join(f"{value:>14.4f}" for value in distances.values())
+        lines.append(f"{name:<{width}}{cells}")
+    return "\n".join(lines)
+
+
+def _protocol(settings: EditedSettings) -> dict[str, str]:
+    """Say what the distances mean."""
+    what = "means over all pairs of A and B"
+    if settings.mode == "morphing":
+        what = f"means over the {settings.steps} pictures of each row and over the rows"
+    name = settings.distance_name(settings.files[0])
+    return {"distance": f"{name} of images times their own content mask", "of": what}

@@ -1,0 +1,88 @@
+"""Show what several models make of the same latents: a picture, and an animated walk."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from Evaluation import sampling
+from Evaluation.editing import circle
+from Evaluation.settings import PictureSettings, Result
+from Evaluation.side_by_side import load_models, save_pictures, sizes, stacked, target_stem
+from Model.complexity import macs
+from Model.generator import Generator
+from Util.device import pick_device
+from Util.pictures import grid, rescale
+from Util.settings import setting
+
+PROTOCOL = {
+    "latents": "image i depends on seed and i; shared by the models",
+    "walk": "z = cos(t) z_i + sin(t) z'_i for t in [0, 2 pi), z'_i that of seed + 1",
+    "truncation": "towards each model's own mean w of 4096 z",
+}
+Render = Callable[[Tensor], np.ndarray]
+"""z (n_sample, style_dim) -> a picture (H, W, 3) of what all models make of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedSettings(PictureSettings):
+    """Settings of `show_generated`."""
+
+    n_sample: int = setting(4, "latents; the images 0 ... N-1 of --seed", low=1)
+    columns: int = setting(0, "pictures in a row; 0: all of a model in one (default)", low=0)
+    noise: str = setting(
+        "fixed",
+        "layer noise: the stored maps, or a draw for every latent, which it keeps on its walk",
+        choices=("fixed", "random"),
+    )
+    out: Path = setting(
+        Path("generated"),
+        "the picture is OUT.png, the walk OUT.gif; or a folder for generated.png and .gif"
+        " (default: generated)",
+    )
+
+
+def show_generated(settings: GeneratedSettings) -> Result:
+    """Write the picture and the walk.
+
+    Raises:
+        SettingError: names the setting and what to do.
+    """
+    stem = target_stem(settings.out, "generated")
+    models = load_models(settings, pick_device(settings.device))
+    render, first = _renderer(settings, models), next(iter(models.values()))
+    # The second latents are those of the next seed, so that a walk does not depend on n_sample.
+    seeds = (settings.seed, settings.seed + 1)
+    start, through = (sampling.draw_z(first, range(settings.n_sample), seed) for seed in seeds)
+    walk = _walk(settings.frames, render, start, through)
+    files = save_pictures(settings, stem, render(start), walk)
+    costs = {name: {"macs": macs(model)} for name, model in models.items()}
+    lines, figures = sizes(settings, models), {"files": files, "models": costs}
+    lines.append(f"saved {' and '.join(files)}")
+    return Result(figures, PROTOCOL, lines, settings, {"ckpt": settings.files})
+
+
+def _renderer(settings: GeneratedSettings, models: Mapping[str, Generator]) -> Render:
+    """Put the models' pictures of shared latents under each other."""
+    scale = settings.scale_of(next(iter(models.values())).size)
+    # Retraining changes the mapping too, so w is truncated towards each model's own mean.
+    centres = {name: sampling.mean_latent(model, settings.seed) for name, model in models.items()}
+
+    def block(name: str, z: Tensor) -> np.ndarray:
+        model, noise = models[name], None
+        if settings.noise == "random":
+            noise = sampling.draw_noise(model, range(settings.n_sample), settings.seed)
+        latents = sampling.from_z(model, z, settings.truncation, centres[name], noise)
+        images = rescale(sampling.render(model, latents), scale)
+        return grid(images, columns=settings.columns or settings.n_sample, gap=4)
+
+    return lambda z: stacked(models, {name: block(name, z) for name in models})
+
+
+def _walk(n: int, render: Render, start: Tensor, through: Tensor) -> Iterator[np.ndarray]:
+    """Render a closed walk; the first frame is the picture of ``start``."""
+    for k in tqdm(range(n), desc="walking", unit="frame", disable=not n):
+        yield render(circle(start, through, k / n))

@@ -1,0 +1,160 @@
+"""Measure how far a model's images, or those of a folder, are from real ones."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from Dataset.images import Images
+from Evaluation import feature_statistics
+from Evaluation.feature_sets import (
+    image_features,
+    read_statistics,
+    real_statistics,
+    sampled_features,
+)
+from Evaluation.feature_statistics import Features, Statistics
+from Evaluation.features import FEATURES, Extractor, make_extractor
+from Evaluation.metrics import METRICS, evaluate, need_features
+from Evaluation.settings import LoadMask, ModelSettings, Result
+from Model import bundled
+from Model.generator import Generator
+from Util import distributed
+from Util.device import pick_device
+from Util.settings import SettingError, blame, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings(ModelSettings):
+    """Settings of `measure`."""
+
+    n_sample: int = setting(50_000, "generated images", low=2)
+    batch_size: int = setting(64, "images at a time", low=1)
+    images: Path | None = setting(None, "measured in place of the model's images", metavar="DIR")
+    path: Path | None = setting(None, "real images: a folder or an LMDB", metavar="DIR")
+    stats: Path | None = setting(
+        None,
+        "statistics of the real images (.npz, or a .pkl of mean and cov); with --path, made if"
+        " missing (default: beside the images)",
+        metavar="FILE",
+    )
+    features: str | None = setting(
+        None, "network (default: parser for the bundled models, else inception)", choices=FEATURES
+    )
+    inception_ckpt: Path | None = setting(None, "Inception weights, no download", metavar="FILE")
+    parser_ckpt: Path | None = setting(
+        None, "face parser of features and masks (default: that of the model)", metavar="FILE"
+    )
+    metrics: tuple[str, ...] = setting(
+        ("fid",),
+        "; ".join(f"{name}: {metric.description}" for name, metric in METRICS.items())
+        + " (default: fid)",
+        choices=tuple(METRICS),
+    )
+    content_aware: bool = setting(False, "multiply images by their own content mask")
+    truncation: float = setting(1.0, "psi in (0, 1]; the paper has 1", above=0, high=1)
+    workers: int = setting(2, "processes that load images", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.metrics:
+            raise SettingError("metrics", f"is empty; take {', '.join(METRICS)}")
+        if self.images and not self.generated_img_size:
+            raise SettingError("generated_img_size", "is missing; images of a folder need it")
+
+    @property
+    def network(self) -> str:
+        """Whose features are compared."""
+        is_bundled = bundled.is_bundled(self.ckpt) and not self.images
+        return self.features or ("parser" if is_bundled else "inception")
+
+    @property
+    def parser_file(self) -> Path | None:
+        """The face parser that takes part, if any."""
+        if self.network != "parser" and not self.content_aware:
+            return None
+        with blame("parser_ckpt"):
+            return self.parser_ckpt or bundled.default_parser(self.ckpt)
+
+
+def measure(settings: MeasureSettings, load_mask: LoadMask) -> Result:
+    """Compare generated images with real ones.
+
+    Several processes share the work, but only the first one has figures. They join here; the caller
+    lets them leave (`Util.distributed`).
+
+    Args:
+        settings: what is compared, and how.
+        load_mask: see `LoadMask`.
+
+    Raises:
+        SettingError: names the setting and what to do.
+        StatisticsError: the features cannot be compared.
+    """
+    device = distributed.join(pick_device(settings.device))
+    generated = _generated(settings, device)
+    size = generated.size
+    parser, masked = settings.parser_file, load_mask if settings.content_aware else None
+    inception = settings.inception_ckpt
+    extractor = make_extractor(settings.network, inception, parser, masked, device)
+    if isinstance(generated, Generator):
+        with blame("n_sample"):
+            width = extractor.dimensions(size, device)
+            feature_statistics.check_enough(settings.n_sample, width)
+    real = _real(settings, size, extractor, device)
+    made = _made(settings, extractor, generated, device)
+    first = distributed.rank() == 0
+    figures = evaluate(settings.metrics, extractor, made, real, settings.seed) if first else {}
+    lines = [f"{name}: {value:.6g}" for name, value in figures.items()]
+    if settings.info_print:
+        made_from = dict(real.record) or f"unknown, from {settings.stats}"
+        source = settings.images or settings.ckpt
+        lines.append(f"generated: {len(made)} images of {size} px from {source}")
+        lines += [f"real: {made_from}", f"protocol: {extractor.protocol}"]
+    else:
+        lines.append(f"({len(made)} images; {extractor.protocol})")
+    chosen = {"features": settings.network, "parser_ckpt": parser or settings.parser_ckpt}
+    return Result(figures, extractor.protocol, lines, settings, chosen)
+
+
+def _generated(settings: MeasureSettings, device: torch.device) -> Generator | Images:
+    """What is measured: a generator, or the images of a folder."""
+    if not settings.images:
+        return settings.load(settings.ckpt, device)
+    with blame("images"):
+        return Images(settings.images, settings.generated_img_size)
+
+
+def _made(
+    settings: MeasureSettings,
+    extractor: Extractor,
+    generated: Generator | Images,
+    device: torch.device,
+) -> Features:
+    """Compute features of the generator's images, or of those of a folder."""
+    n, batch, seed = settings.n_sample, settings.batch_size, settings.seed
+    if isinstance(generated, Generator):
+        return sampled_features(generated, extractor, n, batch, seed, settings.truncation)
+    with blame("images"):
+        return image_features(generated, extractor, batch, settings.workers, device)
+
+
+def _real(
+    settings: MeasureSettings, size: int, extractor: Extractor, device: torch.device
+) -> Statistics:
+    """Find the statistics of the real images."""
+    stats, whole = settings.stats, need_features(settings.metrics)
+    if stats and stats.is_dir():
+        raise SettingError("stats", f"{stats} is a folder; name a file")
+    if settings.path:
+        with blame("path"):
+            images = Images(settings.path, size)
+        how = (device, settings.batch_size, settings.workers, whole)
+        with blame("stats" if stats and stats.is_file() else "path"):
+            return real_statistics(images, stats, extractor, *how)
+    if stats is None and bundled.is_bundled(settings.ckpt):
+        stats = bundled.CONTENT_STATISTICS if settings.content_aware else bundled.STATISTICS
+    if stats is None:
+        raise SettingError("path", "is missing; name the real images, or their statistics (stats)")
+    with blame("stats"):
+        return read_statistics(stats, extractor, whole)

@@ -1,0 +1,289 @@
+"""Project many pictures: write what each is made of, and tables of how close they come."""
+
+import csv
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from Dataset.pictures import UnreadableImageError, fit_square, read_image
+from Dataset.sources.folder import SUFFIXES, image_files
+from Evaluation import sampling
+from Evaluation.comparison import fidelity
+from Evaluation.distances import Distance
+from Evaluation.projection import LEARNING_RATE, Projection, project, save_projection
+from Evaluation.settings import LoadMask, Mask, ModelSettings, PerceptualSettings, Result
+from Model.generator import Generator
+from Util.cli import check_writable
+from Util.device import pick_device
+from Util.files import atomic_path
+from Util.pictures import save_png, side_by_side
+from Util.settings import SettingError, blame, setting
+
+PICTURE = "Image_Projection_Visualization.png"
+TABLE = "projection.csv"
+SEARCH = ("optimizer", "num_iters", "lr", "mse_weight", "seed")
+FIGURES = ("psnr", "perceptual", "content_psnr", "content_perceptual")
+Row = dict[str, str | float]
+"""The figures of one picture, and its name as ``picture``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionSettings(PerceptualSettings, ModelSettings):
+    """Settings of `project_pictures`."""
+
+    image_file: Path | None = setting(
+        None,
+        "a picture or a folder of pictures, cropped centrally to a square and resized to the"
+        " model's size (default: pictures that the model makes of --seed)",
+        metavar="PATH",
+    )
+    n_sample: int | None = setting(
+        None,
+        "first pictures of the folder that are projected (default: all); without --image_file"
+        " how many the model makes (default: 4)",
+        low=1,
+    )
+    num_iters: int = setting(
+        800,
+        "iterations per picture: search directions of lbfgs, whose line searches mostly take one"
+        " evaluation each; steps of adam",
+        low=1,
+    )
+    optimizer: str = setting(
+        "lbfgs", "lbfgs has a strong Wolfe line search", choices=tuple(LEARNING_RATE)
+    )
+    lr: float | None = setting(
+        None,
+        "first step that lbfgs's line search tries (default: 1); adam's step size, which decays to"
+        " 0 along a cosine (default: 0.1)",
+        above=0,
+    )
+    batch_size: int = setting(
+        8,
+        "pictures projected at once, each by a search of its own; equal digits need equal batches",
+        low=1,
+    )
+    mse_weight: float = setting(
+        1.0, "weight of the mean squared error, over values in [-1, 1]", low=0
+    )
+    perceptual_weight: float | None = setting(
+        None,
+        "weight of the perceptual distance (default: 1 for LPIPS, 0.1 for parser, whose distances"
+        " are larger)",
+        low=0,
+    )
+    out: Path = setting(Path("projection"), "folder of the results", metavar="DIR")
+    shown: int = setting(8, f"pictures in {PICTURE} at most", low=1)
+
+    @property
+    def weight(self) -> float:
+        """The weight of the perceptual distance."""
+        if self.perceptual_weight is not None:
+            return self.perceptual_weight
+        return 0.1 if self.network(self.ckpt) == "parser" else 1.0
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The pictures to project.
+
+    Attributes:
+        names: one each, unique.
+        load: numbers of pictures -> (len, 3, size, size) in [-1, 1].
+        origin: where they are from, in words.
+    """
+
+    names: list[str]
+    load: Callable[[Sequence[int]], Tensor]
+    origin: str
+
+
+def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Result:
+    """Project pictures; write latents, a picture and a table into a folder.
+
+    Args:
+        settings: which pictures, and how.
+        load_mask: see `LoadMask`.
+
+    Raises:
+        SettingError: names the setting and what to do.
+    """
+    device, model = pick_device(settings.device), settings.ckpt
+    generator = settings.load(model, device)
+    mask = settings.load_mask(load_mask, model, device)
+    perceptual, distance = settings.load_distance(model, device), settings.distance_name(model)
+    with blame("image_file"):
+        targets = _targets(settings, generator)
+    if settings.out.exists() and not settings.out.is_dir():
+        raise SettingError("out", f"{settings.out} is no folder; name another")
+    check_writable("out", settings.out / PICTURE)
+    rows = _project_and_save(settings, generator, targets, mask, perceptual)
+    protocol = _protocol(settings, distance)
+    lines = [targets.origin, _table(rows, distance), f"({protocol})"]
+    if settings.info_print:
+        passes = ", ".join(f"{row['evaluations']}" for row in rows)
+        lines.append(f"{model}: {generator.size} px on {device}; evaluations: {passes}")
+    lines.append(f"saved {settings.out}: {PICTURE}, {TABLE}, {len(rows)} x .npz")
+    figures = {"mean": _finite(_means(rows)), "pictures": [_finite(row) for row in rows]}
+    chosen = {"perceptual": settings.network(model), "perceptual_weight": settings.weight}
+    return Result(figures, protocol, lines, settings, chosen)
+
+
+def _targets(settings: ProjectionSettings, generator: Generator) -> Targets:
+    """Find pictures of files, or let the generator make some with layer noise of their own."""
+    if settings.image_file:
+        return _targets_from_files(settings, settings.image_file, generator)
+    n, seed = settings.n_sample or 4, settings.seed
+    return Targets(
+        [f"seed_{seed}_image_{i}" for i in range(n)],
+        lambda part: sampling.images(generator, part, seed),
+        f"no image_file: projecting {n} pictures that the model itself makes of seed {seed}",
+    )
+
+
+def _picture_files(place: Path, n: int | None) -> list[Path]:
+    """List a picture, or the first ``n`` of a folder, whose result files must differ."""
+    if not place.exists():
+        raise ValueError(f"{place}: no such file or folder")
+    if not place.is_dir():
+        return [place]
+    files = [place / name for name in image_files(place)][:n]
+    if not files:
+        raise ValueError(f"{place}: holds no pictures ({', '.join(SUFFIXES)})")
+    stems: dict[Path, Path] = {}
+    for file in files:
+        other = stems.setdefault(file.with_suffix(""), file)
+        if other != file:
+            raise ValueError(f"{other} and {file} differ in their ending only")
+    return files
+
+
+def _targets_from_files(settings: ProjectionSettings, place: Path, generator: Generator) -> Targets:
+    """Find pictures of files, each read once now, so that none stops the work later."""
+    files, size = _picture_files(place, settings.n_sample), generator.size
+    notes = [note for file in files if (note := _fit(file, size))]
+    if notes and not settings.info_print:
+        more = f"; likewise {len(notes) - 1} more of {len(files)}" if len(notes) > 1 else ""
+        notes = [notes[0] + more]
+
+    def load(part: Sequence[int]) -> Tensor:
+        squares = [np.array(fit_square(read_image(files[i]), size)) for i in part]
+        pixels = torch.from_numpy(np.stack(squares)).to(generator.device)
+        return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+    root = place if place.is_dir() else place.parent
+    names = [file.relative_to(root).as_posix() for file in files]
+    count = f"{len(files)} picture{'s' * (len(files) > 1)} of {place}"
+    return Targets(names, load, "\n".join([count, *notes]))
+
+
+def _fit(file: Path, size: int) -> str:
+    """Say how a picture is made to fit a size; empty if it does already."""
+    try:
+        width, height = read_image(file).size
+    except UnreadableImageError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if (width, height) == (size, size):
+        return ""
+    crop = "" if width == height else f"cropped centrally to {min(width, height)} px and "
+    return f"{file.name} ({width}x{height} px) {crop}resized to {size}x{size} px"
+
+
+def _project(
+    settings: ProjectionSettings, generator: Generator, targets: Targets, perceptual: Distance
+) -> Iterator[tuple[list[str], Tensor, Projection]]:
+    """Project batch after batch under a progress bar: names, real pictures, what was found."""
+    search = {name: getattr(settings, name) for name in SEARCH}
+    search["perceptual_weight"] = settings.weight
+    batches = list(sampling.shares(len(targets.names), settings.batch_size))
+    with tqdm(total=len(batches) * settings.num_iters, desc="projecting", unit="it") as bar:
+
+        def progress(loss: Tensor) -> None:
+            bar.set_postfix(loss=f"{loss.mean():.4g}", refresh=False)
+            bar.update()
+
+        for part in batches:
+            real = targets.load(part)
+            found = project(generator, real, perceptual, **search, progress=progress)
+            yield [targets.names[i] for i in part], real, found
+
+
+def _project_and_save(
+    settings: ProjectionSettings,
+    generator: Generator,
+    targets: Targets,
+    content: Mask,
+    perceptual: Distance,
+) -> list[Row]:
+    """Write the latents of every batch, the picture and the table; return a row per picture."""
+    rows: list[Row] = []
+    shown: dict[str, list[Tensor]] = {"real": [], "projected": [], "content": []}
+    for names, real, projection in _project(settings, generator, targets, perceptual):
+        with torch.no_grad():
+            made = sampling.synthesise(generator, projection.w_plus, projection.noise)
+        mask = content(real)
+        figures = fidelity(real, made, mask, perceptual)
+        figures |= {"loss": projection.loss, "evaluations": projection.evaluations}
+        for i, name in enumerate(names):
+            file = (settings.out / name).with_suffix(".npz")
+            save_projection(file, projection.part(i), generator, settings.ckpt.name, [name])
+            rows.append({"picture": name} | {k: v[i].item() for k, v in figures.items()})
+        room = settings.shown - len(rows) + len(names)
+        for row, images in zip(shown.values(), (real, made, mask), strict=True):
+            row.append(images[: max(room, 0)].cpu())
+    strips = {caption: torch.cat(images) for caption, images in shown.items()}
+    scale = max(1, 128 // generator.size)
+    save_png(settings.out / PICTURE, side_by_side(strips, scale))
+    _save_csv(settings.out / TABLE, rows)
+    return rows
+
+
+def _save_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write the rows under their names, atomically."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _means(rows: Sequence[Row]) -> dict[str, float]:
+    """Average every figure; the content-aware ones leave out pictures without content."""
+    columns = {name: np.array([row[name] for row in rows], dtype=float) for name in FIGURES}
+    known = {name: values[~np.isnan(values)] for name, values in columns.items()}
+    return {k: float(values.mean()) if values.size else math.nan for k, values in known.items()}
+
+
+def _table(rows: Sequence[Row], distance: str) -> str:
+    """Format the figures of every picture, and their means."""
+    heads = ("PSNR (dB)", distance, "content PSNR (dB)", f"content {distance}")
+    summary = [*rows, {"picture": "mean"} | _means(rows)] if len(rows) > 1 else rows
+    width = max(len(str(row["picture"])) for row in summary)
+    lines = [" ".join([" " * width, *(f"{head:>{len(head) + 2}}" for head in heads)])]
+    for row in summary:
+        cells = [f"{row[k]:>{len(head) + 2}.4g}" for k, head in zip(FIGURES, heads, strict=True)]
+        lines.append(" ".join([f"{row['picture']:<{width}}", *cells]))
+    if empty := sum(math.isnan(float(row["content_psnr"])) for row in rows):
+        lines.append(f"nan: {empty} of {len(rows)} pictures have no content for the parser")
+    return "\n".join(lines)
+
+
+def _protocol(settings: ProjectionSettings, distance: str) -> str:
+    """Say what the figures mean."""
+    return (
+        "PSNR of values clamped to [-1, 1], peak-to-peak 2, no 8-bit step;"
+        f" {distance} at no more than 256 px; content: the real picture's content mask, PSNR over"
+        f" its pixels only, {distance} of both pictures times the mask; w+ and layer noise by"
+        f" {settings.optimizer}, {settings.num_iters} iterations, on {settings.mse_weight:g} MSE +"
+        f" {settings.weight:g} {distance}"
+    )
+
+
+def _finite(row: Mapping[str, str | float]) -> dict[str, str | float | None]:
+    """Replace values that are not finite by None, which JSON can hold."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

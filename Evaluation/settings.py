@@ -1,0 +1,165 @@
+"""Settings that evaluations share, and what each of them returns."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from Evaluation.distances import LPIPS_TRUNKS, Distance, load_distance
+from Evaluation.features import LoadMask, Mask
+from Model import bundled
+from Model.checkpoint import load_generator
+from Model.generator import Generator
+from Util.settings import SettingError, Settings, blame, plain, setting
+
+PICTURE_SIDE = 128
+"""Side in px of a picture where the setting scale does not say otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(Settings):
+    """Settings of every evaluation."""
+
+    generated_img_size: int = setting(
+        0, "image side of the model in px; 0: as the checkpoint has it (default)", low=0
+    )
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    seed: int = setting(0, "seed of all random draws", low=0)
+    info_print: bool = setting(False, "print what is done, with which settings")
+    json: bool = setting(False, "end with one JSON line: figures, protocol, settings")
+
+    def load(self, path: Path, device: torch.device) -> Generator:
+        """Load the frozen generator of a checkpoint, refused where its images have another size."""
+        with blame("ckpt"):
+            generator = load_generator(path, device=device, size=self.generated_img_size or None)
+        return generator.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(EvaluationSettings):
+    """Settings of an evaluation of one model."""
+
+    ckpt: Path = setting(
+        bundled.MODEL, "generator checkpoint; its g_ema is taken (default: bundled)", metavar="FILE"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceptualSettings(Settings):
+    """Settings of a perceptual distance and of the content; the defaults depend on the model."""
+
+    perceptual: str | None = setting(
+        None,
+        "perceptual distance: LPIPS with that network (weights are downloaded on first use), or the"
+        " content parser's features (default: parser for the bundled models, else vgg)",
+        choices=(*LPIPS_TRUNKS, "parser"),
+    )
+    perceptual_ckpt: Path | None = setting(
+        None, "its torchvision weights (vgg16, alexnet or squeezenet1_1)", metavar="FILE"
+    )
+    parser_ckpt: Path | None = setting(
+        None,
+        "face parser that finds the content (default: the bundled one for the bundled models, else"
+        " Model/parser_model/79999_iter.pth)",
+        metavar="FILE",
+    )
+
+    def network(self, model: Path) -> str:
+        """Name the network of the perceptual distance for a model."""
+        return self.perceptual or ("parser" if bundled.is_bundled(model) else "vgg")
+
+    def distance_name(self, model: Path) -> str:
+        """Name the perceptual distance for a model."""
+        network = self.network(model)
+        return "parser distance" if network == "parser" else f"LPIPS-{network.upper()}"
+
+    def load_distance(self, model: Path, device: torch.device) -> Distance:
+        """Load the perceptual distance for a model; see `Evaluation.distances.load_distance`."""
+        network, trunk = self.network(model), self.perceptual_ckpt
+        return load_distance(network, trunk, lambda: self._parser_file(model), device)
+
+    def load_mask(self, load_mask: LoadMask, model: Path, device: torch.device) -> Mask:
+        """Load the content mask for a model."""
+        with blame("parser_ckpt"):
+            return load_mask(self._parser_file(model), device)
+
+    def _parser_file(self, model: Path) -> Path:
+        return self.parser_ckpt or bundled.default_parser(model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings(EvaluationSettings):
+    """Settings of pictures that show several models side by side."""
+
+    ckpt: tuple[Path, ...] = setting(
+        (),
+        "generator checkpoints; each one's g_ema is taken (default: the bundled ones)",
+        metavar="FILE",
+        nargs="+",
+    )
+    names: tuple[str, ...] | None = setting(
+        None, "captions of the checkpoints (default: the files' names)", nargs="+"
+    )
+    truncation: float = setting(
+        0.8, "pull w towards each model's own mean: 1 not at all, in (0, 1]", above=0, high=1
+    )
+    scale: float = setting(
+        0,
+        "enlarge pictures by a whole number, or reduce them by 0.5, 0.25, ...; 0: to"
+        f" {PICTURE_SIDE} px (default)",
+    )
+    frames: int = setting(48, "frames of the animation; 0: no animation", low=0)
+    fps: int = setting(12, "frames per second, at most 50", low=1)
+    colours: int = setting(
+        128, "colours of the animation, 8 to 256; fewer make the file smaller", low=8, high=256
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scale = self.scale
+        if scale and not (scale > 0 and max(scale, 1 / scale) % 1 == 0):
+            raise SettingError("scale", f"{scale:g} is neither a whole number nor 0.5, 0.25, ...")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The checkpoints."""
+        bundled_files = (bundled.MODEL, bundled.COMPRESSED)
+        return self.ckpt or tuple(file for file in bundled_files if file.is_file())
+
+    def scale_of(self, size: int) -> float:
+        """Return the factor from the pictures of a model to those that are shown."""
+        scale = self.scale or PICTURE_SIDE / size
+        if size * scale < 8:
+            raise SettingError("scale", f"{scale:g} leaves less than 8 px of {size} px; take more")
+        return scale
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an evaluation found.
+
+    Attributes:
+        figures: by their names; those of several models or pictures are nested.
+        protocol: how they were measured.
+        lines: all of it in words.
+        settings: of the evaluation.
+        chosen: values that stand for settings that were left open, by name.
+    """
+
+    figures: Mapping[str, Any]
+    protocol: Any
+    lines: Sequence[str]
+    settings: EvaluationSettings
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def output(self) -> str:
+        """What a script prints: the text and, where the settings ask for it, a line of JSON."""
+        settings = plain(self.settings) | dict(self.chosen)
+        settings = {k: v for k, v in settings.items() if k not in ("json", "info_print")}
+        content = {"figures": self.figures, "protocol": self.protocol, "settings": settings}
+        last = [json.dumps(content, default=str)] if self.settings.json else []
+        return "\n".join([*self.lines, *last])
