@@ -22,7 +22,7 @@ Scores = list[Tensor]
 ContentMask = Callable[[Tensor], Tensor]
 """Images (N, 3, H, W) in [-1, 1] -> content mask (N, 1, H, W) of 0 and 1."""
 
-LATENTS, LAYER_NOISE, PIXEL_NOISE, CHANCE, DIRECTIONS = range(5)
+LATENTS, LAYER_NOISE, PIXEL_NOISE, CHANCE, DIRECTIONS, INITIALISATION = range(6)
 """What a random stream is for."""
 
 PIXELS_AT_ONCE = 2**18
