@@ -1,6 +1,5 @@
 """Writes generators as ONNX files, each compared with PyTorch before it gets its name."""
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +8,9 @@ from pathlib import Path
 from Evaluation import sampling
 from Model import bundled, checkpoint
 from Model.onnx import Form, Parity, check_packages, describe, save_onnx
-from Util.cli import OneLineParser, check_writable, run_script
+from Util.cli import check_writable, run_settings
 from Util.device import pick_device
-from Util.settings import SettingError, add_flags, blame, from_flags, setting
+from Util.settings import SettingError, blame, setting
 
 EXAMPLES = """examples:
   python3 export_onnx.py
@@ -65,27 +64,15 @@ class ExportSettings(Form):
         return files
 
 
-def build_parser() -> OneLineParser:
-    """Declare the command line."""
-    parser = OneLineParser(
-        prog="export_onnx.py",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_flags(parser, ExportSettings)
-    return parser
-
-
 def summary(file: Path, about: Mapping[str, str], found: Parity) -> str:
     """What was written, and how well it agrees."""
     differs = f"{found.largest:.1e}"
     if about["output"] == "image":
         differs = f"{127.5 * found.largest:.2g} grey levels (PSNR {found.psnr:.0f} dB)"
-    parameters, macs = (f"{int(about[name]):,} {name}" for name in ("parameters", "macs"))
+    parameters, macs = int(about["parameters"]), int(about["macs"])
     return (
-        f"saved {file}: {file.stat().st_size / 1e6:.2f} MB, {parameters}, {macs};"
-        f" ONNX Runtime differs from PyTorch by at most {differs}"
+        f"saved {file}: {file.stat().st_size / 1e6:.2f} MB, {parameters:,} parameters,"
+        f" {macs:,} MACs; ONNX Runtime differs from PyTorch by at most {differs}"
     )
 
 
@@ -103,24 +90,26 @@ def export(settings: ExportSettings, ckpt: Path, target: Path) -> str:
     return summary(target, about, save_onnx(target, generator, w_mean, settings, about))
 
 
-def run(args: argparse.Namespace) -> None:
+def run(settings: ExportSettings) -> None:
     """Write all files.
 
     Raises:
         ValueError: names the setting or file.
     """
-    settings = from_flags(ExportSettings, vars(args))
     check_packages()
     pick_device("cpu")
-    for target in settings.targets:
+    targets = settings.targets
+    for target in targets:
         check_writable("out", target)
-    for ckpt, target in zip(settings.ckpt, settings.targets, strict=True):
+    for ckpt, target in zip(settings.ckpt, targets, strict=True):
         print(export(settings, ckpt, target), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    return run_script(build_parser(), run, argv)
+    return run_settings(
+        ExportSettings, run, argv, prog="export_onnx.py", description=__doc__, epilog=EXAMPLES
+    )
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ requirements-export.txt.
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,12 +93,12 @@ class _Images(nn.Module):
         self.generator, self.form = generator, form
         self.register_buffer("w_mean", w_mean)
 
-    def forward(self, latent: Tensor, psi: Tensor, noise: Sequence[Tensor] | None = None) -> Tensor:
-        with torch.autocast("cpu", torch.float16, enabled=self.form.half):
+    def forward(self, latent: Tensor, psi: Tensor, noise: list[Tensor]) -> Tensor:
+        with torch.autocast("cpu", torch.float16) if self.form.half else nullcontext():
             w = self.generator.mapping(latent) if self.form.input == "z" else latent
-            w = self.w_mean + psi * (w - self.w_mean)
-            images = self.generator([w], input_is_latent=True, noise=noise, randomize_noise=False)
-        return images
+            w = self.w_mean + psi * (w - self.w_mean)  # `truncate`, for any psi
+            maps = noise or None
+            return self.generator([w], input_is_latent=True, noise=maps, randomize_noise=False)
 
 
 def check_packages() -> None:
@@ -130,9 +130,9 @@ def _plain_operators() -> Iterator[None]:
 def _draw(generator: Generator, form: Form, batch: int) -> dict[str, Tensor]:
     """Random inputs of a file, all but psi, by name."""
     random = torch.Generator().manual_seed(batch)
-    latent = torch.randn(batch, generator.style_dim, generator=random)
+    latent: Tensor = torch.randn(batch, generator.style_dim, generator=random)
     if form.input == "w_plus":
-        latent = generator.broadcast_latents([generator.mapping(latent)]).contiguous()
+        latent = generator.w_plus([latent]).contiguous()
     maps = generator.fixed_noise if form.noise == "input" else []
     noise = [torch.randn(batch, *m.shape[1:], generator=random) for m in maps]
     return {form.input: latent, **{f"noise_{i}": map_ for i, map_ in enumerate(noise)}}
@@ -152,21 +152,23 @@ def to_onnx(generator: Generator, w_mean: Tensor, form: Form) -> "ModelProto":
     """
     check_packages()
     batch = {0: torch.export.Dim("batch")}
-    latent, *noise = (draws := _draw(generator, form, 2)).values()
+    draws = _draw(generator, form, 2)
+    latent, *noise = draws.values()
     network: nn.Module = generator.style
-    arguments, shapes = [latent], [batch]
+    names, inputs, shapes = list(draws), (latent,), (batch,)
     if form.output == "image":
         network = _Images(generator, w_mean, form)
-        arguments, shapes = [latent, torch.ones(1), *noise], [batch, {}, *[batch] * len(noise)]
-    names = [form.input, *(["psi"] if form.output == "image" else []), *list(draws)[1:]]
+        names.insert(1, "psi")
+        inputs = (latent, torch.ones(1), noise)  # type: ignore[assignment]
+        shapes = (batch, None, [batch] * len(noise))  # type: ignore[assignment]
     with catch_warnings(), _plain_operators():
         simplefilter("ignore")
         program = torch.onnx.export(
             network.eval(),
-            tuple(arguments),
+            inputs,
             input_names=names,
             output_names=[form.output],
-            dynamic_shapes=[*shapes[:2], shapes[2:]] if noise else shapes,
+            dynamic_shapes=shapes,
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
