@@ -115,7 +115,7 @@ def check_packages() -> None:
 
 
 @contextmanager
-def _plain_operators() -> Iterator[None]:
+def plain_operators() -> Iterator[None]:
     """Make the operators those of PyTorch alone, which is all that other runtimes know."""
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = "reference"
@@ -161,7 +161,7 @@ def to_onnx(generator: Generator, w_mean: Tensor, form: Form) -> "ModelProto":
         names.insert(1, "psi")
         inputs = (latent, torch.ones(1), noise)  # type: ignore[assignment]
         shapes = (batch, None, [batch] * len(noise))  # type: ignore[assignment]
-    with catch_warnings(), _plain_operators():
+    with catch_warnings(), plain_operators():
         simplefilter("ignore")
         program = torch.onnx.export(
             network.eval(),
