@@ -7,9 +7,9 @@ BIN := $(VENV)/bin
 # waiting for one whose core another process holds.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test slow clean
+.PHONY: demo test slow web clean
 
-$(VENV)/installed: requirements.txt requirements-dev.txt
+$(VENV)/installed: requirements.txt requirements-dev.txt requirements-export.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -r requirements.txt -r requirements-dev.txt
@@ -27,5 +27,9 @@ test: $(VENV)/installed
 slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
 
+# The bundled models in the browser; needs npm too.
+web: $(VENV)/installed
+	$(BIN)/python -m web.build
+
 clean:
-	rm -rf demo runs
+	rm -rf demo runs web/dist web/node_modules

@@ -11,6 +11,10 @@ PUBLISHED_PARSER = FOLDER / "parser_model/79999_iter.pth"
 STATISTICS = FOLDER.parent / "Evaluation/real_statistics/toon_faces_64px.npz"
 CONTENT_STATISTICS = STATISTICS.with_stem(f"{STATISTICS.stem}_content")
 PRUNED_FOLDER = FOLDER / "pruned_model"
+LICENCE = (
+    "CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/), made from a remix of ToonHead by"
+    " Johan Melin (https://www.johanmelin.com)"
+)
 
 
 def is_bundled(model: str | PathLike[str]) -> bool:
@@ -32,3 +36,8 @@ def default_parser(model: str | PathLike[str]) -> Path:
             " github.com/zllrunning/face-parsing.PyTorch there, or name another one"
         )
     return PUBLISHED_PARSER
+
+
+def licence(model: str | PathLike[str]) -> str:
+    """Licence of a bundled model, "" for any other."""
+    return LICENCE if is_bundled(model) else ""

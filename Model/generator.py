@@ -222,7 +222,8 @@ class Generator(nn.Module):
         if len(maps) != self.n_latent - 1:
             raise ValueError(f"expected {self.n_latent - 1} noise maps, got {len(maps)}")
 
-        x, rgb = self.input(len(w_plus)), None
+        # By shape, since len() would make the batch size a constant of an exported graph.
+        x, rgb = self.input(w_plus.shape[0]), None
         rgbs, kept, rgb_layers = [], [], iter(self.rgb_layers)
         for layer, conv in enumerate(self.styled_convs):
             x = conv(x, w_plus[:, layer], maps[layer])

@@ -1,0 +1,1 @@
+"""The page that runs the bundled models in a browser."""
