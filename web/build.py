@@ -106,11 +106,11 @@ def _rounded(values: Tensor) -> list[Any]:
 def describe_latents(models: Sequence[Generator], settings: WebSettings) -> dict[str, Any]:
     """What the page needs to know of the latents of several models that share z."""
     first = models[0]
-    z = sampling.latents(first, range(settings.n_sample), seed=1)
+    z = sampling.draw_z(first, range(settings.n_sample), seed=1)
     spaces = [model.mapping(z) for model in models]
     directions, shares = principal_directions(spaces[0], settings.n_directions)
     return {
-        "z": sampling.latents(first, range(settings.n_faces), seed=0).tolist(),
+        "z": sampling.draw_z(first, range(settings.n_faces), seed=0).tolist(),
         "layers": layer_groups(first.n_latent),
         "shares": [round(share, 4) for share in shares.tolist()],
         "directions": [_rounded(matching_directions(spaces[0], w, directions)) for w in spaces],

@@ -55,7 +55,10 @@ class ReconstructionSettings(Settings):
         1e-3, "ridge in units of the mean squared input, at least 0", low=0, metavar="R"
     )
     init_steps: int = setting(
-        8, "conjugate gradient steps of a layer after its closed form, at least 0", low=0, metavar="N"
+        8,
+        "conjugate gradient steps of a layer after its closed form, at least 0",
+        low=0,
+        metavar="N",
     )
 
 
@@ -199,7 +202,7 @@ def _fit_rgb(
         missing.append(goal - below)
     fit_to_rgb(
         layer,
-        # Surgery has raised the gain of what it kept; the full generator's is the one to start from.
+        # Surgery has raised the gain of what it kept; the full generator's is the start.
         layer.conv.weight[0, :, :, 0, 0] * (full.conv.scale / layer.conv.scale),
         torch.cat(rows).flatten(0, 1),
         torch.cat(missing).flatten(0, 1),

@@ -12,9 +12,9 @@ that is all the ridge it needs. With the full generator's t for y, and weights m
                   u_o = (X'mX + lambda_o)^-1 X'm t / d_o,  lambda_o so that |u_o| = 1
     refinement:   min over u_o, b_o of  sum m (f(t + noise + b) - f(y + noise + b_o))^2
 
-The closed form holds d_o at its last value and is solved three times. The refinement takes conjugate
-gradient steps with (X'mX + lambda_o)^-1 as preconditioner; every filter's step is as long as lowers
-its own error most, or nothing. Noise strengths and styles stay as they are.
+The closed form holds d_o at its last value and is solved three times. The refinement takes
+conjugate gradient steps with (X'mX + lambda_o)^-1 as preconditioner; every filter's step is as long
+as lowers its own error most, or nothing. Noise strengths and styles stay as they are.
 
 A ToRGB is not demodulated: one least squares on what is missing of the full generator's RGB sum.
 """
@@ -134,7 +134,7 @@ class LayerFit:
         parts = zip(
             self.rows.split(ROWS_AT_ONCE), self.weight.view(-1, 1).split(ROWS_AT_ONCE), strict=True
         )
-        return sum((part.T @ (part * m)).double() for part, m in parts)  # type: ignore[return-value]
+        return sum((part.T @ (part * m)).double() for part, m in parts)
 
     def _demodulation(self, filters: Tensor) -> Tensor:
         """d, (n, 1, O)."""
@@ -148,7 +148,7 @@ class LayerFit:
 
     def _apply(self, filters: Tensor) -> Tensor:
         """X u, (n, P, O)."""
-        return (self.rows @ filters.T).view(self.target.shape[:2] + (-1,))
+        return (self.rows @ filters.T).view((*self.target.shape[:2], -1))
 
     def _transposed(self, values: Tensor) -> Tensor:
         """X' of (n, P, O), (9 * I, O)."""
@@ -211,7 +211,7 @@ class LayerFit:
             self._step(direction.T, down.sum(dim=(0, 1)) / curvature, slope, residual)
 
     def _descent(self, down: Tensor) -> Tensor:
-        """Minus half the gradient of the error in the filters, (9 * I, O), demodulation included."""
+        """Minus half the gradient of the error in the filters, (9 * I, O), through demodulation."""
         radial = (down * self.y).sum(dim=1) * self.gain[:, 0].square()
         return self._transposed(down * self.gain) - (self.power.T @ radial).repeat(9, 1) * (
             self.filters.T

@@ -1,6 +1,6 @@
 """Singular value scaling (Kim and Yoon, AAAI 2025), and the control that it needs.
 
-Every weight of the synthesis network's convolutions, ToRGBs and modulations, as a matrix (O, I k k):
+Every weight of the synthesis network's convolutions, ToRGBs and modulations, as (O, I k k):
 
     svs:       W = U S V^T  ->  U S^(1/2) V^T
     rescaled:  W            ->  W |S^(1/2)| / |S|        (Frobenius norms: svs's norm, W's spectrum)
