@@ -31,7 +31,7 @@ def matrices(generator):
     return {
         name: (p if p.ndim == 2 else p[0].flatten(1)).detach()
         for name, p in generator.named_parameters()
-        if name.endswith("weight") and "conv" in name
+        if name.endswith("conv.weight") or name.endswith("modulation.weight")
     }
 
 

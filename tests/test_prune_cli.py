@@ -63,6 +63,7 @@ def test_prunes(files, tmp_path, capsys):
     assert saved["config"] == {
         "recipe": "",
         "metric": "content_aware",
+        "content": "all,-background,-cloth",
         "init": "pruned",
         "remove_ratio": 0.7,
         "seed": 3,
@@ -237,7 +238,7 @@ def test_devices(monkeypatch):
     assert pick_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == torch.device("cpu")
-    with pytest.raises(ValueError, match="--device cuda: PyTorch finds no GPU"):
+    with pytest.raises(ValueError, match="device cuda: PyTorch finds no GPU"):
         pick_device("cuda")
     for name in ("tpu", "cuda:x", "cuda:-1", ""):
         with pytest.raises(ValueError, match="unknown; take auto"):
