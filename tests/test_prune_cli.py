@@ -247,5 +247,5 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("auto") == torch.device("cuda")
     assert pick_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(ValueError, match="--device cuda:2: there are 2 GPUs"):
+    with pytest.raises(ValueError, match="device cuda:2: there are 2 GPUs"):
         pick_device("cuda:2")
