@@ -111,7 +111,9 @@ def _facts(file: Path) -> dict[str, Any]:
     facts = {"output": "logits", "class_names": []} | dict(facts)
     for key, fits in _checks(facts).items():
         if not fits:
-            raise ValueError(f"{file}: {key} is {str(facts.get(key))[:80]}; see doc/content.md")
+            raise ValueError(
+                f"{file}: {key} is {str(facts.get(key))[:80]}; see the head of Compression/parsers/script_module.py"
+            )
     return facts
 
 
