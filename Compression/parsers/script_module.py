@@ -112,7 +112,7 @@ def _facts(file: Path) -> dict[str, Any]:
     for key, fits in _checks(facts).items():
         if not fits:
             raise ValueError(
-                f"{file}: {key} is {str(facts.get(key))[:80]}; see the head of Compression/parsers/script_module.py"
+                f"{file}: {key} is {str(facts.get(key))[:80]}; see {Path(__file__).name}"
             )
     return facts
 
