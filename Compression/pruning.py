@@ -41,6 +41,8 @@ from Util.device import pick_device
 from Util.files import folder_lock
 from Util.settings import SettingError, Settings, blame, chosen, plain, setting, some_words
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSettings(Settings):
@@ -83,10 +85,10 @@ class PruneSettings(Settings):
         metavar="N",
     )
     allocation: str = setting(
-        "",
+        AUTO,
         "how widths are chosen for these multiply-accumulates, or for those that remove_ratio would"
-        f" leave, see below (default: {BEST} with macs, else uniform)",
-        choices=("", *ALLOCATIONS),
+        f" leave, see below; auto: {BEST} with macs, else uniform",
+        choices=(AUTO, *ALLOCATIONS),
         metavar="NAME",
     )
     info_print: bool = setting(False, "print the details of every layer")
@@ -174,12 +176,14 @@ class PruneSettings(Settings):
     @property
     def has_budget(self) -> bool:
         """Whether widths are chosen for a number of multiply-accumulates."""
-        return self.macs is not None or self.allocation not in ("", "uniform")
+        return self.macs is not None or self.allocation not in (AUTO, "uniform")
 
     @property
     def allocation_name(self) -> str:
         """The allocation in force."""
-        return self.allocation or (BEST if self.macs is not None else "uniform")
+        if self.allocation != AUTO:
+            return self.allocation
+        return "uniform" if self.macs is None else BEST
 
 
 def option_kinds() -> list[type[Settings]]:

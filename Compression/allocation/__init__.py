@@ -64,5 +64,5 @@ ALLOCATIONS = {
         _images,
     ),
 }
-BEST = "spectrum"
+BEST = "greedy"
 """What a budget takes without further word; doc/recipes.md has the figures."""
