@@ -455,27 +455,22 @@ def iterate(
     batches: Iterator[Tensor],
     iterations: int,
     events: Sequence[Event],
-    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Iterate up to iteration ``iterations``.
 
     Args:
         trainer: goes on at its own iteration.
-        batches: real images (N, 3, size, size) in [-1, 1], this process's share of every batch.
+        batches: real images (N, 3, size, size) in [-1, 1], this process's share of every batch;
+            where they end, training does.
         iterations: where to end.
         events: those that are due are called after an iteration, in this order; all at the end.
-        stop: asked after every iteration; when true in any process, all stop there.
 
     Raises:
         NonFiniteError: a loss became NaN or infinite.
     """
-    # Agreeing costs a transfer, so several processes ask each other only now and then.
-    patience = 1 if distributed.world_size() == 1 else 10
-    while trainer.iteration < iterations:
-        trainer.iterate(next(batches).to(trainer.device, non_blocking=True))
+    while trainer.iteration < iterations and (real := next(batches, None)) is not None:
+        trainer.iterate(real.to(trainer.device, non_blocking=True))
         end = trainer.iteration == iterations
         for event in events:
             if end or (event.every and trainer.iteration % event.every == 0):
                 event.action()
-        if trainer.iteration % patience == 0 and distributed.any_process(stop(), trainer.device):
-            break

@@ -4,17 +4,22 @@ import ctypes
 import re
 import resource
 import sys
+from collections.abc import Sequence
 
 import torch
 
+from Util import distributed
 from Util.settings import SettingError
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, gpus: Sequence[int] = ()) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that exists.
+
+    A GPU becomes the current one, so that nothing is ever put on another by default.
 
     Args:
         name: ``auto`` is the first GPU that PyTorch can use, the CPU where there is none.
+        gpus: those of the processes of this machine, where there are several.
 
     Raises:
         SettingError: another name, no usable GPU, or no GPU of that number.
@@ -22,17 +27,30 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         _keep_freed_memory()
         return torch.device("cpu")
-    if name == "auto":
-        return torch.device("cuda")
-    if not re.fullmatch(r"cuda(:\d+)?", name):
+    if name != "auto" and not re.fullmatch(r"cuda(:\d+)?", name):
         raise SettingError("device", f"{name}: unknown; take auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
         raise SettingError("device", f"{name}: PyTorch finds no GPU; take cpu")
-    device = torch.device(name)
+    if distributed.launched():
+        device = torch.device("cuda", _gpu_of_this_process(gpus))
+    else:
+        device = torch.device("cuda" if name == "auto" else name)
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        raise SettingError("device", f"{name}: there are {count} GPUs, cuda:0 to cuda:{count - 1}")
+        raise SettingError(
+            "device", f"{device}: there are {count} GPUs, cuda:0 to cuda:{count - 1}"
+        )
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return device
+
+
+def _gpu_of_this_process(gpus: Sequence[int]) -> int:
+    """The index of the GPU of one of several processes."""
+    if torch.cuda.device_count() == 1:  # as where a scheduler shows each process its own alone
+        return 0
+    local = distributed.local_rank()
+    return gpus[local] if len(gpus) == distributed.local_processes() else local
 
 
 def _keep_freed_memory() -> None:
