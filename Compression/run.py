@@ -99,7 +99,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     """
     check(config)
     set_tf32(config.tf32)
-    trainer, origin = _make_trainer(config, distributed.join(_device(config)), announce)
+    trainer, origin, parser = _make_trainer(config, distributed.join(_device(config)), announce)
     if config.dry_run:
         config = replace(config, iter=trainer.iteration + 2, log_freq=1)
     config = replace(config, size=trainer.generator.size, channels=trainer.generator.channels)
@@ -122,7 +122,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
             if evaluation:
                 announce(f"{', '.join(config.fid_metrics)} by {evaluation.about}")
         batches = _stream(config, trainer, images)
-        signal = _train(config, trainer, batches, log, evaluation, origin | _making(config))
+        signal = _train(config, trainer, batches, log, evaluation, origin | _making(config, parser))
     finally:
         if log:
             log.close()
@@ -242,11 +242,11 @@ def _make_teacher(
 
 def _make_trainer(
     config: TrainConfig, device: torch.device, announce: Callable[[str], None]
-) -> tuple[Trainer, dict[str, Any]]:
+) -> tuple[Trainer, dict[str, Any], ContentParser | None]:
     """Build networks, teacher and optimisers, and take up a saved state if asked.
 
     Returns:
-        The trainer, and what the checkpoint remembers of its making.
+        The trainer, what the checkpoint remembers of its making, and what makes the masks.
     """
     source, resume = config.ckpt, config.load_train_state
     if config.resume:
@@ -279,13 +279,15 @@ def _make_trainer(
                 " name says, with the mean path length at 0 and new random streams"
             )
     origin = content.get("config")
-    return trainer, dict(origin) if isinstance(origin, Mapping) else {}
+    return trainer, dict(origin) if isinstance(origin, Mapping) else {}, parser
 
 
-def _making(config: TrainConfig) -> dict[str, Any]:
+def _making(config: TrainConfig, parser: ContentParser | None) -> dict[str, Any]:
     """What a checkpoint remembers of a run: what made its weights, files by their names alone."""
     values = {k: v for k, v in _plain(config).items() if k not in NOT_REMEMBERED}
     settings = {k: Path(v).name if isinstance(v, str) else v for k, v in values.items()}
+    if parser:
+        settings |= {"parser_ckpt": parser.name, "content": parser.content}
     return {"training": settings} | ({"recipe": config.recipe} if config.recipe else {})
 
 
