@@ -109,7 +109,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     if distributed.rank():
         announce = _nowhere
     config = _of_first_process(config)
-    trainer, origin = _make_trainer(config, device, announce)
+    trainer, origin, parser = _make_trainer(config, device, announce)
     if config.dry_run:
         config = replace(config, iter=trainer.iteration + 2, log_freq=1)
     config = replace(config, size=trainer.generator.size, channels=trainer.generator.channels)
@@ -132,7 +132,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
             if evaluation:
                 announce(f"{', '.join(config.fid_metrics)} by {evaluation.about}")
         batches = _stream(config, trainer, images)
-        signal = _train(config, trainer, batches, log, evaluation, origin | _making(config))
+        signal = _train(config, trainer, batches, log, evaluation, origin | _making(config, parser))
     finally:
         if log:
             log.close()
@@ -280,11 +280,11 @@ def _make_teacher(
 
 def _make_trainer(
     config: TrainConfig, device: torch.device, announce: Callable[[str], None]
-) -> tuple[Trainer, dict[str, Any]]:
+) -> tuple[Trainer, dict[str, Any], ContentParser | None]:
     """Build networks, teacher and optimisers, and take up a saved state if asked.
 
     Returns:
-        The trainer, and what the checkpoint remembers of its making.
+        The trainer, what the checkpoint remembers of its making, and what makes the masks.
     """
     source, resume = config.ckpt, config.load_train_state
     if config.resume:
@@ -321,7 +321,7 @@ def _make_trainer(
     distributed.meet()  # one that downloads takes its time
     distributed.broadcast(_weights(trainer).values())
     origin = content.get("config")
-    return trainer, dict(origin) if isinstance(origin, Mapping) else {}
+    return trainer, dict(origin) if isinstance(origin, Mapping) else {}, parser
 
 
 def _renew_streams(
@@ -344,10 +344,12 @@ def _weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {f"{name}.{key}": value for name, state in states for key, value in state.items()}
 
 
-def _making(config: TrainConfig) -> dict[str, Any]:
+def _making(config: TrainConfig, parser: ContentParser | None) -> dict[str, Any]:
     """What a checkpoint remembers of a run: what made its weights, files by their names alone."""
     values = {k: v for k, v in _plain(config).items() if k not in NOT_REMEMBERED}
     settings = {k: Path(v).name if isinstance(v, str) else v for k, v in values.items()}
+    if parser:
+        settings |= {"parser_ckpt": parser.name, "content": parser.content}
     return {"training": settings} | ({"recipe": config.recipe} if config.recipe else {})
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from Evaluation import editing, sampling
 from Evaluation.distances import Distance
+from Evaluation.features import masks_of
 from Evaluation.projection import load_projection
 from Evaluation.sampling import Latents
 from Evaluation.settings import ContentSettings, LoadMask, PictureSettings, Result
@@ -112,7 +113,7 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
     distance = settings.load_distance(first, device)
     with torch.no_grad():
         edits = {
-            name: edit(own, scale, lambda x: x * mask(x), distance)
+            name: edit(own, scale, lambda x: x * masks_of(mask, x), distance)
             for name, own in tqdm(faces.items(), desc=mode, unit="model")
         }
     picture = stacked(models, {name: shown for name, (shown, _) in edits.items()}, gap=24)

@@ -42,6 +42,21 @@ without classes, they are the parser's own."""
 FEATURES = ("inception", "parser")
 
 
+def masks_of(mask: Mask, images: Tensor) -> Tensor:
+    """The content masks of images, which must be one value for each pixel.
+
+    Raises:
+        ValueError: they are not.
+    """
+    found, expected = mask(images), (len(images), 1, *images.shape[2:])
+    if not isinstance(found, Tensor) or found.shape != expected:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"the content mask makes {shape} of images {tuple(images.shape)}, not {expected}"
+        )
+    return found
+
+
 @dataclass(frozen=True)
 class Extractor:
     """Features of images, with what must be said of them.
@@ -64,7 +79,7 @@ class Extractor:
     def __call__(self, images: Tensor) -> Tensor:
         """Compute features (N, D) in float32."""
         if self.mask is not None:
-            images = images * self.mask(images)
+            images = images * masks_of(self.mask, images)
         return self.network(images).float()
 
     def distance_name(self, abbreviation: str, kind: str) -> str:
