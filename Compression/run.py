@@ -31,7 +31,7 @@ from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig
 from Util import distributed, pictures
 from Util.cli import check_writable
-from Util.device import peak_memory_gib, pick_device, set_tf32
+from Util.device import peak_memory_gib, pick_device
 from Util.run_log import RunLog, newest_checkpoint, read_metrics
 from Util.settings import SettingError, Settings, blame, plain
 from Util.stopping import StopRequest
@@ -98,7 +98,6 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
         NonFiniteError: a loss became NaN or infinite; the state before it has been written.
     """
     check(config)
-    set_tf32(config.tf32)
     trainer, origin = _make_trainer(config, distributed.join(_device(config)), announce)
     if config.dry_run:
         config = replace(config, iter=trainer.iteration + 2, log_freq=1)
@@ -172,8 +171,8 @@ def check(config: TrainConfig) -> None:
 def _device(config: TrainConfig) -> torch.device:
     """The device of the settings; auto means primary_device where there is CUDA."""
     if config.device == "auto" and torch.cuda.is_available():
-        return pick_device(config.primary_device)
-    return pick_device(config.device)
+        return pick_device(config.primary_device, config.tf32)
+    return pick_device(config.device, config.tf32)
 
 
 def _make_networks(
