@@ -31,7 +31,7 @@ from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig
 from Util import distributed, pictures
 from Util.cli import check_writable
-from Util.device import peak_memory_gib, pick_device, set_tf32
+from Util.device import peak_memory_gib, pick_device
 from Util.run_log import RunLog, newest_checkpoint, read_metrics
 from Util.settings import SettingError, Settings, blame, plain
 from Util.stopping import StoppedError, StopRequest
@@ -104,7 +104,6 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
         NonFiniteError: a loss became NaN or infinite; the state before it has been written.
     """
     check(config)
-    set_tf32(config.tf32)
     device = distributed.join(_device(config), config.dist_timeout)
     if distributed.rank():
         announce = _nowhere
@@ -201,7 +200,7 @@ def _device(config: TrainConfig) -> torch.device:
     name, gpus = config.device, config.gpu_device_ids
     if name == "auto" and torch.cuda.is_available():
         name = f"cuda:{gpus[0]}" if config.primary_device == PRIMARY else config.primary_device
-    return pick_device(name, gpus)
+    return pick_device(name, config.tf32, gpus)
 
 
 def _of_first_process(config: TrainConfig) -> TrainConfig:

@@ -19,7 +19,6 @@ from Evaluation.sampling import Latents
 from Evaluation.settings import ContentSettings, LoadMask, PictureSettings, Result
 from Evaluation.side_by_side import load_models, save_pictures, sizes, stacked, target_stem
 from Model.generator import Generator
-from Util.device import pick_device
 from Util.pictures import framed, grid, rescale
 from Util.settings import SettingError, blame, setting
 
@@ -98,7 +97,7 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
     Raises:
         SettingError: names the setting and what to do.
     """
-    device, first, mode = pick_device(settings.device), settings.checkpoints[0], settings.mode
+    device, first, mode = settings.pick_device(), settings.checkpoints[0], settings.mode
     stem = target_stem(settings.out or Path(STEMS[mode]), STEMS[mode])
     models = load_models(settings, device)
     faces = _load_faces(settings, models)

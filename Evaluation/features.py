@@ -13,6 +13,7 @@ from Evaluation.inception import DIMENSIONS, URL, load_inception
 from Model.checkpoint import CheckpointError, load_face_parser
 from Model.downloads import download_path
 from Model.face_parser import BiSeNet, fold_batch_norm
+from Util.device import tf32_allowed
 from Util.settings import blame
 
 Mask = Callable[[Tensor], Tensor]
@@ -168,15 +169,17 @@ def make_extractor(
     if features == "inception":
         with blame("inception_ckpt"):
             extractor = _inception_extractor(inception_ckpt, device)
-        if load_mask is None:
-            return extractor
-    with blame("parser_ckpt"):
-        if parser_ckpt is None:
-            raise ValueError("is missing; name a face parser")
-        if features == "parser":
-            extractor = parser_extractor(parser_ckpt, device)
-        if load_mask is None:
-            return extractor
-        mask = load_mask(parser_ckpt, device, content)
-    protocol = f"{extractor.protocol}; images times {mask.protocol}"
-    return replace(extractor, protocol=protocol, mask=mask)
+    if features == "parser" or load_mask is not None:
+        with blame("parser_ckpt"):
+            if parser_ckpt is None:
+                raise ValueError("is missing; name a face parser")
+            if features == "parser":
+                extractor = parser_extractor(parser_ckpt, device)
+            if load_mask is not None:
+                mask = load_mask(parser_ckpt, device, content)
+                protocol = f"{extractor.protocol}; images times {mask.protocol}"
+                extractor = replace(extractor, protocol=protocol, mask=mask)
+    if tf32_allowed(device):
+        # Its features are not those of float32, nor are the statistics that are kept of them.
+        extractor = replace(extractor, protocol=f"{extractor.protocol}; in TensorFloat-32")
+    return extractor

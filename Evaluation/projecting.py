@@ -22,7 +22,6 @@ from Evaluation.settings import ContentSettings, LoadMask, ModelSettings, Result
 from Model import bundled
 from Model.generator import Generator
 from Util.cli import check_writable
-from Util.device import pick_device
 from Util.files import atomic_path
 from Util.pictures import save_png, side_by_side
 from Util.settings import SettingError, blame, setting
@@ -131,7 +130,7 @@ def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Resul
     Raises:
         SettingError: names the setting and what to do.
     """
-    device, model = pick_device(settings.device), settings.ckpt
+    device, model = settings.pick_device(), settings.ckpt
     generator = settings.load(model, device)
     # Nothing but some figures needs a parser.
     named = settings.parser_ckpt or settings.content or bundled.is_bundled(model)
