@@ -193,6 +193,12 @@ class TrainConfig(Settings):
         (0,), "GPUs of a run, by index; several start one process on each"
     )
     primary_device: str = setting("cuda:0", "the GPU that auto takes")
+    threads: int = setting(
+        0,
+        "CPU threads of PyTorch in each process; 0: OMP_NUM_THREADS, or as many as there are idle"
+        " cores at the start. A resumed run keeps its number: the last bits depend on it",
+        low=0,
+    )
     workers: int = setting(2, "data loading processes; 0: load in the training process", low=0)
     seed: int = setting(0, "seed of networks, latents and data order")
     options: tuple[Settings, ...] = ()

@@ -38,6 +38,7 @@ from Util.stopping import StopRequest
 
 NOT_REMEMBERED = (
     *("resume", "out", "dry_run", "workers", "device", "gpu_device_ids", "primary_device"),
+    "threads",
     *("log_freq", "n_sample", "val_sample_freq", "model_save_freq", "keep_checkpoints"),
 )
 """Settings that do not change what a run computes: its checkpoints are the same without them."""
@@ -99,7 +100,10 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     """
     check(config)
     set_tf32(config.tf32)
-    trainer, origin = _make_trainer(config, distributed.join(_device(config)), announce)
+    device = distributed.join(_device(config))
+    if device.type == "cpu":
+        config = replace(config, threads=torch.get_num_threads())
+    trainer, origin = _make_trainer(config, device, announce)
     if config.dry_run:
         config = replace(config, iter=trainer.iteration + 2, log_freq=1)
     config = replace(config, size=trainer.generator.size, channels=trainer.generator.channels)
@@ -116,8 +120,8 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
         if log:
             announce(
                 f"{config.path}: {config.size} px; generator {config.channels};"
-                f" {distributed.world_size()} x {trainer.device.type}; run folder {config.out}"
-                + (f"; recipe {config.recipe}" if config.recipe else "")
+                f" {distributed.world_size()} x {device.type}; threads {config.threads};"
+                f" run folder {config.out}" + (f"; recipe {config.recipe}" if config.recipe else "")
             )
             if evaluation:
                 announce(f"{', '.join(config.fid_metrics)} by {evaluation.about}")
@@ -173,7 +177,7 @@ def _device(config: TrainConfig) -> torch.device:
     """The device of the settings; auto means primary_device where there is CUDA."""
     if config.device == "auto" and torch.cuda.is_available():
         return pick_device(config.primary_device)
-    return pick_device(config.device)
+    return pick_device(config.device, config.threads)
 
 
 def _make_networks(

@@ -8,19 +8,22 @@ import sys
 import torch
 
 from Util.settings import SettingError
+from Util.threads import use_threads
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, threads: int = 0) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that exists.
 
     Args:
         name: ``auto`` is the first GPU that PyTorch can use, the CPU where there is none.
+        threads: on a CPU, see `Util.threads.use_threads`.
 
     Raises:
         SettingError: another name, no usable GPU, or no GPU of that number.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         _keep_freed_memory()
+        use_threads(threads)
         return torch.device("cpu")
     if name == "auto":
         return torch.device("cuda")
