@@ -40,7 +40,7 @@ from Util.streams import stream
 PRIMARY = TrainConfig.primary_device
 
 NOT_REMEMBERED = (
-    *("resume", "out", "dry_run", "workers"),
+    *("resume", "out", "dry_run", "workers", "threads"),
     *("device", "gpu_device_ids", "primary_device", "dist_timeout"),
     *("log_freq", "n_sample", "val_sample_freq", "model_save_freq", "keep_checkpoints"),
 )
@@ -108,6 +108,8 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     if distributed.rank():
         announce = _nowhere
     config = _of_first_process(config)
+    if device.type == "cpu":
+        config = replace(config, threads=torch.get_num_threads())
     trainer, origin, parser = _make_trainer(config, device, announce)
     if config.dry_run:
         config = replace(config, iter=trainer.iteration + 2, log_freq=1)
@@ -125,8 +127,8 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
         if log:
             announce(
                 f"{config.path}: {config.size} px; generator {config.channels};"
-                f" {distributed.world_size()} x {trainer.device.type}; run folder {config.out}"
-                + (f"; recipe {config.recipe}" if config.recipe else "")
+                f" {distributed.world_size()} x {device.type}; threads {config.threads};"
+                f" run folder {config.out}" + (f"; recipe {config.recipe}" if config.recipe else "")
             )
             if evaluation:
                 announce(f"{', '.join(config.fid_metrics)} by {evaluation.about}")
@@ -200,7 +202,7 @@ def _device(config: TrainConfig) -> torch.device:
     name, gpus = config.device, config.gpu_device_ids
     if name == "auto" and torch.cuda.is_available():
         name = f"cuda:{gpus[0]}" if config.primary_device == PRIMARY else config.primary_device
-    return pick_device(name, config.tf32, gpus)
+    return pick_device(name, config.tf32, gpus, config.threads)
 
 
 def _of_first_process(config: TrainConfig) -> TrainConfig:

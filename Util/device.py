@@ -11,6 +11,7 @@ import torch
 
 from Util import distributed
 from Util.settings import SettingError, Settings, setting
+from Util.threads import use_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +30,20 @@ class DeviceSettings(Settings):
         return pick_device(self.device, self.tf32)
 
 
-def pick_device(name: str, tf32: bool = False, gpus: Sequence[int] = ()) -> torch.device:
+def pick_device(
+    name: str, tf32: bool = False, gpus: Sequence[int] = (), threads: int = 0
+) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that exists, and set it up.
 
     Products of float32 are computed in float32 from here on: PyTorch's own default rounds those of
     convolutions on GPUs, which changes what an evaluation finds. A GPU becomes the current one, so
     that nothing is ever put on another by default.
 
-    A GPU becomes the current one, so that nothing is ever put on another by default.
-
     Args:
         name: ``auto`` is the first GPU that PyTorch can use, the CPU where there is none.
         tf32: see `DeviceSettings`.
         gpus: those of the processes of this machine, where there are several.
+        threads: on a CPU, see `Util.threads.use_threads`.
 
     Raises:
         SettingError: another name, no usable GPU, or no GPU of that number.
@@ -49,6 +51,7 @@ def pick_device(name: str, tf32: bool = False, gpus: Sequence[int] = ()) -> torc
     set_tf32(tf32)
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         _keep_freed_memory()
+        use_threads(threads)
         return torch.device("cpu")
     if name != "auto" and not re.fullmatch(r"cuda(:\d+)?", name):
         raise SettingError("device", f"{name}: unknown; take auto, cpu, cuda or cuda:N")

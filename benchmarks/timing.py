@@ -63,8 +63,8 @@ def run_benchmark(
     """
 
     def run(settings: Kind) -> None:
-        settings = replace(settings, device=str(pick_device(settings.device)))
-        torch.set_num_threads(settings.threads or torch.get_num_threads())
+        device = pick_device(settings.device, threads=settings.threads or 0)
+        settings = replace(settings, device=str(device))
         print(machine(settings.device), flush=True)
         results = measure(settings)
         if settings.json is not None:
