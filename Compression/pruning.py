@@ -37,7 +37,7 @@ from Compression.surgery import prune_generator
 from Model import bundled, checkpoint
 from Model.generator import Generator
 from Util.cli import check_writable
-from Util.device import pick_device
+from Util.device import DeviceSettings
 from Util.files import folder_lock
 from Util.settings import SettingError, Settings, blame, chosen, plain, setting, some_words
 
@@ -45,7 +45,7 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneSettings(Settings):
+class PruneSettings(DeviceSettings):
     """Settings of a pruning job; one flag of prune.py each.
 
     Attributes:
@@ -139,9 +139,6 @@ class PruneSettings(Settings):
         metavar="NAME",
     )
     seed: int = setting(0, "seed of latents and noise, at least 0", low=0, metavar="N")
-    device: str = setting(
-        "auto", "auto, cpu, cuda or cuda:N; auto takes the GPU if there is one", metavar="NAME"
-    )
     out: Path | None = setting(
         None,
         "checkpoint to write, or a folder for it (default:"
@@ -228,7 +225,7 @@ def prune(settings: PruneSettings) -> PruneResult:
     """
     if settings.recipe:
         recipes.named(settings.recipe)
-    device = pick_device(settings.device)
+    device = settings.pick_device()
     full, others = _load_full_size(settings, device)
     target = _target(settings, full.size)
     budget = _budget(settings, full)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from Compression.scores.sampling import PIXEL_NOISE, Sampling, Scores, chunks, readers
+from Evaluation.features import masks_of
 from Model.generator import Generator
 
 
@@ -127,7 +128,7 @@ def content_gradients(generator: Generator, sampling: Sampling) -> Iterator[list
     with only_reader_gradients(generator):
         for z, noise, batch_ends in chunks(generator, sampling):
             images = generator([z], noise=noise)
-            mask = sampling.parser(images.detach())
+            mask = masks_of(sampling.parser, images.detach())
             noisy = salt_and_pepper(images, mask, sampling.noise_prob, stream)
             inside += float(mask.sum())
             changed += float((noisy != images).sum())
