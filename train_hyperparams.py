@@ -211,6 +211,12 @@ class TrainConfig(Settings):
         " CPU cores, 4 at most)",
         low=0,
     )
+    threads: int = setting(
+        0,
+        "CPU threads of PyTorch in each process; 0: OMP_NUM_THREADS, or as many as there are idle"
+        " cores at the start. A resumed run keeps its number: the last bits depend on it",
+        low=0,
+    )
     seed: int = setting(0, "seed of networks, latents and data order")
     options: tuple[Settings, ...] = ()
 

@@ -31,7 +31,7 @@ from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig
 from Util import distributed, pictures
 from Util.cli import check_writable
-from Util.device import peak_memory_gib, pick_device, set_tf32
+from Util.device import peak_memory_gib, pick_device
 from Util.run_log import RunLog, newest_checkpoint, read_metrics
 from Util.settings import SettingError, Settings, blame, plain
 from Util.stopping import StoppedError, StopRequest
@@ -40,7 +40,7 @@ from Util.streams import stream
 PRIMARY = TrainConfig.primary_device
 
 NOT_REMEMBERED = (
-    *("resume", "out", "dry_run", "workers"),
+    *("resume", "out", "dry_run", "workers", "threads"),
     *("device", "gpu_device_ids", "primary_device", "dist_timeout"),
     *("log_freq", "n_sample", "val_sample_freq", "model_save_freq", "keep_checkpoints"),
 )
@@ -104,12 +104,13 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
         NonFiniteError: a loss became NaN or infinite; the state before it has been written.
     """
     check(config)
-    set_tf32(config.tf32)
     device = distributed.join(_device(config), config.dist_timeout)
     if distributed.rank():
         announce = _nowhere
     config = _of_first_process(config)
-    trainer, origin = _make_trainer(config, device, announce)
+    if device.type == "cpu":
+        config = replace(config, threads=torch.get_num_threads())
+    trainer, origin, parser = _make_trainer(config, device, announce)
     if config.dry_run:
         config = replace(config, iter=trainer.iteration + 2, log_freq=1)
     config = replace(config, size=trainer.generator.size, channels=trainer.generator.channels)
@@ -126,13 +127,13 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
         if log:
             announce(
                 f"{config.path}: {config.size} px; generator {config.channels};"
-                f" {distributed.world_size()} x {trainer.device.type}; run folder {config.out}"
-                + (f"; recipe {config.recipe}" if config.recipe else "")
+                f" {distributed.world_size()} x {device.type}; threads {config.threads};"
+                f" run folder {config.out}" + (f"; recipe {config.recipe}" if config.recipe else "")
             )
             if evaluation:
                 announce(f"{', '.join(config.fid_metrics)} by {evaluation.about}")
         batches = _stream(config, trainer, images)
-        signal = _train(config, trainer, batches, log, evaluation, origin | _making(config))
+        signal = _train(config, trainer, batches, log, evaluation, origin | _making(config, parser))
     finally:
         if log:
             log.close()
@@ -201,7 +202,7 @@ def _device(config: TrainConfig) -> torch.device:
     name, gpus = config.device, config.gpu_device_ids
     if name == "auto" and torch.cuda.is_available():
         name = f"cuda:{gpus[0]}" if config.primary_device == PRIMARY else config.primary_device
-    return pick_device(name, gpus)
+    return pick_device(name, config.tf32, gpus, config.threads)
 
 
 def _of_first_process(config: TrainConfig) -> TrainConfig:
@@ -280,11 +281,11 @@ def _make_teacher(
 
 def _make_trainer(
     config: TrainConfig, device: torch.device, announce: Callable[[str], None]
-) -> tuple[Trainer, dict[str, Any]]:
+) -> tuple[Trainer, dict[str, Any], ContentParser | None]:
     """Build networks, teacher and optimisers, and take up a saved state if asked.
 
     Returns:
-        The trainer, and what the checkpoint remembers of its making.
+        The trainer, what the checkpoint remembers of its making, and what makes the masks.
     """
     source, resume = config.ckpt, config.load_train_state
     if config.resume:
@@ -321,7 +322,7 @@ def _make_trainer(
     distributed.meet()  # one that downloads takes its time
     distributed.broadcast(_weights(trainer).values())
     origin = content.get("config")
-    return trainer, dict(origin) if isinstance(origin, Mapping) else {}
+    return trainer, dict(origin) if isinstance(origin, Mapping) else {}, parser
 
 
 def _renew_streams(
@@ -344,10 +345,12 @@ def _weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {f"{name}.{key}": value for name, state in states for key, value in state.items()}
 
 
-def _making(config: TrainConfig) -> dict[str, Any]:
+def _making(config: TrainConfig, parser: ContentParser | None) -> dict[str, Any]:
     """What a checkpoint remembers of a run: what made its weights, files by their names alone."""
     values = {k: v for k, v in _plain(config).items() if k not in NOT_REMEMBERED}
     settings = {k: Path(v).name if isinstance(v, str) else v for k, v in values.items()}
+    if parser:
+        settings |= {"parser_ckpt": parser.name, "content": parser.content}
     return {"training": settings} | ({"recipe": config.recipe} if config.recipe else {})
 
 

@@ -18,6 +18,7 @@ from torch.optim import Adam, Optimizer
 from Compression import losses
 from Compression.averages import Averages
 from Compression.distillation import Pass, Term
+from Evaluation.features import masks_of
 from Model.checkpoint import load_discriminator
 from Model.discriminator import Discriminator
 from Model.generator import Generator
@@ -281,7 +282,8 @@ class Trainer:
                 teacher.generator, z, layer, noise, self._without_gradients, features
             )
             # The mask is the teacher's: what the student should keep (section 3.3).
-            mask = teacher.content_mask(target.made.image) if teacher.content_mask else None
+            shown, content = target.made.image, teacher.content_mask
+            mask = masks_of(content, shown) if content else None
             for term in teacher.terms:
                 if term.parts.call is None:
                     continue

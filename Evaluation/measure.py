@@ -21,7 +21,6 @@ from Evaluation.settings import LoadMask, ModelSettings, Result
 from Model import bundled
 from Model.generator import Generator
 from Util import distributed
-from Util.device import pick_device
 from Util.settings import SettingError, blame, setting, some_words
 
 
@@ -111,7 +110,7 @@ def measure(settings: MeasureSettings, load_mask: LoadMask) -> Result:
         SettingError: names the setting and what to do.
         StatisticsError: the features cannot be compared.
     """
-    device = distributed.join(pick_device(settings.device))
+    device = distributed.join(settings.pick_device())
     generated = _generated(settings, device)
     size = generated.size
     parser, masked = settings.parser_file, load_mask if settings.content_aware else None

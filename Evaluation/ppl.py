@@ -18,7 +18,6 @@ from Evaluation.sampling import POSITION, draw_noise, draw_z, shares, synthesise
 from Evaluation.settings import ModelSettings, PerceptualSettings, Result
 from Model.generator import Generator
 from Util import distributed
-from Util.device import pick_device
 from Util.settings import setting
 from Util.streams import stream
 
@@ -134,7 +133,7 @@ def measure(settings: PathSettings) -> Result:
     Raises:
         SettingError: names the setting and what to do.
     """
-    device = distributed.join(pick_device(settings.device))
+    device = distributed.join(settings.pick_device())
     generator = settings.load(settings.ckpt, device)
     perceptual = settings.load_distance(settings.ckpt, device)
     distance = settings.distance_name(settings.ckpt)

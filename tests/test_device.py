@@ -1,158 +1,146 @@
-"""Which device is chosen, on machines whose GPUs are made up."""
+"""Devices and their precision: no script computes in TensorFloat-32 unless it is told to."""
 
-import os
-from dataclasses import dataclass, field
+import importlib
+import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-import train
-from Compression import run as training_run
-from train_hyperparams import TrainConfig
-from Util import device, distributed
-from Util.settings import SettingError
+from Dataset.pictures import Resizing
+from Evaluation import feature_statistics
+from Evaluation.feature_sets import read_statistics
+from Evaluation.features import make_extractor
+from Evaluation.ppl import PathSettings
+from Evaluation.settings import Result
+from Model import bundled
+from Util import device
+from Util.device import pick_device, set_tf32, tf32_allowed
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {
+    "prune": "--device cpu --out new.pt",
+    "train": "--device cpu --path data --out new",
+    "train_parser": "--device cpu --path data --out new.pt",
+    "get_fid": "--device cpu",
+    "get_ppl": "--device cpu",
+    "get_projected_image": "--device cpu",
+    "get_generated_image": "--device cpu",
+    "get_edited_image": "--device cpu",
+    "export_onnx": "",
+    "Compression.content_picture": "--device cpu",
+    "web.build": "",
+    "benchmarks.jobs": "",
+    "benchmarks.operators": "--device cpu",
+}
+ALWAYS_FLOAT32 = {"export_onnx", "web.build", "benchmarks.jobs", "benchmarks.operators"}
 
 
-@dataclass
-class Machine:
-    gpus: int
-    current: list[int] = field(default_factory=list)
+class PickedError(BaseException):
+    """The device has been picked; not to be caught by a script."""
+
+
+@pytest.fixture(autouse=True)
+def _switches():
+    yield
+    set_tf32(False)
 
 
 @pytest.fixture
-def machine(monkeypatch):
-    """Call it with a number of GPUs and variables of the environment."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.delenv(name, raising=False)
+def after_picking(monkeypatch, tmp_path):
+    """Run a script until it has its device; returns the `switches` then."""
 
-    def make(gpus, **variables):
-        made = Machine(gpus)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        monkeypatch.setattr(torch.cuda, "set_device", lambda d: made.current.append(d.index))
-        return made
+    def picked():
+        raise PickedError
 
-    return make
+    def run(script, *more):
+        monkeypatch.setattr(device, "_keep_freed_memory", picked)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(PickedError):
+            importlib.import_module(script).main([*SCRIPTS[script].split(), *more])
+        return switches()
 
-
-def launched(local, processes=2):
-    """Variables of a launcher on one machine."""
-    return {
-        "RANK": local,
-        "WORLD_SIZE": processes,
-        "LOCAL_RANK": local,
-        "LOCAL_WORLD_SIZE": processes,
-    }
+    return run
 
 
-def chosen(**settings):
-    config = TrainConfig(path=".", **settings)
-    training_run.check(config)
-    return str(training_run._device(config))
+def switches():
+    """How products of float32 are computed on a GPU: matrix products, convolutions."""
+    backends = torch.backends
+    return [kind.fp32_precision == "tf32" for kind in (backends.cuda.matmul, backends.cudnn.conv)]
 
 
-@pytest.mark.parametrize(
-    ("gpus", "settings", "expected"),
-    [
-        (0, {}, "cpu"),
-        (4, {}, "cuda:0"),
-        (4, {"device": "cuda:1"}, "cuda:1"),
-        (4, {"gpu_device_ids": (3,)}, "cuda:3"),
-        (4, {"primary_device": "cuda:2"}, "cuda:2"),
-        (4, {"gpu_device_ids": (3,), "primary_device": "cuda:3"}, "cuda:3"),
-        (4, {"gpu_device_ids": (3,), "device": "cpu"}, "cpu"),
-    ],
-)
-def test_one_process_takes_the_gpu_it_is_given_and_touches_no_other(
-    machine, gpus, settings, expected
-):
-    made = machine(gpus)
-    assert chosen(**settings) == expected
-    assert made.current == ([] if expected == "cpu" else [int(expected[-1])])
+def test_all_scripts_are_here():
+    made = {file.stem for file in ROOT.glob("*.py") if "\ndef main(" in file.read_text()}
+    assert made - {"demo"} <= set(SCRIPTS)  # the demo prunes and trains by the library
 
 
-@pytest.mark.parametrize("name", ["auto", "cuda:0", "cuda"])
-@pytest.mark.parametrize("local", [0, 1])
-def test_each_of_several_processes_takes_its_own_gpu_alone(machine, name, local):
-    made = machine(2, **launched(local))
-    assert device.pick_device(name) == torch.device("cuda", local)
-    assert made.current == [local]
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_compute_in_float32_unless_told_otherwise(after_picking, script):
+    set_tf32(True)
+    assert after_picking(script) == [False, False]
+    if script not in ALWAYS_FLOAT32:
+        assert after_picking(script, "--tf32") == [True, True]
 
 
-def test_listed_gpus_are_given_out_in_order(machine):
-    assert [chosen(gpu_device_ids=(3, 1)) for local in (0, 1) if machine(4, **launched(local))] == [
-        "cuda:3",
-        "cuda:1",
-    ]
-    machine(4, **launched(2, 4))  # the list of a run that now goes on with more processes
-    assert chosen(gpu_device_ids=(3, 1)) == "cuda:2"
+def test_nothing_else_chooses_a_gpu():
+    """A device of another origin would come without its precision."""
+    own = {"Util/device.py", "Util/distributed.py"}
+    for folder in ("Compression", "Evaluation", "Dataset", "Model", "Util", "benchmarks", "web"):
+        for file in (ROOT / folder).rglob("*.py"):
+            if file.relative_to(ROOT).as_posix() not in own:
+                assert not re.search(
+                    r"torch\.device\(.cuda|\.cuda\(\)|\.to\(.cuda", file.read_text()
+                )
 
 
-def test_a_process_that_sees_one_gpu_takes_it(machine):
-    made = machine(1, CUDA_VISIBLE_DEVICES="2", **launched(1))
-    assert chosen(gpu_device_ids=(0, 1)) == "cuda:0"
-    assert made.current == [0]
+@pytest.mark.parametrize("before", ["backends", "backends.cudnn", "backends.cudnn.conv", "matmul"])
+def test_the_switches_are_set_whatever_was_set_before(before):
+    if before == "matmul":
+        torch.set_float32_matmul_precision("medium")
+    else:
+        operator = torch
+        for name in before.split("."):
+            operator = getattr(operator, name)
+        operator.fp32_precision = "tf32"
+    for on in (False, True, False):
+        set_tf32(on)
+        assert switches() == [on, on]
+        # Other packages ask by the older switches, which raise where the two sets contradict.
+        backends = torch.backends
+        assert (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32) == (on, on)
+        assert torch.get_float32_matmul_precision() == ("high" if on else "highest")
+        assert backends.mkldnn.matmul.fp32_precision not in ("tf32", "bf16")
+        with backends.cudnn.flags(deterministic=True):
+            pass
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"gpu_device_ids": (0, 4)}, r"gpu_device_ids .*there are 4 GPUs, 0 to 3"),
-        ({"gpu_device_ids": (1, 1)}, "gpu_device_ids .*name each GPU once"),
-        ({"gpu_device_ids": ()}, "gpu_device_ids .*at least one"),
-        ({"gpu_device_ids": (3,), "primary_device": "cuda:2"}, "primary_device cuda:2: not the"),
-        ({"device": "cuda:4"}, "cuda:4: there are 4 GPUs"),
-    ],
-)
-def test_gpus_that_are_not_there_are_refused(machine, settings, message):
-    machine(4)
-    with pytest.raises(SettingError, match=message):
-        chosen(**settings)
+def test_only_a_gpu_has_tf32():
+    pick_device("cpu", tf32=True)
+    assert not tf32_allowed(torch.device("cpu"))
+    assert tf32_allowed(torch.device("cuda"))
+    pick_device("cpu")
+    assert not tf32_allowed(torch.device("cuda"))
 
 
-def test_a_process_without_a_gpu_of_its_own_says_so(machine):
-    machine(2, **launched(2, 3))
-    with pytest.raises(SettingError, match="cuda:2: there are 2 GPUs"):
-        device.pick_device("auto")
+def test_features_in_tf32_are_not_compared_with_those_in_float32(monkeypatch, tmp_path):
+    how = ("parser", None, bundled.PARSER, None, torch.device("cpu"))
+    plain = make_extractor(*how)
+    monkeypatch.setattr("Evaluation.features.tf32_allowed", lambda device: True)
+    rounded = make_extractor(*how)
+    assert rounded.protocol == f"{plain.protocol}; in TensorFloat-32"
+    features = torch.randn(8, 3).numpy()
+    made = feature_statistics.statistics_of(features, {"protocol": rounded.protocol})
+    feature_statistics.save(tmp_path / "s.npz", made)
+    resizing = Resizing(16, "bilinear", None)
+    read_statistics(tmp_path / "s.npz", rounded, False, resizing)
+    with pytest.raises(ValueError, match=r"was made by: .*; in TensorFloat-32; these settings"):
+        read_statistics(tmp_path / "s.npz", plain, False, resizing)
 
 
-@pytest.mark.parametrize("visible", [None, "4,6", "GPU-8f3a,GPU-77b1"])
-def test_several_gpus_start_as_many_processes_and_what_is_visible_stays(
-    machine, monkeypatch, visible
-):
-    machine(2, **({"CUDA_VISIBLE_DEVICES": visible} if visible else {}))
-    started = {}
-
-    def execute(program, argv):
-        started.update(argv=argv, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
-        raise SystemExit
-
-    monkeypatch.setattr(distributed.os, "execv", execute)
-    monkeypatch.setattr(distributed.signal, "signal", lambda *_: None)
-    for name in ("PET_SIGNALS_TO_HANDLE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
-        monkeypatch.setenv(name, "")
-    flags = ["--path", ".", "--gpu_device_ids", "0,1"]
-    with pytest.raises(SystemExit):
-        train.main(flags)
-    assert "--nproc_per_node=2" in started["argv"]
-    assert started["argv"][-4:] == flags
-    assert started["visible"] == visible
-
-
-def test_gpus_talk_by_nccl_and_agree_by_gloo(machine, monkeypatch):
-    machine(2, **launched(1))
-    given = {}
-
-    def init(backend, **options):
-        given.update(options, backend=backend)
-
-    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
-    monkeypatch.setattr(distributed, "_password", lambda *_: "word")
-    monkeypatch.setattr(distributed.distributed, "PrefixStore", lambda *_: None)
-    monkeypatch.setattr(distributed.distributed, "init_process_group", init)
-    distributed.join(device.pick_device("auto"), 7)
-    assert given["backend"] == "cpu:gloo,cuda:nccl"
-    assert given["device_id"] == torch.device("cuda", 1)
-    assert given["timeout"].total_seconds() == 7
+def test_an_evaluation_tells_that_it_rounds():
+    for tf32 in (False, True):
+        result = Result({}, "", ["PPL: 1"], PathSettings(json=True, tf32=tf32))
+        *text, last = result.output.splitlines()
+        assert ("TensorFloat-32" in "".join(text)) == tf32
+        assert json.loads(last)["settings"]["tf32"] == tf32
