@@ -8,6 +8,7 @@ MODEL = FOLDER / "full_size_model/toon_faces_64px.pt"
 COMPRESSED = FOLDER / "pruned_model/toon_faces_64px_compressed.pt"
 PARSER = FOLDER / "parser_model/toon_faces_128px.pt"
 PUBLISHED_PARSER = FOLDER / "parser_model/79999_iter.pth"
+ATTRIBUTES = FOLDER / "attribute_model/toon_faces_64px.pt"
 STATISTICS = FOLDER.parent / "Evaluation/real_statistics/toon_faces_64px.npz"
 CONTENT_STATISTICS = STATISTICS.with_stem(f"{STATISTICS.stem}_content")
 PRUNED_FOLDER = FOLDER / "pruned_model"
