@@ -45,7 +45,7 @@ class AttributeSettings(Settings):
     keep: Path | None = setting(
         None, "folder where rendered pictures are kept, and found again", metavar="DIR"
     )
-    epochs: int = setting(10, "times that every picture is seen", low=1)
+    epochs: int = setting(14, "times that every picture is seen", low=1)
     batch_size: int = setting(64, "pictures in a step", low=2)
     lr: float = setting(0.004, "highest learning rate of AdamW, in a single cycle", above=0)
     seed: int = setting(0, "seed of weights and order", low=0)

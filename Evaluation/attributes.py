@@ -17,7 +17,9 @@ Values = Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def values_of(classifier: AttributeClassifier, images: Tensor, batch: int = 128) -> dict[str, Tensor]:
+def values_of(
+    classifier: AttributeClassifier, images: Tensor, batch: int = 128
+) -> dict[str, Tensor]:
     """Classify images (N, 3, H, W), nominally in [-1, 1]."""
     parts = [classifier(part) for part in images.split(batch)]
     return {

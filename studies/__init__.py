@@ -1,1 +1,1 @@
-"""Which way to compress is best: plans, a runner that goes on after a stop, tables with intervals."""
+"""Which way to compress is best: plans, a resumable runner, tables with intervals."""

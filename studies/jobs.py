@@ -1,9 +1,9 @@
 """One job: prune, initialise, train, measure. Its state is its files, so it goes on after a stop.
 
-    WORK/PLAN/JOB/pruned.pt          after pruning
-                  run/               the training's folder, with a checkpoint at every measuring point
-                  figures_NNNNNN.json    after measuring, one for each point
-                  student.pt         at the end, the moving average alone; pruned.pt and run/ go
+WORK/PLAN/JOB/pruned.pt          after pruning
+run/               the training's folder, with a checkpoint at every measuring point
+figures_NNNNNN.json    after measuring, one for each point
+student.pt         at the end, the moving average alone; pruned.pt and run/ go
 """
 
 import contextlib
@@ -132,14 +132,14 @@ def run_job(plan: Plan, job: Job, places: Places) -> dict[str, Any]:
         file = folder / f"figures_{iteration:06d}.json"
         source = _checkpoint(run, iteration) if iteration else pruned
         if not file.is_file():
-            last = iteration == iterations(plan, config.batch_size)[-1]
-            figures = [f for f in plan.figures if last or f != "ppl"]
+            at_end = iteration == iterations(plan, config.batch_size)[-1]
+            figures = [f for f in plan.figures if at_end or f != "ppl"]
             with clock.phase("measure"):
                 found = judge.measure(checkpoint.load_generator(source), figures)
             write_json(file, {"images": iteration * config.batch_size, "figures": found})
         points.append(json.loads(file.read_text()))
-    last = _checkpoint(run, config.iter) if plan.images else pruned
-    return _result(plan, job, points, clock.seconds, last, judge)
+    student = _checkpoint(run, config.iter) if plan.images else pruned
+    return _result(plan, job, points, clock.seconds, student, judge)
 
 
 def clean(plan: Plan, job: Job, places: Places) -> None:

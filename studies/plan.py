@@ -156,7 +156,9 @@ class _Table:
             raise PlanError(f"{self.place}: {key} is {value!r}, of the wrong type")
         return value
 
-    def several(self, key: str, kind: type | tuple[type, ...], default: Any = ...) -> tuple[Any, ...]:
+    def several(
+        self, key: str, kind: type | tuple[type, ...], default: Any = ...
+    ) -> tuple[Any, ...]:
         """Take a list of values of a type, at least one."""
         found = self.take(key, (list, tuple), default)
         bad = [v for v in found if not isinstance(v, kind) or isinstance(v, bool)]
@@ -227,9 +229,7 @@ def parse_plan(content: Mapping[str, Any], name: str, place: str) -> Plan:
     return plan
 
 
-def _arm(
-    item: Any, ratios: tuple[float, ...], shared: Mapping[str, Any], place: str
-) -> Arm:
+def _arm(item: Any, ratios: tuple[float, ...], shared: Mapping[str, Any], place: str) -> Arm:
     table = _Table(item, f"{place}, arms")
     name = table.take("name", str)
     table.place = f"{place}, arm {name}"
@@ -249,8 +249,8 @@ def _arm(
 
 def _claim(item: Any, place: str) -> Claim:
     table = _Table(item, f"{place}, claims")
-    keys = ("text", "source", "figure", "arm", "than")
-    claim = Claim(*(table.take(key, str) for key in keys), table.take("ratio", float, 0.7))
+    texts = {key: table.take(key, str) for key in ("text", "source", "figure", "arm", "than")}
+    claim = Claim(**texts, ratio=table.take("ratio", float, 0.7))
     table.end()
     return claim
 

@@ -43,7 +43,9 @@ def _interval_bars(axis: Axes, table: Table, pairs: Pairs, figure: str) -> None:
 
 def bars(table: Table, pairs: Pairs, figures: Sequence[str], out: Path) -> None:
     """Draw arms side by side: mean, 95 % interval and the seeds' values."""
-    drawing = Figure(figsize=(3.1 * len(figures) + 1, 0.34 * len(pairs) + 1.1), layout="constrained")
+    drawing = Figure(
+        figsize=(3.1 * len(figures) + 1, 0.34 * len(pairs) + 1.1), layout="constrained"
+    )
     axes = drawing.subplots(1, len(figures), squeeze=False, sharey=True)[0]
     for axis, figure in zip(axes, figures, strict=True):
         _interval_bars(axis, table, pairs, figure)

@@ -54,8 +54,7 @@ def chosen_jobs(plan: Plan, only: str) -> list[Job]:
     jobs = [
         job
         for job in plan.jobs
-        if not only
-        or any(fnmatchcase(n, only) for n in (job.name, job.arm.name, job.arm.group))
+        if not only or any(fnmatchcase(n, only) for n in (job.name, job.arm.name, job.arm.group))
     ]
     if not jobs:
         arms = ", ".join(arm.name for arm in plan.arms)

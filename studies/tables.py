@@ -92,10 +92,9 @@ def signed(difference: Interval | None) -> str:
         return "-"
     if difference.n < 2:
         return f"{difference.mean:+.3f} (one seed)"
-    digits = 3 if abs(difference.mean) < 10 else 1
-    text = (
-        f"{difference.mean:+.{digits}f} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
-    )
+    form = "+.3f" if abs(difference.mean) < 10 else "+.1f"
+    mean, low, high = (format(v, form) for v in (difference.mean, difference.low, difference.high))
+    text = f"{mean} [{low}, {high}]"
     return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
 
 
