@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from Evaluation.inception import DIMENSIONS, URL, load_inception
-from Model.checkpoint import CheckpointError, load_face_parser
+from Model import bundled
+from Model.checkpoint import CheckpointError, load_attribute_classifier, load_face_parser
 from Model.downloads import download_path
 from Model.face_parser import BiSeNet, fold_batch_norm
 from Util.settings import blame
@@ -39,7 +40,7 @@ LoadMask = Callable[[Path, torch.device, Sequence[str]], ContentMask]
 """Makes the content mask of a parser, by its file or name, and of the classes that are content;
 without classes, they are the parser's own."""
 
-FEATURES = ("inception", "parser")
+FEATURES = ("inception", "parser", "attributes")
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,13 @@ def parser_extractor(file: Path, device: torch.device) -> Extractor:
     return Extractor(network, "parser", protocol)
 
 
+def attribute_extractor(file: Path, device: torch.device) -> Extractor:
+    """Extract the penultimate features of a classifier of attributes."""
+    network = load_attribute_classifier(file, device)
+    protocol = f"attribute classifier {fingerprint(file)}, penultimate features; images at 64 px"
+    return Extractor(network.features, "attribute", protocol)
+
+
 def make_extractor(
     features: str,
     inception_ckpt: Path | None,
@@ -140,7 +148,7 @@ def make_extractor(
     """Load the features that images are compared by.
 
     Args:
-        features: one of `FEATURES`.
+        features: one of `FEATURES`; attributes are those of the bundled classifier.
         inception_ckpt: Inception's weights, None for the downloaded ones.
         parser_ckpt: the face parser, for features of its trunk and for masks.
         load_mask: makes the mask that multiplies the images; None leaves them whole.
@@ -153,8 +161,10 @@ def make_extractor(
     if features == "inception":
         with blame("inception_ckpt"):
             extractor = _inception_extractor(inception_ckpt, device)
-        if load_mask is None:
-            return extractor
+    elif features == "attributes":
+        extractor = attribute_extractor(bundled.ATTRIBUTES, device)
+    if features != "parser" and load_mask is None:
+        return extractor
     with blame("parser_ckpt"):
         if parser_ckpt is None:
             raise ValueError("is missing; name a face parser")

@@ -40,7 +40,10 @@ class MeasureSettings(ModelSettings):
         metavar="FILE",
     )
     features: str | None = setting(
-        None, "network (default: parser for the bundled models, else inception)", choices=FEATURES
+        None,
+        "network; attributes is for toon faces (default: parser for the bundled models, else"
+        " inception)",
+        choices=FEATURES,
     )
     inception_ckpt: Path | None = setting(None, "Inception weights, no download", metavar="FILE")
     parser_ckpt: Path | None = setting(
