@@ -16,13 +16,12 @@ from Dataset.sources.folder import SUFFIXES, image_files
 from Evaluation import sampling
 from Evaluation.comparison import fidelity, paper_fidelity
 from Evaluation.distances import Distance
-from Evaluation.features import Mask
+from Evaluation.features import Mask, masks_of
 from Evaluation.projection import LEARNING_RATE, PROTOCOLS, Projection, project, save_projection
 from Evaluation.settings import ContentSettings, LoadMask, ModelSettings, Result
 from Model import bundled
 from Model.generator import Generator
 from Util.cli import check_writable
-from Util.device import pick_device
 from Util.files import atomic_path
 from Util.pictures import save_png, side_by_side
 from Util.settings import SettingError, blame, setting
@@ -131,7 +130,7 @@ def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Resul
     Raises:
         SettingError: names the setting and what to do.
     """
-    device, model = pick_device(settings.device), settings.ckpt
+    device, model = settings.pick_device(), settings.ckpt
     generator = settings.load(model, device)
     # Nothing but some figures needs a parser.
     named = settings.parser_ckpt or settings.content or bundled.is_bundled(model)
@@ -254,7 +253,7 @@ def _project_and_save(
     for names, real, projection in _project(settings, generator, targets, perceptual):
         with torch.no_grad():
             made = sampling.synthesise(generator, projection.w_plus, projection.noise)
-        mask = content(real) if content else None
+        mask = masks_of(content, real) if content else None
         figures = fidelity(real, made, mask, perceptual)
         if settings.protocol == "paper":
             figures |= paper_fidelity(real, made, perceptual)
