@@ -178,7 +178,7 @@ def _real(
         with blame("stats" if stats and stats.is_file() else "path"):
             return real_statistics(images, stats, extractor, *how)
     if stats is None and bundled.is_bundled(settings.ckpt):
-        stats = bundled.CONTENT_STATISTICS if settings.content_aware else bundled.STATISTICS
+        stats = bundled.statistics(settings.network, settings.content_aware)
     if stats is None:
         raise SettingError("path", "is missing; name the real images, or their statistics (stats)")
     with blame("stats"):

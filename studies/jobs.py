@@ -142,6 +142,13 @@ def run_job(plan: Plan, job: Job, places: Places) -> dict[str, Any]:
     return _result(plan, job, points, clock.seconds, student, judge)
 
 
+def teacher_figures(plan: Plan, seed: int, places: Places) -> dict[str, float]:
+    """Measure the teacher as a student is, for what a student cannot be expected to surpass."""
+    teacher = prune_settings(plan.jobs[0], Path("pruned.pt")).ckpt
+    judge = judge_for(teacher, plan.n_sample, seed, places)
+    return judge.measure(checkpoint.load_generator(teacher), plan.figures)
+
+
 def clean(plan: Plan, job: Job, places: Places) -> None:
     """Keep the student alone of a finished job."""
     folder = places.job(plan, job)

@@ -5,6 +5,7 @@ the page is written by hand.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,9 +13,9 @@ from pathlib import Path
 from Model import bundled
 from Model.checkpoint import load_attribute_classifier
 from studies import plots
-from studies.jobs import Places
+from studies.jobs import Places, prepare, teacher_figures, write_json
 from studies.plan import FOLDER, read_plan
-from studies.results import read_results, results_file
+from studies.results import read_results, results_file, teacher_file
 from studies.statistics import half_width, mean_and_deviation
 from studies.tables import (
     TITLES,
@@ -46,12 +47,23 @@ GROUPS = {
 }
 
 
-def read_table(plan: str, results: Path) -> Table:
-    """Read a plan and those of its results whose arms it still has."""
-    found = read_plan(plan)
-    names = {job.name for job in found.jobs}
-    rows = [r for r in read_results(results_file(results, found.name)) if r["job"] in names]
-    return Table(found, rows)
+def read_table(name: str, places: Places) -> Table:
+    """Read a plan, those of its results whose arms it still has, and the teacher's figures."""
+    plan = read_plan(name)
+    names = {job.name for job in plan.jobs}
+    rows = [r for r in read_results(results_file(places.results, name)) if r["job"] in names]
+    file = teacher_file(places.results, name)
+    teacher = list(json.loads(file.read_text()).values()) if file.is_file() else []
+    return Table(plan, rows, teacher)
+
+
+def measure_teacher(name: str, places: Places) -> None:
+    """Measure the teacher on each seed's latents, where that has not been done."""
+    plan, file = read_plan(name), teacher_file(places.results, name)
+    if not file.is_file():
+        prepare(plan, places)
+        found = {str(seed): teacher_figures(plan, seed, places) for seed in plan.seeds}
+        write_json(file, found)
 
 
 def introduction(table: Table) -> str:
@@ -259,10 +271,12 @@ def run(args: argparse.Namespace) -> None:
     """Write the page and its pictures."""
     doc: Path = args.out.resolve().parent
     check_writable("out", doc / "study" / "x")
-    tables = [read_table(name, args.results) for name in (MAIN, BEFORE)]
-    if not tables[0].rows:
+    places = Places(args.work, args.results)
+    if not read_table(MAIN, places).rows:
         raise ValueError(f"{args.results}: no result of {MAIN} yet; run python -m studies {MAIN}")
-    sections = filter(None, page(tables, Places(args.work, args.results), doc))
+    measure_teacher(MAIN, places)
+    tables = [read_table(name, places) for name in (MAIN, BEFORE)]
+    sections = filter(None, page(tables, places, doc))
     text = "\n\n".join(sections) + "\n"
     with atomic_path(args.out) as temporary:
         temporary.write_text(text, "utf-8")
@@ -278,7 +292,7 @@ def build_parser() -> OneLineParser:
     add("--results", type=file_path, default=FOLDER.parent / "results", metavar="DIR",
         help="results (default: studies/results)")  # fmt: skip
     add("--work", type=file_path, default=Path("runs/studies"), metavar="DIR",
-        help="where the students are, for their picture (default: runs/studies)")  # fmt: skip
+        help="of the study: students for the picture (default: runs/studies)")  # fmt: skip
     return parser
 
 

@@ -15,6 +15,11 @@ def results_file(folder: Path, plan: str) -> Path:
     return folder / f"{plan}.jsonl"
 
 
+def teacher_file(folder: Path, plan: str) -> Path:
+    """File of the teacher's own figures, by seed."""
+    return folder / f"{plan}_teacher.json"
+
+
 def read_results(file: Path) -> list[dict[str, Any]]:
     """Read all results in the order in which they came; none where there is no file.
 

@@ -30,10 +30,12 @@ class Table:
     Attributes:
         plan: that was run.
         rows: one for each finished job that is still in the plan.
+        teacher: its own figures, one mapping for each seed.
     """
 
     plan: Plan
     rows: Sequence[Result]
+    teacher: Sequence[Mapping[str, float]] = ()
 
     def of(self, arm: str, ratio: float) -> list[Result]:
         """Give an arm's results at a ratio."""
@@ -115,6 +117,9 @@ def means(table: Table, pairs: Sequence[tuple[str, float]], point: int = -1) -> 
         ]
         for pair in pairs
     ]
+    if table.teacher:
+        own = [spread(row[f] for row in table.teacher if f in row) for f in figures]
+        rows.append(["*teacher*", str(len(table.teacher)), *own])
     return markdown(["arm", "seeds", *(TITLES[f] for f in figures)], rows)
 
 
