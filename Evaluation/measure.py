@@ -39,7 +39,10 @@ class MeasureSettings(ModelSettings):
         metavar="FILE",
     )
     features: str | None = setting(
-        None, "network (default: parser for the bundled models, else inception)", choices=FEATURES
+        None,
+        "network; attributes is for toon faces (default: parser for the bundled models, else"
+        " inception)",
+        choices=FEATURES,
     )
     inception_ckpt: Path | None = setting(None, "Inception weights, no download", metavar="FILE")
     parser_ckpt: Path | None = setting(
@@ -175,7 +178,7 @@ def _real(
         with blame("stats" if stats and stats.is_file() else "path"):
             return real_statistics(images, stats, extractor, *how)
     if stats is None and bundled.is_bundled(settings.ckpt):
-        stats = bundled.CONTENT_STATISTICS if settings.content_aware else bundled.STATISTICS
+        stats = bundled.statistics(settings.network, settings.content_aware)
     if stats is None:
         raise SettingError("path", "is missing; name the real images, or their statistics (stats)")
     with blame("stats"):
