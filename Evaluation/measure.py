@@ -29,7 +29,7 @@ class MeasureSettings(ModelSettings):
     """Settings of `measure`."""
 
     n_sample: int = setting(50_000, "generated images", low=2)
-    batch_size: int = setting(64, "images at a time", low=1)
+    batch_size: int = setting(64, "images at a time, fewer where they are large", low=1)
     images: Path | None = setting(None, "measured in place of the model's images", metavar="DIR")
     path: Path | None = setting(None, "real images: a folder or an LMDB", metavar="DIR")
     stats: Path | None = setting(
