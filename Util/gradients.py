@@ -113,8 +113,8 @@ class _Bucket:
     def send(self) -> None:
         """Copy the gradients into the buffer, make them views of it, and start the transfer."""
         pairs = list(zip(self._views, self.parameters, strict=True))
-        there = [(v, p.grad) for v, p in pairs if p.grad is not None]
-        torch._foreach_copy_([v for v, _ in there], [g for _, g in there])
+        if there := [(v, p.grad) for v, p in pairs if p.grad is not None]:
+            torch._foreach_copy_([v for v, _ in there], [g for _, g in there])
         if absent := [v for v, p in pairs if p.grad is None]:
             torch._foreach_zero_(absent)
         for view, parameter in pairs:
