@@ -61,7 +61,15 @@ class TrainConfig(Settings):
 
     # Length and batch. The paper: 450,000 iterations of 16 images at 256 px.
     iter: int = setting(450_000, "train up to this iteration", low=1)
-    batch_size: int = setting(16, "images per iteration, over all processes", low=1)
+    batch_size: int = setting(
+        16, "images per iteration, over all processes", low=1, aliases=("batch",)
+    )
+    batch_gpu: int = setting(
+        0,
+        "images that pass through the networks at a time in each process, a multiple of 4; the"
+        " gradients of a batch add up over such parts. 0: all, which takes the most memory",
+        low=0,
+    )
     resample: str = setting(
         "bilinear",
         "filter that resizes pictures of a folder; an LMDB has been resized by its own",

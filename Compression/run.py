@@ -26,7 +26,7 @@ from Evaluation.feature_sets import real_statistics, sampled_features
 from Evaluation.features import make_extractor
 from Evaluation.metrics import METRICS, distance_key, evaluate, need_features
 from Model import bundled, checkpoint
-from Model.discriminator import Discriminator
+from Model.discriminator import GROUP, Discriminator
 from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig
 from Util import distributed, pictures
@@ -179,6 +179,25 @@ def check(config: TrainConfig) -> None:
             f"{config.batch_size} is the global one; it must be divisible by the {processes}"
             " processes",
         )
+    _check_parts(config, config.batch_size // processes)
+
+
+def _check_parts(config: TrainConfig, own: int) -> None:
+    """Refuse parts of a process's images that would compute something else than all at once."""
+    part = config.batch_gpu
+    if not 0 < part < own:
+        return
+    if part % GROUP or own % GROUP:
+        raise SettingError(
+            "batch_gpu",
+            f"{part} of {own} images: the discriminator compares groups of {GROUP}, so both must"
+            f" be multiples of {GROUP}",
+        )
+    for name in distillation.weights(config):
+        if distillation.TERMS[name].whole_batch:
+            raise SettingError(
+                "batch_gpu", f"{part}: the term {name} compares all {own} images; leave one out"
+            )
 
 
 def _check_gpus(config: TrainConfig) -> None:

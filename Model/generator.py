@@ -135,6 +135,13 @@ class Generator(nn.Module):
         """The ToRGB of every resolution: ``to_rgb1``, ``to_rgbs.0``, ..."""
         return [self.to_rgb1, *self.to_rgbs]
 
+    def backward_order(self) -> list[nn.Parameter]:
+        """All parameters, those first whose gradients a backward pass completes first."""
+        modules: list[nn.Module] = [self.style, self.input, self.conv1, self.to_rgb1]
+        for i, rgb in enumerate(self.to_rgbs):
+            modules += [*self.convs[2 * i : 2 * i + 2], rgb]
+        return [p for module in modules for p in module.parameters()][::-1]
+
     @property
     def channels(self) -> tuple[int, ...]:
         """Widths of the constant input and of every styled convolution's output."""

@@ -1,3 +1,4 @@
+import itertools
 import json
 import random
 import shutil
@@ -14,6 +15,7 @@ from PIL import Image
 
 import prune
 import train
+from Compression import losses
 from Compression import run as training_run
 from Compression.training import Trainer
 from Dataset.images import Images
@@ -26,6 +28,7 @@ from Model.bundled import PARSER
 from Model.discriminator import Discriminator
 from Model.face_parser import BiSeNet
 from Model.generator import Generator
+from tests.test_optimisation import NanGradient
 from train_hyperparams import TrainConfig
 from Util.plot_log import main as plot_main
 from Util.run_log import BEST, TIMING, checkpoints, newest_checkpoint, read_config, read_metrics
@@ -298,6 +301,24 @@ def test_a_resumed_run_keeps_its_number_of_threads(folder):
         assert "threads" not in made
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_state_before_a_gradient_that_is_not_finite_goes_on(folder, monkeypatch, capsys):
+    calls = itertools.count()
+    loss = losses.g_nonsaturating_loss
+
+    def poisoned(logits):
+        return NanGradient.apply(loss(logits)) if next(calls) >= 2 else loss(logits)
+
+    monkeypatch.setattr(losses, "g_nonsaturating_loss", poisoned)
+    assert run(folder, f"{SMALL} --iter 5") == 2
+    kept = folder / "run/before_non_finite_000002.pt"
+    error = capsys.readouterr().err
+    assert str(kept) in error
+    assert "the gradient of the generator loss (" in error
+    monkeypatch.undo()
+    assert run(folder, f"{SMALL} --iter 5 --ckpt {kept} --load_train_state", "next") == 0
+    assert [p.name for p in checkpoints(folder / "next")] == ["000005.pt"]
 
 
 @pytest.mark.slow
