@@ -29,7 +29,7 @@ class MeasureSettings(ModelSettings):
     """Settings of `measure`."""
 
     n_sample: int = setting(50_000, "generated images", low=2)
-    batch_size: int = setting(64, "images at a time", low=1)
+    batch_size: int = setting(64, "images at a time, fewer where they are large", low=1)
     images: Path | None = setting(None, "measured in place of the model's images", metavar="DIR")
     path: Path | None = setting(None, "real images: a folder or an LMDB", metavar="DIR")
     stats: Path | None = setting(
@@ -39,7 +39,10 @@ class MeasureSettings(ModelSettings):
         metavar="FILE",
     )
     features: str | None = setting(
-        None, "network (default: parser for the bundled models, else inception)", choices=FEATURES
+        None,
+        "network; attributes is for toon faces (default: parser for the bundled models, else"
+        " inception)",
+        choices=FEATURES,
     )
     inception_ckpt: Path | None = setting(None, "Inception weights, no download", metavar="FILE")
     parser_ckpt: Path | None = setting(
@@ -175,7 +178,7 @@ def _real(
         with blame("stats" if stats and stats.is_file() else "path"):
             return real_statistics(images, stats, extractor, *how)
     if stats is None and bundled.is_bundled(settings.ckpt):
-        stats = bundled.CONTENT_STATISTICS if settings.content_aware else bundled.STATISTICS
+        stats = bundled.statistics(settings.network, settings.content_aware)
     if stats is None:
         raise SettingError("path", "is missing; name the real images, or their statistics (stats)")
     with blame("stats"):

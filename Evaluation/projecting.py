@@ -21,6 +21,7 @@ from Evaluation.projection import LEARNING_RATE, PROTOCOLS, Projection, project,
 from Evaluation.settings import ContentSettings, LoadMask, ModelSettings, Result
 from Model import bundled
 from Model.generator import Generator
+from Util import memory
 from Util.cli import check_writable
 from Util.files import atomic_path
 from Util.pictures import save_png, side_by_side
@@ -82,7 +83,8 @@ class ProjectionSettings(ContentSettings, ModelSettings):
     )
     batch_size: int = setting(
         8,
-        "pictures projected at once, each by a search of its own; equal digits need equal batches",
+        "pictures projected at once, fewer where they are large, each by a search of its own; equal"
+        " digits need equal batches",
         low=1,
     )
     mse_weight: float = setting(
@@ -225,7 +227,8 @@ def _project(
     """Project batch after batch under a progress bar: names, real pictures, what was found."""
     search = {name: getattr(settings, name) for name in SEARCH}
     search["perceptual_weight"] = settings.weight
-    batches = list(sampling.shares(len(targets.names), settings.batch_size))
+    batch_size = memory.at_once(generator.size, memory.GRADIENTS, settings.batch_size)
+    batches = list(sampling.shares(len(targets.names), batch_size))
     with tqdm(total=len(batches) * settings.num_iters, desc="projecting", unit="it") as bar:
 
         def progress(loss: Tensor) -> None:
