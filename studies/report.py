@@ -219,21 +219,23 @@ Seed {seed}, ratio {ratio:g}, at the end of the budget.
 ![Teacher and students](study/students.png)"""
 
 
+def not_run(table: Table) -> list[str]:
+    """List the arms that lack results, and the jobs where they are few."""
+    done, lines = {row["job"] for row in table.rows}, []
+    for arm in table.plan.arms:
+        jobs = [job.name for job in table.plan.jobs if job.arm == arm]
+        left = [name for name in jobs if name not in done]
+        if left:
+            what = f" ({', '.join(left)})" if len(left) < len(jobs) else ""
+            lines.append(f"- {table.plan.name}: {arm.name}, {len(left)} of {len(jobs)} jobs{what}")
+    return lines
+
+
 def limits(tables: Sequence[Table]) -> str:
     """Say what such a study cannot tell, and what has not been run."""
     main = tables[0]
     narrow = min((row["channels"] for row in main.rows if row["ratio"] == 0.7), key=min)
-    missing = []
-    for table in tables:
-        done = {row["job"] for row in table.rows}
-        by_arm: dict[str, list[str]] = {}
-        for job in table.plan.jobs:
-            if job.name not in done:
-                by_arm.setdefault(f"{job.arm.name} {job.ratio:g}", []).append(str(job.seed))
-        missing += [
-            f"- {table.plan.name}: {arm}, seed{'s' if len(s) > 1 else ''} {', '.join(s)}"
-            for arm, s in by_arm.items()
-        ]
+    missing = [line for table in tables for line in not_run(table)]
     missing_text = "\n".join(missing) or "- nothing: all jobs of the plans are done"
     return f"""## What this cannot tell
 

@@ -80,12 +80,12 @@ def number(value: float) -> str:
 
 
 def spread(values: Iterable[float]) -> str:
-    """Write mean and standard deviation."""
+    """Write mean and standard deviation, of a single value itself."""
     found = list(values)
     if not found:
         return "-"
     mean, deviation = mean_and_deviation(found)
-    return f"{number(mean)} ± {number(deviation)}"
+    return f"{number(mean)} ± {number(deviation)}" if len(found) > 1 else number(mean)
 
 
 def signed(difference: Interval | None) -> str:
@@ -129,10 +129,10 @@ def by_attribute(table: Table, pairs: Sequence[tuple[str, float]], inside: Seque
 
     Args:
         table: of the results.
-        pairs: arms and ratios, a column each.
+        pairs: arms and ratios, at least one, a column each.
         inside: attributes inside the content.
     """
-    figures = pairs and table.of(*pairs[0])[0]["points"][-1]["figures"]
+    figures = table.of(*pairs[0])[0]["points"][-1]["figures"]
     names = [figure.partition(":")[2] for figure in figures if ":" in figure]
     rows = [
         [

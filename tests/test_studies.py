@@ -258,11 +258,11 @@ def test_the_page_says_what_the_results_say(tmp_path, capsys):
     page = (tmp_path / "doc/Study.md").read_text()
     assert "5 of " in page
     assert "| cagc 0.7 | 3 |" in page
-    assert "| *teacher* | 1 | - | 1.000 ± - |" in page
+    assert "| *teacher* | 1 | - | 1.000 | - |" in page
     assert "| hair | inside | 0.902 | 0.800 |" in page
     (line,) = (x for x in page.splitlines() if "inside the content keeps" in x)
     assert line.endswith("| *not run* |")  # the third seed of everywhere is missing
-    assert "everywhere 0.7, seed 2" in page
+    assert "everywhere, 1 of 3 jobs (everywhere-0.7-s2)" in page
     assert (tmp_path / "doc/study/content.png").is_file()
     fake_results(tmp_path, "compression", 6, value)
     (tmp_path / "compression.jsonl").write_text(
