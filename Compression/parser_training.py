@@ -165,7 +165,7 @@ def train_parser(
         FloatingPointError: the loss is no longer finite.
     """
     if settings.resume and not settings.state_file.is_file():
-        raise SettingError("resume", f": {settings.state_file} is missing; train without it")
+        raise SettingError("resume", f"{settings.state_file} is missing; train without it")
     device = settings.pick_device()
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -418,7 +418,7 @@ class ParserRun:
         with blame("resume"):
             saved = checkpoint.read(file)
             if saved.get("config") != self.network.config:
-                raise ValueError(f": {file} is of a parser with other sizes or classes")
+                raise ValueError(f"{file} is of a parser with other sizes or classes")
             try:
                 checkpoint.load_strict(self.network, saved["parser"], str(file))
                 self.optimiser.load_state_dict(saved["optimiser"])
@@ -428,5 +428,5 @@ class ParserRun:
                 self._best = float(progress["best"])
                 self.generator.set_state(saved["augmentation"])
             except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-                raise ValueError(f": {file} is damaged ({error})".splitlines()[0]) from None
+                raise ValueError(f"{file} is damaged ({error})".splitlines()[0]) from None
         torch.manual_seed(self.settings.seed + self.step)

@@ -39,7 +39,10 @@ class MeasureSettings(ModelSettings):
         metavar="FILE",
     )
     features: str | None = setting(
-        None, "network (default: parser for the bundled models, else inception)", choices=FEATURES
+        None,
+        "network; attributes is for toon faces (default: parser for the bundled models, else"
+        " inception)",
+        choices=FEATURES,
     )
     inception_ckpt: Path | None = setting(None, "Inception weights, no download", metavar="FILE")
     parser_ckpt: Path | None = setting(
@@ -70,7 +73,9 @@ class MeasureSettings(ModelSettings):
         choices=FILTERS,
     )
     truncation: float = setting(1.0, "psi in (0, 1]; the paper has 1", above=0, high=1)
-    workers: int = setting(2, "processes that load images", low=0)
+    workers: int | None = setting(
+        None, "processes that load images (default: the share of the CPU cores, 4 at most)", low=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,6 +120,7 @@ def measure(settings: MeasureSettings, load_mask: LoadMask) -> Result:
     inception = settings.inception_ckpt
     how = (settings.network, inception, parser, masked, device, settings.content)
     extractor = make_extractor(*how)
+    distributed.meet()  # one that downloads takes its time
     real = _real(settings, size, extractor, device)
     made = _made(settings, extractor, generated, device)
     first = distributed.rank() == 0
@@ -172,7 +178,7 @@ def _real(
         with blame("stats" if stats and stats.is_file() else "path"):
             return real_statistics(images, stats, extractor, *how)
     if stats is None and bundled.is_bundled(settings.ckpt):
-        stats = bundled.CONTENT_STATISTICS if settings.content_aware else bundled.STATISTICS
+        stats = bundled.statistics(settings.network, settings.content_aware)
     if stats is None:
         raise SettingError("path", "is missing; name the real images, or their statistics (stats)")
     with blame("stats"):

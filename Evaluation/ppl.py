@@ -138,6 +138,7 @@ def measure(settings: PathSettings) -> Result:
     generator = settings.load(settings.ckpt, device)
     perceptual = settings.load_distance(settings.ckpt, device)
     distance = settings.distance_name(settings.ckpt)
+    distributed.meet()  # one that downloads takes its time
     n, eps = settings.n_sample, settings.eps
     figures: dict[str, float] = {}
     lines = []

@@ -16,7 +16,7 @@ from Dataset.sources.folder import SUFFIXES, image_files
 from Evaluation import sampling
 from Evaluation.comparison import fidelity, paper_fidelity
 from Evaluation.distances import Distance
-from Evaluation.features import Mask
+from Evaluation.features import Mask, masks_of
 from Evaluation.projection import LEARNING_RATE, PROTOCOLS, Projection, project, save_projection
 from Evaluation.settings import ContentSettings, LoadMask, ModelSettings, Result
 from Model import bundled
@@ -256,7 +256,7 @@ def _project_and_save(
     for names, real, projection in _project(settings, generator, targets, perceptual):
         with torch.no_grad():
             made = sampling.synthesise(generator, projection.w_plus, projection.noise)
-        mask = content(real) if content else None
+        mask = masks_of(content, real) if content else None
         figures = fidelity(real, made, mask, perceptual)
         if settings.protocol == "paper":
             figures |= paper_fidelity(real, made, perceptual)

@@ -4,11 +4,14 @@ import ctypes
 import re
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from Util import distributed
 from Util.settings import SettingError, Settings, setting
+from Util.threads import use_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +30,20 @@ class DeviceSettings(Settings):
         return pick_device(self.device, self.tf32)
 
 
-def pick_device(name: str, tf32: bool = False) -> torch.device:
+def pick_device(
+    name: str, tf32: bool = False, gpus: Sequence[int] = (), threads: int = 0
+) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that exists, and set it up.
 
     Products of float32 are computed in float32 from here on: PyTorch's own default rounds those of
-    convolutions on GPUs, which changes what an evaluation finds.
+    convolutions on GPUs, which changes what an evaluation finds. A GPU becomes the current one, so
+    that nothing is ever put on another by default.
 
     Args:
         name: ``auto`` is the first GPU that PyTorch can use, the CPU where there is none.
         tf32: see `DeviceSettings`.
+        gpus: those of the processes of this machine, where there are several.
+        threads: on a CPU, see `Util.threads.use_threads`.
 
     Raises:
         SettingError: another name, no usable GPU, or no GPU of that number.
@@ -43,18 +51,32 @@ def pick_device(name: str, tf32: bool = False) -> torch.device:
     set_tf32(tf32)
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         _keep_freed_memory()
+        use_threads(threads)
         return torch.device("cpu")
-    if name == "auto":
-        return torch.device("cuda")
-    if not re.fullmatch(r"cuda(:\d+)?", name):
+    if name != "auto" and not re.fullmatch(r"cuda(:\d+)?", name):
         raise SettingError("device", f"{name}: unknown; take auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
         raise SettingError("device", f"{name}: PyTorch finds no GPU; take cpu")
-    device = torch.device(name)
+    if distributed.launched():
+        device = torch.device("cuda", _gpu_of_this_process(gpus))
+    else:
+        device = torch.device("cuda" if name == "auto" else name)
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        raise SettingError("device", f"{name}: there are {count} GPUs, cuda:0 to cuda:{count - 1}")
+        raise SettingError(
+            "device", f"{device}: there are {count} GPUs, cuda:0 to cuda:{count - 1}"
+        )
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return device
+
+
+def _gpu_of_this_process(gpus: Sequence[int]) -> int:
+    """The index of the GPU of one of several processes."""
+    if torch.cuda.device_count() == 1:  # as where a scheduler shows each process its own alone
+        return 0
+    local = distributed.local_rank()
+    return gpus[local] if len(gpus) == distributed.local_processes() else local
 
 
 def _keep_freed_memory() -> None:
