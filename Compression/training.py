@@ -305,11 +305,9 @@ class Trainer:
         update, sums = self._discriminators[suffix], Sums()
 
         def loss_of(part: Part) -> Tensor:
+            both = torch.cat([fakes[part], part.of(real)])
             with self._autocast():
-                fake_logits, real_logits = (
-                    update.network(fakes[part]),
-                    update.network(part.of(real)),
-                )
+                fake_logits, real_logits = update.network(both, batches=2).chunk(2)
             loss = losses.d_logistic_loss(real_logits, fake_logits)
             sums.add(part, f"d_loss{suffix}", loss)
             sums.add(part, f"real_score{suffix}", real_logits.detach().mean())

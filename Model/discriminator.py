@@ -128,9 +128,16 @@ class Discriminator(nn.Module):
             EqualLinear(widths[0] * 16, widths[0], activation=True), EqualLinear(widths[0], 1)
         )
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return one unbounded logit per image; higher means more real."""
-        return self._head(self.convs(fast_layout(images)))
+    def forward(self, images: Tensor, batches: int = 1) -> Tensor:
+        """Return one unbounded logit per image; higher means more real.
+
+        Args:
+            images: (N, 3, size, size).
+            batches: of equal sizes, one after the other; only images of one are compared.
+        """
+        features = self.convs(fast_layout(images)).chunk(batches)
+        logits = [self._head(batch) for batch in features]
+        return logits[0] if batches == 1 else torch.cat(logits)
 
     @in_float32
     def _head(self, x: Tensor) -> Tensor:

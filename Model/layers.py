@@ -80,7 +80,7 @@ class EqualConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, I, H, W) to (N, O, H', W')."""
-        scale = 1 / math.sqrt(self.weight[0].numel())
+        scale = 1 / math.sqrt(math.prod(self.weight.shape[1:]))
         return conv2d(x, self.weight * scale, stride=self.stride, padding=self.padding)
 
 
@@ -165,7 +165,7 @@ class ModulatedConv2d(nn.Module):
     @property
     def scale(self) -> float:
         """Equalised learning rate: 1 / sqrt(I * k * k)."""
-        return 1 / math.sqrt(self.weight[0, 0].numel())
+        return 1 / math.sqrt(math.prod(self.weight.shape[2:]))
 
     @in_float32
     def style(self, w: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class ModulatedConv2d(nn.Module):
         if not self.demodulate:
             return style.new_ones(len(style), self.weight.shape[1])
         # The product sums over inputs and taps at once; a sum over the taps first would cost more.
-        power = self.weight[0].flatten(1).square()
+        power = self.weight.view(self.weight.shape[1], -1).square()
         taps = power.shape[1] // style.shape[1]
         return torch.rsqrt(F.linear(style.square().repeat_interleave(taps, 1), power) + 1e-8)
 
@@ -248,9 +248,13 @@ class ToRGB(nn.Module):
     def forward(self, x: Tensor, w: Tensor, rgb: Tensor | None = None) -> Tensor:
         """Return (N, 3, H, W) from activations (N, I, H, W) and the last RGB (N, 3, H/2, W/2)."""
         # With three outputs, modulating the weights (N, 3, I) spares a pass over the activations.
-        weight = self.conv.weight[0, :, :, 0, 0] * self.conv.style(w)[:, None]
-        y = torch.bmm(x.permute(0, 2, 3, 1).flatten(1, 2), weight.transpose(1, 2))
-        y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2) + self.bias
+        weight = self.conv.weight.view(3, -1) * self.conv.style(w)[:, None]
+        if x.is_contiguous():  # (N, I, HW) is then a view, (N, HW, I) a copy
+            y = torch.bmm(weight.to(x.dtype), x.flatten(2)).view(len(x), 3, *x.shape[2:])
+        else:
+            y = torch.bmm(x.permute(0, 2, 3, 1).flatten(1, 2), weight.transpose(1, 2))
+            y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        y = y + self.bias
         return y if rgb is None else y + self.upsample(rgb)
 
 
