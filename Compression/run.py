@@ -31,14 +31,22 @@ from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig
 from Util import distributed, pictures
 from Util.cli import check_writable
-from Util.device import peak_memory_gib, pick_device, set_tf32
-from Util.run_log import RunLog, newest_checkpoint, read_metrics
+from Util.compiling import compiled
+from Util.device import (
+    peak_memory_gib,
+    pick_device,
+    reserved_memory_gib,
+    set_tf32,
+    tune_convolutions,
+)
+from Util.run_log import RunLog, check_wandb, newest_checkpoint, read_metrics
 from Util.settings import SettingError, Settings, blame, plain
 from Util.stopping import StopRequest
 
 NOT_REMEMBERED = (
     *("resume", "out", "dry_run", "workers", "device", "gpu_device_ids", "primary_device"),
     *("log_freq", "n_sample", "val_sample_freq", "model_save_freq", "keep_checkpoints"),
+    "wandb",
 )
 """Settings that do not change what a run computes: its checkpoints are the same without them."""
 
@@ -99,6 +107,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     """
     check(config)
     set_tf32(config.tf32)
+    tune_convolutions()
     trainer, origin = _make_trainer(config, distributed.join(_device(config)), announce)
     if config.dry_run:
         config = replace(config, iter=trainer.iteration + 2, log_freq=1)
@@ -168,6 +177,8 @@ def check(config: TrainConfig) -> None:
             " processes",
         )
     _check_parts(config, config.batch_size // processes)
+    with blame("wandb"):
+        check_wandb(config.wandb)
 
 
 def _check_parts(config: TrainConfig, own: int) -> None:
@@ -232,7 +243,9 @@ def _make_parser(config: TrainConfig, device: torch.device) -> ContentParser | N
     """What makes the teacher's mask, or None where nothing is masked."""
     if not (config.has_teacher and config.content_aware_KD):
         return None
-    return parser_for(config.parser_ckpt, config.teacher_ckpt, device, config.content)
+    parser = parser_for(config.parser_ckpt, config.teacher_ckpt, device, config.content)
+    parser.classify = compiled(parser.classify, config.compile)
+    return parser
 
 
 def _load_teacher(config: TrainConfig, size: int, device: torch.device) -> Generator | None:
@@ -241,6 +254,7 @@ def _load_teacher(config: TrainConfig, size: int, device: torch.device) -> Gener
         return None
     with blame("teacher_ckpt"):
         generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
+    generator.synthesis = compiled(generator.synthesis, config.compile)  # type: ignore[method-assign]
     return generator.eval().requires_grad_(False)
 
 
@@ -426,6 +440,7 @@ def _open_log(
             trainer.iteration if config.resume or config.load_train_state else None,
             config.keep_checkpoints,
             evaluation.best_by if evaluation else None,
+            config.wandb,
         )
 
 
@@ -442,7 +457,7 @@ class _Actions:
         making: Mapping[str, Any],
     ) -> None:
         self.trainer, self.run_log, self.bar, self.evaluation = trainer, log, bar, evaluation
-        self.making = dict(making)
+        self.making, self.iterations = dict(making), config.iter
         stream = torch.Generator().manual_seed(config.seed)
         z = torch.randn(config.n_sample, trainer.generator.style_dim, generator=stream)
         self.z = z.to(trainer.device)
@@ -450,7 +465,14 @@ class _Actions:
     def log(self) -> None:
         """Write the means of the metrics since the last time."""
         trainer = self.trainer
-        metrics = trainer.averages.flush() | {"peak_memory_gib": peak_memory_gib(trainer.device)}
+        metrics = trainer.averages.flush() | trainer.clock.flush()
+        left = (self.iterations - trainer.iteration) * trainer.settings.batch_size
+        metrics |= {
+            "peak_memory_gib": peak_memory_gib(trainer.device),
+            "reserved_memory_gib": reserved_memory_gib(trainer.device),
+            "seconds_left": left / metrics["images_per_second"],
+            "time": time.time(),
+        }
         if self.run_log:
             self.run_log.metrics(trainer.iteration, metrics)
             shown = {k: v for k, v in metrics.items() if k.endswith("_loss") or k.startswith("kd_")}

@@ -32,8 +32,10 @@ from Compression.optimisation import (
 from Model.checkpoint import load_discriminator
 from Model.discriminator import GROUP, Discriminator
 from Model.generator import Generator
+from Model.precision import HALVES
 from train_hyperparams import TrainConfig
 from Util import distributed
+from Util.clock import Clock
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Trainer:
             for layer in generator.styled_convs:
                 layer.noise.weight.requires_grad_(False)
         self.draws = Draws(generator.style_dim, settings.mixing, device)
-        self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.amp)
+        self.half = HALVES.get(settings.amp)
         self.judge = Judge(device)
         self.scaler = LossScale(device, settings.amp == "fp16")
         path_every = settings.g_reg_every if settings.path_regularize else 0
@@ -148,7 +150,7 @@ class Trainer:
         }
         for network in networks.values():
             network.batch_over_processes = True
-        self.averages = Averages()
+        self.averages, self.clock = Averages(), Clock(device)
         self.iteration = self.images_seen = 0
         self.mean_path_length = torch.zeros((), device=device)
 
@@ -185,20 +187,26 @@ class Trainer:
             NonFiniteError: a loss or a gradient was not finite; the networks are as before it.
         """
         s = self.settings
+        # Of the iterations before a line of the log, as many as have one of each phase.
+        self.clock.running = -(self.iteration + 1) % s.log_freq < max(s.d_reg_every, s.g_reg_every)
         for update in self._discriminators.values():
             update.network.requires_grad_(True)
         # 1. Discriminator: softplus(-D(x)) + softplus(D(G(z))) (Goodfellow et al., 2014).
-        metrics = self._d_phase(real)
+        with self.clock.part("discriminator"):
+            metrics = self._d_phase(real)
         # 2. Every 16 iterations, R1: 16 * r1 / 2 * |dD/dx|^2 (Mescheder et al., 2018, eq. 9).
         if s.r1 and self.iteration % s.d_reg_every == 0:
-            metrics |= self._r1_phase(real)
+            with self.clock.part("r1"):
+                metrics |= self._r1_phase(real)
         for update in self._discriminators.values():
             update.network.requires_grad_(False)
         # 3. Generator: softplus(-D(G(z))) + distillation inside the content (paper, eq. 4).
-        metrics |= self._g_phase(real.shape[0])
+        with self.clock.part("generator"):
+            metrics |= self._g_phase(real.shape[0])
         # 4. Every 4 iterations, path length: 4 * weight * (|J^T y| - a)^2 (StyleGAN2, eq. 4).
         if s.path_regularize and self.iteration % s.g_reg_every == 0:
-            metrics |= self._path_phase(max(1, real.shape[0] // s.path_batch_shrink))
+            with self.clock.part("path"):
+                metrics |= self._path_phase(max(1, real.shape[0] // s.path_batch_shrink))
         # The average of the generators of some hundred iterations is what is kept and measured.
         accumulate(self.g_ema, self.generator, s.ema_decay)
         self._look(now=(self.iteration + 1) % s.log_freq == 0)
@@ -264,16 +272,23 @@ class Trainer:
             self.judge.post()
             if self.judge.posted():
                 self._fail(self.iteration)
-        names = {"norm": f"grad_norm_{phase.replace(' ', '_').lower()}", "skipped": "amp_skipped"}
-        return {names[key]: value for key, value in found.items()}
+        name = phase.replace(" ", "_").lower()
+        metrics = {f"grad_norm_{name}": found["norm"]}
+        if self.scaler.enabled:
+            metrics |= {f"amp_skipped_{name}": found["skipped"], "amp_scale": self.scaler.value + 0}
+        return metrics
 
     def _parts(self, n: int, groups: int = GROUP) -> list[Part]:
         """Divide a batch as --batch_gpu says; by whole groups where a discriminator sees it."""
         return divide(n, self.settings.batch_gpu, groups)
 
     def _noise(self, generator: Generator, parts: Sequence[Part], n: int) -> PartNoise:
-        """Draw each part's layer noise, that of the undivided batch of n; None: layer by layer."""
-        if len(parts) == 1:
+        """Draw each part's layer noise, that of the undivided batch of n; None: layer by layer.
+
+        What a compiled teacher drew itself would be other numbers.
+        """
+        frozen = self.teacher is not None and generator is self.teacher.generator
+        if len(parts) == 1 and not (frozen and self.settings.compile):
             return {parts[0]: None}
         maps = generator.make_noise(n)
         return {part: [part.of(noise) for noise in maps] for part in parts}
@@ -356,7 +371,11 @@ class Trainer:
 
         def loss_of(part: Part) -> Tensor:
             images = part.of(real).detach().requires_grad_()
-            penalty = losses.r1_penalty(update.network(images), images)
+            with self._autocast():
+                logits = update.network(images)
+            # The first derivative passes through half precision as the second does: scaled.
+            scale = self.scaler.value if self.scaler.enabled else None
+            penalty = losses.r1_penalty(logits, images, scale)
             sums.add(part, f"r1{suffix}", penalty)
             return part.weigh(penalty * weight)
 
@@ -399,7 +418,10 @@ class Trainer:
     ) -> Iterator[tuple[str, float, Tensor]]:
         """Compute name, weight and value of every term of the generator's loss."""
         # The mask is the teacher's: what the student should keep (section 3.3).
-        mask = teacher.content_mask(target.made.image) if teacher.content_mask else None
+        mask = None
+        if teacher.content_mask:
+            with self._autocast():
+                mask = teacher.content_mask(target.made.image)
         for term in teacher.terms:
             if term.parts.call is not None:
                 weight = term.weight * (self._gan_weight if term.parts.network else 1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from Model.generator import pyramid_width, resolution_log2
 from Model.layers import Blur, EqualConv2d, EqualLinear, FusedLeakyReLU, fast_layout
-from Model.precision import in_float32
+from Model.precision import bounded, in_float32
 from Util import distributed
 
 
@@ -51,7 +51,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, I, H, W) to (N, O, H/2, W/2) at unchanged variance."""
         # The sum of two paths has twice the variance of each.
-        return (self.conv2(self.conv1(x)) + self.skip(x)) * math.sqrt(0.5)
+        return bounded(self.conv2(self.conv1(x)) + self.skip(x)) * math.sqrt(0.5)
 
 
 GROUP = 4

@@ -59,6 +59,16 @@ def set_tf32(on: bool) -> None:
     torch.backends.cudnn.allow_tf32 = on
 
 
+def reserved_memory_gib(device: torch.device) -> float:
+    """What PyTorch holds of a GPU's memory now, in GiB; 0 on a CPU."""
+    return torch.cuda.memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0
+
+
+def tune_convolutions() -> None:
+    """Let cuDNN measure which of its algorithms is fastest, once for each shape that comes up."""
+    torch.backends.cudnn.benchmark = True
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory held so far, in GiB: by PyTorch on a GPU, by the whole process on a CPU."""
     if device.type == "cuda":
