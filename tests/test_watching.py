@@ -3,11 +3,13 @@
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from Compression import run as training_run
-from tests.test_train_cli import SMALL, folder, run  # noqa: F401
+from tests.test_train_cli import SMALL, run
 from tests.test_training import config, images, make_trainer
 from Util import run_log
 from Util.clock import Clock
@@ -15,7 +17,16 @@ from Util.run_log import TIMING, read_metrics
 from Util.settings import SettingError
 
 
-def test_a_line_tells_times_norms_memory_and_what_is_left(folder):  # noqa: F811
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    for i in range(4):
+        pixels = np.full((8, 8, 3), 60 * i, dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{i}.png")
+    return tmp_path
+
+
+def test_a_line_tells_times_norms_memory_and_what_is_left(folder):
     assert run(folder, f"{SMALL} --iter 6 --log_freq 3 --amp fp16 --g_reg_every 2") == 0
     first, last = read_metrics(folder / "run")
     norms = {f"grad_norm_{p}" for p in ("discriminator", "r1", "generator", "path_length")}
@@ -65,7 +76,7 @@ def test_the_clock_reads_events_of_a_gpu_only_when_asked(monkeypatch):
 def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path, monkeypatch):
     seen = []
     module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = lambda folder, purge_step: seen.append(purge_step)
+    module.SummaryWriter = lambda where, purge_step: seen.append(purge_step)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     for resume_at in (None, 7):
         run_log._event_writer(tmp_path, resume_at)
@@ -102,7 +113,7 @@ def wandb(monkeypatch):
     return calls
 
 
-def test_weights_and_biases_gets_the_log(folder, wandb):  # noqa: F811
+def test_weights_and_biases_gets_the_log(folder, wandb):
     assert run(folder, f"{SMALL} --iter 2 --log_freq 1 --wandb faces") == 0
     kinds = [call[0] for call in wandb]
     assert kinds == ["init", "axis", "log", "log", "log", "finish"]
@@ -117,7 +128,7 @@ def test_weights_and_biases_that_refuses_or_is_missing_is_one_line(
     folder,
     wandb,
     monkeypatch,
-    capsys,  # noqa: F811
+    capsys,
 ):
     assert run(folder, f"{SMALL} --iter 2 --wandb refused") == 2
     assert "no key" in capsys.readouterr().err
