@@ -17,10 +17,11 @@ from Dataset.images import Images
 from Evaluation import sampling
 from Model import bundled
 from Model.checkpoint import load_generator
+from Util import memory
 from Util.cli import check_writable, listed, run_settings
-from Util.device import pick_device
+from Util.device import DeviceSettings
 from Util.pictures import captioned, grid, rescale, save_png
-from Util.settings import Settings, blame, setting, some_words
+from Util.settings import blame, setting, some_words
 
 SIDE = 128
 """Side in px of a picture that is shown, about."""
@@ -39,7 +40,7 @@ examples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShowSettings(Settings):
+class ShowSettings(DeviceSettings):
     """Settings of the picture; one flag each."""
 
     ckpt: Path = setting(
@@ -64,7 +65,6 @@ class ShowSettings(Settings):
     n_sample: int = setting(64, "pictures for the shares", low=1)
     shown: int = setting(8, "pictures that are shown", low=1)
     seed: int = setting(0, "seed of the pictures", low=0)
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     out: Path = setting(Path("content.png"), "picture to write", metavar="FILE")
 
 
@@ -111,7 +111,7 @@ def observe(settings: ShowSettings, parser: ContentParser, device: torch.device)
         with blame("path"):
             images = Images(settings.path, generator.size)
             n = min(n, len(images))
-    for part in sampling.shares(n, 8):
+    for part in sampling.shares(n, memory.at_once(generator.size, memory.INFERENCE, 8)):
         if images is None:
             made = sampling.images(generator, part, settings.seed)
         else:
@@ -187,7 +187,7 @@ def _legend(shown: Shown, parser: ContentParser, palette: np.ndarray, width: int
 
 def run(settings: ShowSettings) -> None:
     """Parse, print the shares, and draw."""
-    device = pick_device(settings.device)
+    device = settings.pick_device()
     if settings.out.is_dir():
         raise IsADirectoryError(f"{settings.out} is a folder; name a file in it")
     check_writable("out", settings.out)

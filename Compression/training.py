@@ -29,6 +29,7 @@ from Compression.optimisation import (
     lazy_adam,
     restore,
 )
+from Evaluation.features import masks_of
 from Model.checkpoint import load_discriminator
 from Model.discriminator import GROUP, Discriminator
 from Model.generator import Generator
@@ -421,7 +422,7 @@ class Trainer:
         mask = None
         if teacher.content_mask:
             with self._autocast():
-                mask = teacher.content_mask(target.made.image)
+                mask = masks_of(teacher.content_mask, target.made.image)
         for term in teacher.terms:
             if term.parts.call is not None:
                 weight = term.weight * (self._gan_weight if term.parts.network else 1)
@@ -603,27 +604,22 @@ def iterate(
     batches: Iterator[Tensor],
     iterations: int,
     events: Sequence[Event],
-    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Iterate up to iteration ``iterations``.
 
     Args:
         trainer: goes on at its own iteration.
-        batches: real images (N, 3, size, size) in [-1, 1], this process's share of every batch.
+        batches: real images (N, 3, size, size) in [-1, 1], this process's share of every batch;
+            where they end, training does.
         iterations: where to end.
         events: those that are due are called after an iteration, in this order; all at the end.
-        stop: asked after every iteration; when true in any process, all stop there.
 
     Raises:
         NonFiniteError: a loss became NaN or infinite.
     """
-    # Agreeing costs a transfer, so several processes ask each other only now and then.
-    patience = 1 if distributed.world_size() == 1 else 10
-    while trainer.iteration < iterations:
-        trainer.iterate(next(batches).to(trainer.device, non_blocking=True))
+    while trainer.iteration < iterations and (real := next(batches, None)) is not None:
+        trainer.iterate(real.to(trainer.device, non_blocking=True))
         end = trainer.iteration == iterations
         for event in events:
             if end or (event.every and trainer.iteration % event.every == 0):
                 event.action()
-        if trainer.iteration % patience == 0 and distributed.any_process(stop(), trainer.device):
-            break

@@ -14,7 +14,7 @@ from Evaluation.settings import PictureSettings, Result
 from Evaluation.side_by_side import load_models, save_pictures, sizes, stacked, target_stem
 from Model.complexity import macs
 from Model.generator import Generator
-from Util.device import pick_device
+from Util import memory
 from Util.pictures import grid, rescale, save_png, to_uint8
 from Util.settings import setting
 
@@ -59,7 +59,7 @@ def show_generated(settings: GeneratedSettings) -> Result:
         SettingError: names the setting and what to do.
     """
     stem = target_stem(settings.out, "generated")
-    models = load_models(settings, pick_device(settings.device))
+    models = load_models(settings, settings.pick_device())
     render, first = _renderer(settings, models), next(iter(models.values()))
     # The second latents are those of the next seed, so that a walk does not depend on n_sample.
     seeds = (settings.seed, settings.seed + 1)
@@ -97,8 +97,9 @@ def _save_files(settings: GeneratedSettings, models: Mapping[str, Generator], st
     for name, model in models.items():
         centre = sampling.mean_latent(model, settings.seed)
         fixed = settings.noise == "fixed"
-        parts = sampling.shares(settings.files, 16)
-        for part in tqdm(parts, desc=name, total=-(-settings.files // 16), unit="batch"):
+        batch = memory.at_once(model.size, memory.INFERENCE, 16)
+        parts = list(sampling.shares(settings.files, batch))
+        for part in tqdm(parts, desc=name, unit="batch"):
             images = sampling.images(model, part, settings.seed, settings.truncation, centre, fixed)
             for i, pixels in zip(part, to_uint8(images), strict=True):
                 save_png(folder / name / f"{i:06d}.png", pixels)

@@ -21,7 +21,6 @@ from Evaluation.settings import LoadMask, ModelSettings, Result
 from Model import bundled
 from Model.generator import Generator
 from Util import distributed
-from Util.device import pick_device
 from Util.settings import SettingError, blame, setting, some_words
 
 
@@ -30,7 +29,7 @@ class MeasureSettings(ModelSettings):
     """Settings of `measure`."""
 
     n_sample: int = setting(50_000, "generated images", low=2)
-    batch_size: int = setting(64, "images at a time", low=1)
+    batch_size: int = setting(64, "images at a time, fewer where they are large", low=1)
     images: Path | None = setting(None, "measured in place of the model's images", metavar="DIR")
     path: Path | None = setting(None, "real images: a folder or an LMDB", metavar="DIR")
     stats: Path | None = setting(
@@ -40,7 +39,10 @@ class MeasureSettings(ModelSettings):
         metavar="FILE",
     )
     features: str | None = setting(
-        None, "network (default: parser for the bundled models, else inception)", choices=FEATURES
+        None,
+        "network; attributes is for toon faces (default: parser for the bundled models, else"
+        " inception)",
+        choices=FEATURES,
     )
     inception_ckpt: Path | None = setting(None, "Inception weights, no download", metavar="FILE")
     parser_ckpt: Path | None = setting(
@@ -71,7 +73,9 @@ class MeasureSettings(ModelSettings):
         choices=FILTERS,
     )
     truncation: float = setting(1.0, "psi in (0, 1]; the paper has 1", above=0, high=1)
-    workers: int = setting(2, "processes that load images", low=0)
+    workers: int | None = setting(
+        None, "processes that load images (default: the share of the CPU cores, 4 at most)", low=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,13 +113,14 @@ def measure(settings: MeasureSettings, load_mask: LoadMask) -> Result:
         SettingError: names the setting and what to do.
         StatisticsError: the features cannot be compared.
     """
-    device = distributed.join(pick_device(settings.device))
+    device = distributed.join(settings.pick_device())
     generated = _generated(settings, device)
     size = generated.size
     parser, masked = settings.parser_file, load_mask if settings.content_aware else None
     inception = settings.inception_ckpt
     how = (settings.network, inception, parser, masked, device, settings.content)
     extractor = make_extractor(*how)
+    distributed.meet()  # one that downloads takes its time
     real = _real(settings, size, extractor, device)
     made = _made(settings, extractor, generated, device)
     first = distributed.rank() == 0
@@ -173,7 +178,7 @@ def _real(
         with blame("stats" if stats and stats.is_file() else "path"):
             return real_statistics(images, stats, extractor, *how)
     if stats is None and bundled.is_bundled(settings.ckpt):
-        stats = bundled.CONTENT_STATISTICS if settings.content_aware else bundled.STATISTICS
+        stats = bundled.statistics(settings.network, settings.content_aware)
     if stats is None:
         raise SettingError("path", "is missing; name the real images, or their statistics (stats)")
     with blame("stats"):

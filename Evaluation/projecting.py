@@ -16,13 +16,13 @@ from Dataset.sources.folder import SUFFIXES, image_files
 from Evaluation import sampling
 from Evaluation.comparison import fidelity, paper_fidelity
 from Evaluation.distances import Distance
-from Evaluation.features import Mask
+from Evaluation.features import Mask, masks_of
 from Evaluation.projection import LEARNING_RATE, PROTOCOLS, Projection, project, save_projection
 from Evaluation.settings import ContentSettings, LoadMask, ModelSettings, Result
 from Model import bundled
 from Model.generator import Generator
+from Util import memory
 from Util.cli import check_writable
-from Util.device import pick_device
 from Util.files import atomic_path
 from Util.pictures import save_png, side_by_side
 from Util.settings import SettingError, blame, setting
@@ -83,7 +83,8 @@ class ProjectionSettings(ContentSettings, ModelSettings):
     )
     batch_size: int = setting(
         8,
-        "pictures projected at once, each by a search of its own; equal digits need equal batches",
+        "pictures projected at once, fewer where they are large, each by a search of its own; equal"
+        " digits need equal batches",
         low=1,
     )
     mse_weight: float = setting(
@@ -131,7 +132,7 @@ def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Resul
     Raises:
         SettingError: names the setting and what to do.
     """
-    device, model = pick_device(settings.device), settings.ckpt
+    device, model = settings.pick_device(), settings.ckpt
     generator = settings.load(model, device)
     # Nothing but some figures needs a parser.
     named = settings.parser_ckpt or settings.content or bundled.is_bundled(model)
@@ -226,7 +227,8 @@ def _project(
     """Project batch after batch under a progress bar: names, real pictures, what was found."""
     search = {name: getattr(settings, name) for name in SEARCH}
     search["perceptual_weight"] = settings.weight
-    batches = list(sampling.shares(len(targets.names), settings.batch_size))
+    batch_size = memory.at_once(generator.size, memory.GRADIENTS, settings.batch_size)
+    batches = list(sampling.shares(len(targets.names), batch_size))
     with tqdm(total=len(batches) * settings.num_iters, desc="projecting", unit="it") as bar:
 
         def progress(loss: Tensor) -> None:
@@ -254,7 +256,7 @@ def _project_and_save(
     for names, real, projection in _project(settings, generator, targets, perceptual):
         with torch.no_grad():
             made = sampling.synthesise(generator, projection.w_plus, projection.noise)
-        mask = content(real) if content else None
+        mask = masks_of(content, real) if content else None
         figures = fidelity(real, made, mask, perceptual)
         if settings.protocol == "paper":
             figures |= paper_fidelity(real, made, perceptual)

@@ -13,6 +13,7 @@ from Evaluation.features import ContentMask, LoadMask
 from Model import bundled
 from Model.checkpoint import load_generator
 from Model.generator import Generator
+from Util.device import DeviceSettings
 from Util.settings import SettingError, Settings, blame, plain, setting, some_words
 
 PICTURE_SIDE = 128
@@ -20,13 +21,12 @@ PICTURE_SIDE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(Settings):
+class EvaluationSettings(DeviceSettings):
     """Settings of every evaluation."""
 
     generated_img_size: int = setting(
         0, "image side of the model in px; 0: as the checkpoint has it (default)", low=0
     )
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     seed: int = setting(0, "seed of all random draws", low=0)
     info_print: bool = setting(False, "print what is done, with which settings")
     json: bool = setting(False, "end with one JSON line: figures, protocol, settings")
@@ -176,4 +176,5 @@ class Result:
         settings = {k: v for k, v in settings.items() if k not in ("json", "info_print")}
         content = {"figures": self.figures, "protocol": self.protocol, "settings": settings}
         last = [json.dumps(content, default=str)] if self.settings.json else []
-        return "\n".join([*self.lines, *last])
+        rounded = ["(tf32: products of float32 rounded to TensorFloat-32, where the GPU has it)"]
+        return "\n".join([*self.lines, *(rounded if self.settings.tf32 else []), *last])

@@ -1,6 +1,6 @@
 """Images as pictures a person looks at."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 
 import numpy as np
@@ -98,6 +98,26 @@ def captioned(blocks: Mapping[str, np.ndarray], gap: int = 4, margin: int = 0) -
         picture.paste(Image.fromarray(block), (margin, top))
         draw.text((pad, top + len(block) // 2), caption, fill="black", font=font, anchor="lm")
         top += height
+    return np.asarray(picture)
+
+
+def headed(texts: Sequence[str], width: int, gap: int = 4) -> np.ndarray:
+    """Write the captions of a grid's columns, centred, on white.
+
+    Args:
+        texts: one for each column.
+        width: of the grid in pixels.
+        gap: pixels between its pictures.
+
+    Returns:
+        (24, width, 3) bytes.
+    """
+    font, column = ImageFont.load_default(16), (width + gap) / len(texts)
+    picture = Image.new("RGB", (width, 24), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, text in enumerate(texts):
+        middle = i * column + (column - gap) / 2
+        draw.text((middle, 12), text, fill="black", font=font, anchor="mm")
     return np.asarray(picture)
 
 

@@ -1,8 +1,8 @@
 """Operators that a training iteration asks for at 256 px: on a GPU with few images, its time.
 
-``python -m benchmarks.operators_per_iteration``. Counted on a CPU, at 2 images, with layers of a few
-channels: their number does not depend on the width. What is chosen by the device is chosen as on a
-GPU, with the compiled operators and without. R1 counts for a sixteenth and path length for a
+``python -m benchmarks.operators_per_iteration``. Counted on a CPU at 2 images, with layers of a few
+channels, since their number does not depend on the width. What is chosen by the device is chosen as
+on a GPU, with the compiled operators and without. R1 counts for a sixteenth and path length for a
 quarter, as often as they come. Views take no kernel of a GPU, and the host's time all the same.
 """
 
