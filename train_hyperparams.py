@@ -157,8 +157,8 @@ class TrainConfig(Settings):
     # Precision. float32 is what the paper trained in.
     amp: str = setting(
         "none",
-        "precision of generator, teacher and discriminator: none (float32), bf16, or fp16 with"
-        " scaled losses; R1 and path length stay in float32",
+        "precision of all networks: none (float32), bf16, or fp16 with scaled losses; path length"
+        " stays in float32",
         choices=("none", "bf16", "fp16"),
     )
     tf32: bool = setting(

@@ -132,8 +132,8 @@ class Judge:
             names: of the parameters.
             norms: of their gradients, (parameters,).
             loss: scalar.
-            forgiven: bool scalar: gradients that are not finite are no failure, since float16 may
-                have overflowed; None: they are one.
+            forgiven: bool scalar: what is not finite is no failure, since float16 may have
+                overflowed; None: it is one.
 
         Returns:
             Float scalar, 1 where the step must be left out.
@@ -143,8 +143,7 @@ class Judge:
         self._seen[phase] = seen if known is None else torch.where(self.failed, known, seen)
         self._names[phase] = names
         bad = ~seen.sum().isfinite()
-        failure = bad if forgiven is None else (bad & ~forgiven) | ~loss.isfinite()
-        self.failed = self.failed | failure
+        self.failed = self.failed | (bad if forgiven is None else bad & ~forgiven)
         return (self.failed | bad).float()
 
     def post(self) -> None:

@@ -145,12 +145,13 @@ class Trainer:
             for term in self._terms
             if (network := term.parts.network) is not None
         }
+        for network in networks.values():
+            network.requires_grad_(True)
+            network.batch_over_processes = True
         r1_every = settings.d_reg_every if settings.r1 else 0
         self._discriminators = {
             suffix: self._update_of(network, r1_every) for suffix, network in networks.items()
         }
-        for network in networks.values():
-            network.batch_over_processes = True
         self.averages, self.clock = Averages(), Clock(device)
         self.iteration = self.images_seen = 0
         self.mean_path_length = torch.zeros((), device=device)
@@ -284,12 +285,8 @@ class Trainer:
         return divide(n, self.settings.batch_gpu, groups)
 
     def _noise(self, generator: Generator, parts: Sequence[Part], n: int) -> PartNoise:
-        """Draw each part's layer noise, that of the undivided batch of n; None: layer by layer.
-
-        What a compiled teacher drew itself would be other numbers.
-        """
-        frozen = self.teacher is not None and generator is self.teacher.generator
-        if len(parts) == 1 and not (frozen and self.settings.compile):
+        """Draw each part's layer noise, that of the undivided batch of n; None: layer by layer."""
+        if len(parts) == 1:
             return {parts[0]: None}
         maps = generator.make_noise(n)
         return {part: [part.of(noise) for noise in maps] for part in parts}
@@ -438,6 +435,8 @@ class Trainer:
         features: bool,
     ) -> Pass:
         """Run student or teacher on the latents of a batch."""
+        if noise is None and self.settings.compile and generator is not self.generator:
+            noise = generator.make_noise(len(z[0]))  # compiled code would draw other numbers
         with context():
             w_plus = generator.w_plus(z, inject_index=layer)
             made = generator.synthesis(w_plus, noise, features=features)
@@ -482,7 +481,8 @@ class Trainer:
 
         found = self._step(self._g, "path length", parts, loss_of)
         penalty, mean, lengths = (tensor.detach() for tensor in made)
-        self.mean_path_length = torch.where(self.judge.failed, self.mean_path_length, mean)
+        # Not that of a step that is left out because something was not finite.
+        self.mean_path_length = torch.where(mean.isfinite(), mean, self.mean_path_length)
         return {"path_penalty": penalty, "path_length": lengths.mean()} | found
 
     def _length_penalty(self, lengths: Tensor) -> list[Tensor]:

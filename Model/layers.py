@@ -247,7 +247,7 @@ class StyledConv(nn.Module):
         epilogue = Epilogue(self.activate.bias, noise, self.noise.weight, gain)
         if not self.conv.upsample:
             return bounded(styled_conv3x3(x, weight, style, epilogue))
-        style, blur = style[:, :, None, None].to(x.dtype), self.conv.blur
+        style, blur = style.view(*style.shape, 1, 1).to(x.dtype), self.conv.blur
         y = F.conv_transpose2d(x * style, weight.transpose(0, 1), stride=2)
         return bounded(filtered_leaky_relu(y, blur.kernel, blur.pad, epilogue.to(y.dtype)))
 
