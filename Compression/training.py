@@ -617,7 +617,11 @@ def iterate(
     Raises:
         NonFiniteError: a loss became NaN or infinite.
     """
-    while trainer.iteration < iterations and (real := next(batches, None)) is not None:
+    while trainer.iteration < iterations:
+        with trainer.clock.part("data"):
+            real = next(batches, None)
+        if real is None:
+            break
         trainer.iterate(real.to(trainer.device, non_blocking=True))
         end = trainer.iteration == iterations
         for event in events:
