@@ -6,7 +6,7 @@
 import difflib
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -131,7 +131,6 @@ class ContentParser(nn.Module):
         is_content = torch.ones(count)
         is_content[list(excluded)] = 0
         self.network, self.chunk, self.name = network, chunk, name
-        self.classify: Callable[[Tensor], Tensor] = network.classify
         self.content = describe(excluded, network.class_names)
         self.chosen = "" if set(excluded) == set(own) else self.content
         inside = f", content {self.chosen}" if self.chosen else ""
@@ -150,7 +149,7 @@ class ContentParser(nn.Module):
         for part in images.split(self.chunk):
             # On a CPU this is channels last from the start: the convolutions are faster on it, and
             # the maximum over classes is then taken over contiguous values, several times faster.
-            found = self.classify(fast_layout(part.float()))
+            found = self.network.classify(fast_layout(part.float()))
             # Where autocast ran the network in half precision, classes still must not tie.
             yield found.float() if found.dtype in HALVES.values() else found
 

@@ -31,7 +31,7 @@ from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig
 from Util import distributed, pictures
 from Util.cli import check_writable
-from Util.compiling import compiled
+from Util.compiling import compile_method
 from Util.device import (
     peak_memory_gib,
     pick_device,
@@ -282,7 +282,8 @@ def _make_parser(config: TrainConfig, device: torch.device) -> ContentParser | N
     if not (config.has_teacher and config.content_aware_KD):
         return None
     parser = parser_for(config.parser_ckpt, config.teacher_ckpt, device, config.content)
-    parser.classify = compiled(parser.classify, config.compile)
+    if config.compile:
+        compile_method(parser.network, "classify")
     return parser
 
 
@@ -292,7 +293,8 @@ def _load_teacher(config: TrainConfig, size: int, device: torch.device) -> Gener
         return None
     with blame("teacher_ckpt"):
         generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
-    generator.synthesis = compiled(generator.synthesis, config.compile)  # type: ignore[method-assign]
+    if config.compile:
+        compile_method(generator, "synthesis")
     return generator.eval().requires_grad_(False)
 
 

@@ -16,7 +16,7 @@ from Model.checkpoint import CheckpointError, load_strict, read
 from Model.downloads import downloaded
 from Model.face_parser import BiSeNet
 from Model.layers import fast_layout
-from Util.compiling import compiled
+from Util.compiling import compile_method
 from Util.settings import blame
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -58,7 +58,8 @@ def load_distance(
         with blame("perceptual_ckpt"):
             network = load_lpips(name, trunk).to(device)
             network.net = Trunk(network.net, half)
-    network.forward = compiled(network.forward, compiling)  # type: ignore[method-assign]
+    if compiling:
+        compile_method(network, "forward")
     return lambda a, b: network(at_most(a, 256), at_most(b, 256)).flatten()
 
 

@@ -1,16 +1,13 @@
 """torch.compile, where a run asks for it."""
 
-from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import torch
 
 BACKEND = "inductor"
 """What compiles."""
 
-Function = TypeVar("Function", bound=Callable)
 
-
-def compiled(function: Function, on: bool) -> Function:
-    """Compile a function of tensors of fixed shapes when it is first called, if asked to."""
-    return torch.compile(function, backend=BACKEND, dynamic=False) if on else function
+def compile_method(owner: Any, name: str) -> None:
+    """Replace an object's method of tensors of fixed shapes by one that is compiled when called."""
+    setattr(owner, name, torch.compile(getattr(owner, name), backend=BACKEND, dynamic=False))
