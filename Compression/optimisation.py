@@ -118,9 +118,9 @@ class Judge:
         self.failed = torch.zeros((), dtype=torch.bool, device=device)
         self._seen: dict[str, Tensor] = {}
         self._names: dict[str, Sequence[str]] = {}
-        on_gpu = device.type == "cuda"
-        self._posted = torch.zeros((), dtype=torch.bool, pin_memory=on_gpu)
-        self._event = torch.cuda.Event() if on_gpu else None
+        self._on_gpu = device.type == "cuda"
+        self._posted = torch.zeros((), dtype=torch.bool, pin_memory=self._on_gpu)
+        self._event: torch.cuda.Event | None = None
 
     def judge(
         self, phase: str, names: Sequence[str], norms: Tensor, loss: Tensor, forgiven: Tensor | None
@@ -149,7 +149,8 @@ class Judge:
     def post(self) -> None:
         """Send the verdict on its way to the host."""
         self._posted.copy_(self.failed, non_blocking=True)
-        if self._event is not None:
+        if self._on_gpu:
+            self._event = torch.cuda.Event()
             self._event.record()
 
     def posted(self) -> bool:

@@ -93,13 +93,13 @@ class Draws:
 
     def styles(self, n: int) -> list[Tensor]:
         """One z (n, style_dim), or two where styles are mixed."""
-        # Read as a list, which no operator is called for: one number on the host, no device waits.
-        count = 2 if self.mixing > 0 and torch.rand(1).tolist()[0] < self.mixing else 1
+        # Read as an array: of a tensor, the host would ask an operator for the number.
+        count = 2 if self.mixing > 0 and torch.rand(1).numpy()[0] < self.mixing else 1
         return list(torch.randn(count, n, self.style_dim, device=self.device).unbind(0))
 
     def layer(self, n_latent: int) -> int:
         """Layer at which the second style takes over, in [1, n_latent - 1]."""
-        return int(torch.randint(1, n_latent, (1,)).tolist()[0])
+        return int(torch.randint(1, n_latent, (1,)).numpy()[0])
 
     def image_noise(self, images: Tensor) -> Tensor:
         """Standard normal direction of the path length, like the images."""
