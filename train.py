@@ -121,7 +121,7 @@ def print_dry_run(result: TrainResult) -> None:
         return
     first, second = result.rows[-2:]
     losses = {k: round(v, 4) for k, v in first.items() if k not in ("iteration", *TIMING)}
-    speed, memory = TIMING
+    speed, memory = TIMING[:2]
     print(f"dry run: all is well; losses of the first iteration: {losses}")
     print(f"{first[speed]:.1f}, then {second[speed]:.1f} images/s; peak {second[memory]:.2f} GiB")
 

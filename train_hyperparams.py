@@ -159,12 +159,18 @@ class TrainConfig(Settings):
     # Precision. float32 is what the paper trained in.
     amp: str = setting(
         "none",
-        "precision of generator, teacher and discriminator: none (float32), bf16, or fp16 with"
-        " scaled losses; R1 and path length stay in float32",
+        "precision of all networks: none (float32), bf16, or fp16 with scaled losses; path length"
+        " stays in float32",
         choices=("none", "bf16", "fp16"),
     )
     tf32: bool = setting(
         False, "round the factors of float32 products to TensorFloat-32 (Ampere and newer GPUs)"
+    )
+
+    compile: bool = setting(
+        False,
+        "compile teacher, parser and perceptual network by torch.compile: minutes at the start, and"
+        " results that differ by rounding",
     )
 
     # What is written, and when.
@@ -196,6 +202,12 @@ class TrainConfig(Settings):
     keep_checkpoints: int = setting(0, "newest checkpoints of the run that stay; 0: all", low=0)
     dry_run: bool = setting(
         False, "check everything, train two iterations, print speed and memory, keep nothing"
+    )
+    wandb: str = setting(
+        "",
+        "project of Weights & Biases that gets the log too (pip install wandb;"
+        " WANDB_MODE=offline keeps it in the run's folder); empty: none",
+        metavar="PROJECT",
     )
     log_freq: int = setting(50, "iterations between lines of metrics.jsonl", low=1)
 

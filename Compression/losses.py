@@ -18,17 +18,23 @@ def g_nonsaturating_loss(fake_logits: Tensor) -> Tensor:
     return F.softplus(-fake_logits).mean()
 
 
-def r1_penalty(real_logits: Tensor, real_images: Tensor) -> Tensor:
+def r1_penalty(real_logits: Tensor, real_images: Tensor, scale: Tensor | None = None) -> Tensor:
     """Mean squared norm of the logits' gradient at real images, without weight.
 
     Args:
         real_logits: (N, 1), computed from ``real_images``.
         real_images: (N, 3, H, W) that require gradients.
+        scale: factor of what is back-propagated, divided out again, where that is float16.
 
     Returns:
         Scalar, differentiable again (Mescheder et al., 2018, eq. 9; the caller puts the 1/2).
     """
-    (grad,) = torch.autograd.grad(real_logits.sum(), real_images, create_graph=True)
+    total = real_logits.sum()
+    if scale is not None:
+        total = total * scale
+    (grad,) = torch.autograd.grad(total, real_images, create_graph=True)
+    if scale is not None:
+        grad = grad / scale
     return grad.square().sum(dim=(1, 2, 3)).mean()
 
 

@@ -118,9 +118,9 @@ class Judge:
         self.failed = torch.zeros((), dtype=torch.bool, device=device)
         self._seen: dict[str, Tensor] = {}
         self._names: dict[str, Sequence[str]] = {}
-        on_gpu = device.type == "cuda"
-        self._posted = torch.zeros((), dtype=torch.bool, pin_memory=on_gpu)
-        self._event = torch.cuda.Event() if on_gpu else None
+        self._on_gpu = device.type == "cuda"
+        self._posted = torch.zeros((), dtype=torch.bool, pin_memory=self._on_gpu)
+        self._event: torch.cuda.Event | None = None
 
     def judge(
         self, phase: str, names: Sequence[str], norms: Tensor, loss: Tensor, forgiven: Tensor | None
@@ -132,8 +132,8 @@ class Judge:
             names: of the parameters.
             norms: of their gradients, (parameters,).
             loss: scalar.
-            forgiven: bool scalar: gradients that are not finite are no failure, since float16 may
-                have overflowed; None: they are one.
+            forgiven: bool scalar: what is not finite is no failure, since float16 may have
+                overflowed; None: it is one.
 
         Returns:
             Float scalar, 1 where the step must be left out.
@@ -143,14 +143,14 @@ class Judge:
         self._seen[phase] = seen if known is None else torch.where(self.failed, known, seen)
         self._names[phase] = names
         bad = ~seen.sum().isfinite()
-        failure = bad if forgiven is None else (bad & ~forgiven) | ~loss.isfinite()
-        self.failed = self.failed | failure
+        self.failed = self.failed | (bad if forgiven is None else bad & ~forgiven)
         return (self.failed | bad).float()
 
     def post(self) -> None:
         """Send the verdict on its way to the host."""
         self._posted.copy_(self.failed, non_blocking=True)
-        if self._event is not None:
+        if self._on_gpu:
+            self._event = torch.cuda.Event()
             self._event.record()
 
     def posted(self) -> bool:

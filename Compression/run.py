@@ -31,8 +31,14 @@ from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig
 from Util import distributed, pictures
 from Util.cli import check_writable
-from Util.device import peak_memory_gib, pick_device
-from Util.run_log import RunLog, newest_checkpoint, read_metrics
+from Util.compiling import compile_method
+from Util.device import (
+    peak_memory_gib,
+    pick_device,
+    reserved_memory_gib,
+    tune_convolutions,
+)
+from Util.run_log import RunLog, check_wandb, newest_checkpoint, read_metrics
 from Util.settings import SettingError, Settings, blame, plain
 from Util.stopping import StoppedError, StopRequest
 from Util.streams import stream
@@ -43,6 +49,7 @@ NOT_REMEMBERED = (
     *("resume", "out", "dry_run", "workers", "threads"),
     *("device", "gpu_device_ids", "primary_device", "dist_timeout"),
     *("log_freq", "n_sample", "val_sample_freq", "model_save_freq", "keep_checkpoints"),
+    "wandb",
 )
 """Settings that do not change what a run computes: its checkpoints are the same without them."""
 
@@ -104,6 +111,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
         NonFiniteError: a loss became NaN or infinite; the state before it has been written.
     """
     check(config)
+    tune_convolutions()
     device = distributed.join(_device(config), config.dist_timeout)
     if distributed.rank():
         announce = _nowhere
@@ -180,6 +188,8 @@ def check(config: TrainConfig) -> None:
             " processes",
         )
     _check_parts(config, config.batch_size // processes)
+    with blame("wandb"):
+        check_wandb(config.wandb)
 
 
 def _check_parts(config: TrainConfig, own: int) -> None:
@@ -271,7 +281,10 @@ def _make_parser(config: TrainConfig, device: torch.device) -> ContentParser | N
     """What makes the teacher's mask, or None where nothing is masked."""
     if not (config.has_teacher and config.content_aware_KD):
         return None
-    return parser_for(config.parser_ckpt, config.teacher_ckpt, device, config.content)
+    parser = parser_for(config.parser_ckpt, config.teacher_ckpt, device, config.content)
+    if config.compile:
+        compile_method(parser.network, "classify")
+    return parser
 
 
 def _load_teacher(config: TrainConfig, size: int, device: torch.device) -> Generator | None:
@@ -280,6 +293,8 @@ def _load_teacher(config: TrainConfig, size: int, device: torch.device) -> Gener
         return None
     with blame("teacher_ckpt"):
         generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
+    if config.compile:
+        compile_method(generator, "synthesis")
     return generator.eval().requires_grad_(False)
 
 
@@ -491,6 +506,7 @@ def _open_log(
             trainer.iteration if config.resume or config.load_train_state else None,
             config.keep_checkpoints,
             evaluation.best_by if evaluation else None,
+            config.wandb,
         )
 
 
@@ -508,7 +524,7 @@ class _Actions:
         request: StopRequest,
     ) -> None:
         self.trainer, self.run_log, self.bar, self.evaluation = trainer, log, bar, evaluation
-        self.making, self.request = dict(making), request
+        self.making, self.request, self.iterations = dict(making), request, config.iter
         self.saved = -1  # iteration of the last checkpoint
         numbers = torch.Generator().manual_seed(config.seed)
         z = torch.randn(config.n_sample, trainer.generator.style_dim, generator=numbers)
@@ -517,7 +533,14 @@ class _Actions:
     def log(self) -> None:
         """Write the means of the metrics since the last time."""
         trainer = self.trainer
-        metrics = trainer.averages.flush() | {"peak_memory_gib": peak_memory_gib(trainer.device)}
+        metrics = trainer.averages.flush() | trainer.clock.flush()
+        left = (self.iterations - trainer.iteration) * trainer.settings.batch_size
+        metrics |= {
+            "peak_memory_gib": peak_memory_gib(trainer.device),
+            "reserved_memory_gib": reserved_memory_gib(trainer.device),
+            "seconds_left": left / metrics["images_per_second"],
+            "time": time.time(),
+        }
         if self.run_log:
             self.run_log.metrics(trainer.iteration, metrics)
             shown = {k: v for k, v in metrics.items() if k.endswith("_loss") or k.startswith("kd_")}

@@ -33,8 +33,10 @@ from Evaluation.features import masks_of
 from Model.checkpoint import load_discriminator
 from Model.discriminator import GROUP, Discriminator
 from Model.generator import Generator
+from Model.precision import HALVES
 from train_hyperparams import TrainConfig
 from Util import distributed
+from Util.clock import Clock
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,13 @@ class Draws:
 
     def styles(self, n: int) -> list[Tensor]:
         """One z (n, style_dim), or two where styles are mixed."""
-        # Read as a list, which no operator is called for: one number on the host, no device waits.
-        count = 2 if self.mixing > 0 and torch.rand(1).tolist()[0] < self.mixing else 1
+        # Read as an array: of a tensor, the host would ask an operator for the number.
+        count = 2 if self.mixing > 0 and torch.rand(1).numpy()[0] < self.mixing else 1
         return list(torch.randn(count, n, self.style_dim, device=self.device).unbind(0))
 
     def layer(self, n_latent: int) -> int:
         """Layer at which the second style takes over, in [1, n_latent - 1]."""
-        return int(torch.randint(1, n_latent, (1,)).tolist()[0])
+        return int(torch.randint(1, n_latent, (1,)).numpy()[0])
 
     def image_noise(self, images: Tensor) -> Tensor:
         """Standard normal direction of the path length, like the images."""
@@ -133,7 +135,7 @@ class Trainer:
             for layer in generator.styled_convs:
                 layer.noise.weight.requires_grad_(False)
         self.draws = Draws(generator.style_dim, settings.mixing, device)
-        self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.amp)
+        self.half = HALVES.get(settings.amp)
         self.judge = Judge(device)
         self.scaler = LossScale(device, settings.amp == "fp16")
         path_every = settings.g_reg_every if settings.path_regularize else 0
@@ -143,13 +145,14 @@ class Trainer:
             for term in self._terms
             if (network := term.parts.network) is not None
         }
+        for network in networks.values():
+            network.requires_grad_(True)
+            network.batch_over_processes = True
         r1_every = settings.d_reg_every if settings.r1 else 0
         self._discriminators = {
             suffix: self._update_of(network, r1_every) for suffix, network in networks.items()
         }
-        for network in networks.values():
-            network.batch_over_processes = True
-        self.averages = Averages()
+        self.averages, self.clock = Averages(), Clock(device)
         self.iteration = self.images_seen = 0
         self.mean_path_length = torch.zeros((), device=device)
 
@@ -186,20 +189,26 @@ class Trainer:
             NonFiniteError: a loss or a gradient was not finite; the networks are as before it.
         """
         s = self.settings
+        # Of the iterations before a line of the log, as many as have one of each phase.
+        self.clock.running = -(self.iteration + 1) % s.log_freq < max(s.d_reg_every, s.g_reg_every)
         for update in self._discriminators.values():
             update.network.requires_grad_(True)
         # 1. Discriminator: softplus(-D(x)) + softplus(D(G(z))) (Goodfellow et al., 2014).
-        metrics = self._d_phase(real)
+        with self.clock.part("discriminator"):
+            metrics = self._d_phase(real)
         # 2. Every 16 iterations, R1: 16 * r1 / 2 * |dD/dx|^2 (Mescheder et al., 2018, eq. 9).
         if s.r1 and self.iteration % s.d_reg_every == 0:
-            metrics |= self._r1_phase(real)
+            with self.clock.part("r1"):
+                metrics |= self._r1_phase(real)
         for update in self._discriminators.values():
             update.network.requires_grad_(False)
         # 3. Generator: softplus(-D(G(z))) + distillation inside the content (paper, eq. 4).
-        metrics |= self._g_phase(real.shape[0])
+        with self.clock.part("generator"):
+            metrics |= self._g_phase(real.shape[0])
         # 4. Every 4 iterations, path length: 4 * weight * (|J^T y| - a)^2 (StyleGAN2, eq. 4).
         if s.path_regularize and self.iteration % s.g_reg_every == 0:
-            metrics |= self._path_phase(max(1, real.shape[0] // s.path_batch_shrink))
+            with self.clock.part("path"):
+                metrics |= self._path_phase(max(1, real.shape[0] // s.path_batch_shrink))
         # The average of the generators of some hundred iterations is what is kept and measured.
         accumulate(self.g_ema, self.generator, s.ema_decay)
         self._look(now=(self.iteration + 1) % s.log_freq == 0)
@@ -265,8 +274,11 @@ class Trainer:
             self.judge.post()
             if self.judge.posted():
                 self._fail(self.iteration)
-        names = {"norm": f"grad_norm_{phase.replace(' ', '_').lower()}", "skipped": "amp_skipped"}
-        return {names[key]: value for key, value in found.items()}
+        name = phase.replace(" ", "_").lower()
+        metrics = {f"grad_norm_{name}": found["norm"]}
+        if self.scaler.enabled:
+            metrics |= {f"amp_skipped_{name}": found["skipped"], "amp_scale": self.scaler.value + 0}
+        return metrics
 
     def _parts(self, n: int, groups: int = GROUP) -> list[Part]:
         """Divide a batch as --batch_gpu says; by whole groups where a discriminator sees it."""
@@ -306,11 +318,9 @@ class Trainer:
         update, sums = self._discriminators[suffix], Sums()
 
         def loss_of(part: Part) -> Tensor:
+            both = torch.cat([fakes[part], part.of(real)])
             with self._autocast():
-                fake_logits, real_logits = (
-                    update.network(fakes[part]),
-                    update.network(part.of(real)),
-                )
+                fake_logits, real_logits = update.network(both, batches=2).chunk(2)
             loss = losses.d_logistic_loss(real_logits, fake_logits)
             sums.add(part, f"d_loss{suffix}", loss)
             sums.add(part, f"real_score{suffix}", real_logits.detach().mean())
@@ -359,7 +369,11 @@ class Trainer:
 
         def loss_of(part: Part) -> Tensor:
             images = part.of(real).detach().requires_grad_()
-            penalty = losses.r1_penalty(update.network(images), images)
+            with self._autocast():
+                logits = update.network(images)
+            # The first derivative passes through half precision as the second does: scaled.
+            scale = self.scaler.value if self.scaler.enabled else None
+            penalty = losses.r1_penalty(logits, images, scale)
             sums.add(part, f"r1{suffix}", penalty)
             return part.weigh(penalty * weight)
 
@@ -402,8 +416,10 @@ class Trainer:
     ) -> Iterator[tuple[str, float, Tensor]]:
         """Compute name, weight and value of every term of the generator's loss."""
         # The mask is the teacher's: what the student should keep (section 3.3).
-        shown, content = target.made.image, teacher.content_mask
-        mask = masks_of(content, shown) if content else None
+        mask = None
+        if teacher.content_mask:
+            with self._autocast():
+                mask = masks_of(teacher.content_mask, target.made.image)
         for term in teacher.terms:
             if term.parts.call is not None:
                 weight = term.weight * (self._gan_weight if term.parts.network else 1)
@@ -419,6 +435,8 @@ class Trainer:
         features: bool,
     ) -> Pass:
         """Run student or teacher on the latents of a batch."""
+        if noise is None and self.settings.compile and generator is not self.generator:
+            noise = generator.make_noise(len(z[0]))  # compiled code would draw other numbers
         with context():
             w_plus = generator.w_plus(z, inject_index=layer)
             made = generator.synthesis(w_plus, noise, features=features)
@@ -463,7 +481,8 @@ class Trainer:
 
         found = self._step(self._g, "path length", parts, loss_of)
         penalty, mean, lengths = (tensor.detach() for tensor in made)
-        self.mean_path_length = torch.where(self.judge.failed, self.mean_path_length, mean)
+        # Not that of a step that is left out because something was not finite.
+        self.mean_path_length = torch.where(mean.isfinite(), mean, self.mean_path_length)
         return {"path_penalty": penalty, "path_length": lengths.mean()} | found
 
     def _length_penalty(self, lengths: Tensor) -> list[Tensor]:
@@ -598,7 +617,11 @@ def iterate(
     Raises:
         NonFiniteError: a loss became NaN or infinite.
     """
-    while trainer.iteration < iterations and (real := next(batches, None)) is not None:
+    while trainer.iteration < iterations:
+        with trainer.clock.part("data"):
+            real = next(batches, None)
+        if real is None:
+            break
         trainer.iterate(real.to(trainer.device, non_blocking=True))
         end = trainer.iteration == iterations
         for event in events:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from Model.generator import pyramid_width, resolution_log2
 from Model.layers import Blur, EqualConv2d, EqualLinear, FusedLeakyReLU, fast_layout
-from Model.precision import in_float32
+from Model.precision import bounded, in_float32
 from Util import distributed
 
 
@@ -51,7 +51,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, I, H, W) to (N, O, H/2, W/2) at unchanged variance."""
         # The sum of two paths has twice the variance of each.
-        return (self.conv2(self.conv1(x)) + self.skip(x)) * math.sqrt(0.5)
+        return bounded(self.conv2(self.conv1(x)) + self.skip(x)) * math.sqrt(0.5)
 
 
 GROUP = 4
@@ -128,9 +128,16 @@ class Discriminator(nn.Module):
             EqualLinear(widths[0] * 16, widths[0], activation=True), EqualLinear(widths[0], 1)
         )
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return one unbounded logit per image; higher means more real."""
-        return self._head(self.convs(fast_layout(images)))
+    def forward(self, images: Tensor, batches: int = 1) -> Tensor:
+        """Return one unbounded logit per image; higher means more real.
+
+        Args:
+            images: (N, 3, size, size).
+            batches: of equal sizes, one after the other; only images of one are compared.
+        """
+        features = self.convs(fast_layout(images)).chunk(batches)
+        logits = [self._head(batch) for batch in features]
+        return logits[0] if batches == 1 else torch.cat(logits)
 
     @in_float32
     def _head(self, x: Tensor) -> Tensor:

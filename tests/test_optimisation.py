@@ -97,24 +97,15 @@ def small_update(scale, clip=0.0):
     return network, judge, update
 
 
-def test_a_scale_that_has_shrunk_forgives_no_longer():
-    scale = LossScale(CPU, True)
-    network, judge, update = small_update(scale)
-    before = network.weight.clone()
-    steps = 0
+@pytest.mark.parametrize("poison", [NanGradient.apply, lambda x: x * float("nan")])
+def test_a_scale_that_has_shrunk_forgives_no_longer(poison):
+    network, judge, update = small_update(LossScale(CPU, True))
+    before, steps = network.weight.clone(), 0
     while not judge.failed:
-        update.step("main", divide(1, 0), lambda part: (network.weight * float("inf")).sum() * 0)
-        steps += 1
-        assert steps < 40
-    assert steps == 1  # a loss that is not a number is no overflow
-    scale = LossScale(CPU, True)
-    network, judge, update = small_update(scale)
-    steps = 0
-    while not judge.failed:
-        update.step("main", divide(1, 0), lambda part: NanGradient.apply(network.weight.sum()))
+        update.step("main", divide(1, 0), lambda part: poison(network.weight.sum()))
         steps += 1
     assert steps == 16 + 8 + 1  # from 2 ** 16 to 2 ** -8
-    assert before.isfinite().all()
+    assert torch.equal(network.weight, before)
 
 
 def test_the_scale_moves_as_gradscaler_does():

@@ -288,21 +288,6 @@ def test_the_state_before_a_loss_that_is_not_finite_is_kept(folder, monkeypatch,
     assert checkpoint.load_generator(kept).channels == (6, 5, 4, 4)
 
 
-def test_a_resumed_run_keeps_its_number_of_threads(folder):
-    before = torch.get_num_threads()
-    try:
-        assert run(folder, f"{SMALL} --iter 1 --n_sample 1 --threads 2") == 0
-        torch.set_num_threads(1)
-        assert train.main(f"--resume {folder}/run --iter 2".split()) == 0
-        assert torch.get_num_threads() == read_config(folder / "run")["threads"] == 2
-        assert train.main(f"--resume {folder}/run --iter 3 --threads 1".split()) == 0
-        assert torch.get_num_threads() == read_config(folder / "run")["threads"] == 1
-        made = checkpoint.read(newest_checkpoint(folder / "run"))["config"]["training"]
-        assert "threads" not in made
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_the_state_before_a_gradient_that_is_not_finite_goes_on(folder, monkeypatch, capsys):
     calls = itertools.count()
     loss = losses.g_nonsaturating_loss
@@ -319,6 +304,21 @@ def test_the_state_before_a_gradient_that_is_not_finite_goes_on(folder, monkeypa
     monkeypatch.undo()
     assert run(folder, f"{SMALL} --iter 5 --ckpt {kept} --load_train_state", "next") == 0
     assert [p.name for p in checkpoints(folder / "next")] == ["000005.pt"]
+
+
+def test_a_resumed_run_keeps_its_number_of_threads(folder):
+    before = torch.get_num_threads()
+    try:
+        assert run(folder, f"{SMALL} --iter 1 --n_sample 1 --threads 2") == 0
+        torch.set_num_threads(1)
+        assert train.main(f"--resume {folder}/run --iter 2".split()) == 0
+        assert torch.get_num_threads() == read_config(folder / "run")["threads"] == 2
+        assert train.main(f"--resume {folder}/run --iter 3 --threads 1".split()) == 0
+        assert torch.get_num_threads() == read_config(folder / "run")["threads"] == 1
+        made = checkpoint.read(newest_checkpoint(folder / "run"))["config"]["training"]
+        assert "threads" not in made
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow

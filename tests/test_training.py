@@ -196,7 +196,8 @@ def test_losses_of_both_discriminators_by_their_definition(monkeypatch):
     for network in (trainer.discriminator, further):
         network.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
     trainer.iterate(images()[0])
-    fake, real, fake_t, real_t, g, g_t = seen
+    both, both_t, g, g_t = seen
+    (fake, real), (fake_t, real_t) = both.chunk(2), both_t.chunk(2)
     softplus = torch.nn.functional.softplus
     torch.testing.assert_close(steps[0], softplus(fake).mean() + softplus(-real).mean())
     torch.testing.assert_close(steps[1], softplus(fake_t).mean() + softplus(-real_t).mean())
