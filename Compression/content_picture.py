@@ -1,6 +1,5 @@
 """Show what a parser finds in a model's pictures, and which part of it is the content."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from Model.checkpoint import load_generator
 from Util.cli import check_writable, listed, run_settings
 from Util.device import pick_device
 from Util.pictures import captioned, grid, rescale, save_png
+from Util.progress import warn
 from Util.settings import Settings, blame, setting, some_words
 
 SIDE = 128
@@ -196,7 +196,7 @@ def run(settings: ShowSettings) -> None:
     save_png(settings.out, picture(shown, parser))
     print(table(shown, parser))
     if warning := share_warning(shown.inside, parser):
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(f"warning: {warning}")
     print(f"saved {settings.out}")
 
 

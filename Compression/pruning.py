@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from Compression import recipes
 from Compression.content import ContentParser, Metered, parser_for, share_warning
@@ -28,6 +27,7 @@ from Model.generator import Generator
 from Util.cli import check_writable
 from Util.device import pick_device
 from Util.files import folder_lock
+from Util.progress import Progress
 from Util.settings import SettingError, Settings, blame, chosen, plain, setting, some_words
 
 
@@ -135,7 +135,7 @@ class PruneResult:
         pruned: the generator after.
         scores: one 1-D tensor per channel group.
         keep: one bool tensor per channel group.
-        warning: what to look at before training, or empty.
+        warnings: what to look at before training.
     """
 
     path: Path
@@ -143,7 +143,7 @@ class PruneResult:
     pruned: Generator
     scores: Scores
     keep: Sequence[Tensor]
-    warning: str = ""
+    warnings: Sequence[str] = ()
 
 
 def prune(settings: PruneSettings) -> PruneResult:
@@ -180,8 +180,19 @@ def prune(settings: PruneSettings) -> PruneResult:
         "config": _config(settings, full, pruned, parser),
     }
     path = _save(target, content, overwrite=target == settings.out)
-    warning = share_warning(metered.share, parser) if metered and parser else ""
-    return PruneResult(path, full, pruned, scores, keep, warning)
+    share = share_warning(metered.share, parser) if metered and parser else ""
+    warnings = [text for text in (share, _lacking(settings, others)) if text]
+    return PruneResult(path, full, pruned, scores, keep, warnings)
+
+
+def _lacking(settings: PruneSettings, others: Mapping[str, Any]) -> str:
+    """What retraining will ask for because the full-size checkpoint does not have it, or empty."""
+    if "d" in others:
+        return ""
+    return (
+        f"{settings.ckpt} holds no discriminator (d); to retrain, give train.py a --teacher_ckpt"
+        " that has one, or --discriminator scratch"
+    )
 
 
 def _load_full_size(
@@ -223,14 +234,13 @@ def _target(settings: PruneSettings, size: int) -> Path:
 def _score(settings: PruneSettings, generator: Generator, sampling: Sampling) -> Scores:
     """Score the channels under a progress bar."""
     score = SCORES[settings.metric]
-    with tqdm(total=settings.n_sample, desc=f"scoring ({settings.metric})", unit="img") as bar:
+    with Progress(settings.n_sample, f"scoring ({settings.metric})", "img") as bar:
         own = replace(
             sampling, progress=bar.update, options=chosen(settings.options, score.options)
         )
         try:
             return score.compute(generator, own)
         except EmptyContentError as error:
-            bar.leave = False
             file = settings.parser_ckpt or bundled.default_parser(settings.ckpt)
             raise SettingError("parser_ckpt", f"{file}: {error}") from None
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from Compression import distillation, recipes
 from Compression.content import ContentParser, parser_for
@@ -32,6 +31,7 @@ from train_hyperparams import TrainConfig
 from Util import distributed, pictures
 from Util.cli import check_writable
 from Util.device import peak_memory_gib, pick_device, set_tf32
+from Util.progress import Progress, show
 from Util.run_log import RunLog, newest_checkpoint, read_metrics
 from Util.settings import SettingError, Settings, blame, plain
 from Util.stopping import StopRequest
@@ -418,7 +418,7 @@ class _Actions:
         config: TrainConfig,
         trainer: Trainer,
         log: RunLog | None,
-        bar: tqdm,
+        bar: Progress,
         evaluation: Evaluation | None,
         making: Mapping[str, Any],
     ) -> None:
@@ -435,14 +435,16 @@ class _Actions:
         if self.run_log:
             self.run_log.metrics(trainer.iteration, metrics)
             shown = {k: v for k, v in metrics.items() if k.endswith("_loss") or k.startswith("kd_")}
-            self.bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()})
+            self.bar.figures(", ".join(f"{k} {v:.3f}" for k, v in shown.items()))
 
     def sample(self) -> None:
         """Write a grid of g_ema's images, always of the same latents."""
         if self.run_log:
             g_ema = self.trainer.g_ema
             samples = sampling.render(g_ema, sampling.from_z(g_ema, self.z))
-            self.run_log.samples(self.trainer.iteration, pictures.grid(samples))
+            title = f"iteration {self.trainer.iteration:,}, moving average (g_ema)"
+            grid = pictures.with_text(pictures.grid(samples), title, above=True)
+            self.run_log.samples(self.trainer.iteration, grid)
 
     def evaluate(self) -> None:
         """Measure g_ema."""
@@ -468,9 +470,7 @@ def _train(
     making: Mapping[str, Any],
 ) -> int:
     """Train under a progress bar until the end or a signal; returns the signal's number or 0."""
-    bar = tqdm(
-        total=config.iter, initial=trainer.iteration, unit="it", dynamic_ncols=True, disable=not log
-    )
+    bar = Progress(config.iter, "training", done=trainer.iteration, shown=bool(log))
     actions = _Actions(config, trainer, log, bar, evaluation, making)
     events = [
         Event(1, bar.update),
@@ -493,5 +493,5 @@ def _train(
         if trainer.iteration >= config.iter:
             return 0
         actions.checkpoint()
-        bar.write(f"stopped at iteration {trainer.iteration}; go on with --resume {config.out}")
+        show(f"stopped at iteration {trainer.iteration}; go on with --resume {config.out}")
     return stop.signal

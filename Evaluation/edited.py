@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from Evaluation import editing, sampling
 from Evaluation.distances import Distance
@@ -19,7 +18,8 @@ from Evaluation.settings import ContentSettings, LoadMask, PictureSettings, Resu
 from Evaluation.side_by_side import load_models, save_pictures, sizes, stacked, target_stem
 from Model.generator import Generator
 from Util.device import pick_device
-from Util.pictures import framed, grid, rescale
+from Util.pictures import framed, grid, rescale, text_size, with_heads, with_text
+from Util.progress import track
 from Util.settings import SettingError, blame, setting
 
 STEMS = {"mixing": "style_mixing", "morphing": "morphing"}
@@ -113,10 +113,13 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
     with torch.no_grad():
         edits = {
             name: edit(own, scale, lambda x: x * mask(x), distance)
-            for name, own in tqdm(faces.items(), desc=mode, unit="model")
+            for name, own in track(faces.items(), len(faces), mode, "model")
         }
-    picture = stacked(models, {name: shown for name, (shown, _) in edits.items()}, gap=24)
-    frames = _frames(models, faces, scale, settings.frames if mode == "morphing" else 0)
+    picture = stacked(models, {name: shown for name, (shown, _) in edits.items()}, scale, gap=24)
+    size = text_size(round(generator.size * scale))
+    picture = with_text(picture, _caption(settings, generator.n_latent), size)
+    n, frame_scale = settings.frames, settings.scale_of(generator.size, animated=True)
+    frames = _frames(models, faces, frame_scale, n if mode == "morphing" else 0)
     files = save_pictures(settings, stem, picture, frames)
     distances = {name: found for name, (_, found) in edits.items()}
     lines = [*sizes(settings, models), f"content-aware {settings.distance_name(first)}"]
@@ -216,7 +219,8 @@ def _mix(
     def shown(images: Tensor, columns: int) -> np.ndarray:
         return grid(rescale(images, scale), columns, gap=4)
 
-    return framed(shown(left, 1), shown(top, len(b)), shown(mixed, len(b))), distances
+    grids = (shown(left, 1), shown(top, len(b)), shown(mixed, len(b)))
+    return framed(*grids, names=("A", "B")), distances
 
 
 def _morph(faces: Faces, scale: float, content: Content, distance: Distance, n: int) -> Edit:
@@ -225,20 +229,44 @@ def _morph(faces: Faces, scale: float, content: Content, distance: Distance, n: 
     frames = [sampling.render(faces.generator, faces.between(t)) for t in steps]
     rows = rescale(torch.stack(frames, dim=1).flatten(0, 1), scale)
     distances = editing.morphing_distances([content(frame) for frame in frames], distance)
-    return grid(rows, columns=n, gap=4), distances
+    side = rows.shape[-1]
+    heads = ["A", *(f"{k}/{n - 1}" for k in range(1, n - 1)), "B"]
+    shown = with_heads(grid(rows, columns=n, gap=4), heads, side, 4, text_size(side))
+    return shown, distances
+
+
+def _caption(settings: EditedSettings, n_latent: int) -> str:
+    """What the picture shows, in words."""
+    psi = f"Truncation {settings.truncation:g}."
+    if settings.mode == "morphing":
+        way = "linearly in w" if settings.space == "w" else "along the arc in z"
+        return f"Morphing from A to B {way}; the fractions are of the way. {psi}"
+    layers = editing.style_layers(settings.layers, n_latent)
+    last = layers.stop - 1
+    which = f"layer {last}" if len(layers) == 1 else f"layers {layers.start} to {last}"
+    # Layer 0 of w+ is that of the convolution at 4 px, two each are those of every further size;
+    # the last one is a ToRGB's alone.
+    low, high = (2 ** (2 + (min(i, n_latent - 2) + 1) // 2) for i in (layers.start, last))
+    pixels = f"{low} px" if low == high else f"{low} to {high} px"
+    named = f"{settings.layers}, " if settings.layers in editing.STYLE_LAYERS else ""
+    noise = " and their noise" if settings.mix_noise else ""
+    return (
+        f"Style mixing: each row is a face A with the styles of the faces B in {which}{noise}"
+        f" ({named}{pixels}) of the layers 0 to {n_latent - 1}. {psi}"
+    )
 
 
 def _frames(
     models: Mapping[str, Generator], faces: Mapping[str, Faces], scale: float, n: int
 ) -> Iterator[np.ndarray]:
     """Render an animation that goes from A to B and back, slowly at both."""
-    for k in tqdm(range(n), desc="morphing", unit="frame", disable=not n):
+    for k in track(range(n), n, "morphing", "frame"):
         t = (1 - math.cos(2 * math.pi * k / n)) / 2
         blocks = {}
         for name, own in faces.items():
             images = rescale(sampling.render(own.generator, own.between(t)), scale)
             blocks[name] = grid(images, columns=len(images), gap=4)
-        yield stacked(models, blocks)
+        yield stacked(models, blocks, scale)
 
 
 def _table(figures: Mapping[str, Mapping[str, float]]) -> str:

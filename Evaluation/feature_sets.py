@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from Dataset.batches import in_order
 from Dataset.images import Images
@@ -20,17 +18,18 @@ from Evaluation.feature_statistics import Features, Statistics, statistics_of
 from Evaluation.features import Extractor
 from Model.generator import Generator
 from Util import distributed
+from Util.progress import Progress, warn
 
 
 def all_features(
     extractor: Extractor, batches: Iterable[Tensor], device: torch.device, n: int, what: str
 ) -> Features:
     """Compute features (n, D) of all processes' batches, in order, under a progress bar."""
-    quiet, step, own = distributed.rank() != 0, distributed.world_size(), []
-    with tqdm(total=n, desc=what, unit="img", leave=False, disable=quiet) as bar:
+    first, step, own = distributed.rank() == 0, distributed.world_size(), []
+    with Progress(n, what, "img", shown=first, leave=False) as bar:
         for images in batches:
             own.append(extractor(images.to(device)).cpu())
-            bar.update(min(len(images) * step, n - bar.n))
+            bar.update(min(len(images) * step, n - bar.done))
     return torch.cat(distributed.gather_in_turn(own)).numpy()
 
 
@@ -153,5 +152,5 @@ def real_statistics(
         try:
             feature_statistics.save(file, made)
         except OSError as error:
-            print(f"warning: {file} could not be written ({error})", file=sys.stderr)
+            warn(f"warning: {file} could not be written ({error})")
     return made

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from Evaluation.distances import Distance
 from Evaluation.sampling import POSITION, draw_noise, draw_z, shares, synthesise
@@ -19,6 +18,7 @@ from Evaluation.settings import ModelSettings, PerceptualSettings, Result
 from Model.generator import Generator
 from Util import distributed
 from Util.device import pick_device
+from Util.progress import Progress
 from Util.settings import setting
 from Util.streams import stream
 
@@ -111,7 +111,7 @@ def path_length(
     rank, world = distributed.rank(), distributed.world_size()
     batches = list(shares(n, batch_size, rank, world))
     total = sum(map(len, batches))
-    with tqdm(total=total, desc=protocol, unit="pair", leave=False, disable=rank > 0) as bar:
+    with Progress(total, protocol, "pair", shown=rank == 0, leave=False) as bar:
         own = pair_distances(pairs, perceptual, batches, bar.update)
     distances = torch.cat(distributed.gather_in_turn(own)).numpy()
     return perceptual_path_length(distances, eps, protocol)

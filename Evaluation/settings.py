@@ -13,10 +13,13 @@ from Evaluation.features import ContentMask, LoadMask
 from Model import bundled
 from Model.checkpoint import load_generator
 from Model.generator import Generator
+from Util.progress import tell
 from Util.settings import SettingError, Settings, blame, plain, setting, some_words
 
 PICTURE_SIDE = 128
-"""Side in px of a picture where the setting scale does not say otherwise."""
+"""Side in px that smaller pictures are enlarged to where the setting scale says nothing else."""
+FRAME_SIDE = 256
+"""Side in px that larger pictures of an animation are reduced to, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,11 @@ class EvaluationSettings(Settings):
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     seed: int = setting(0, "seed of all random draws", low=0)
     info_print: bool = setting(False, "print what is done, with which settings")
-    json: bool = setting(False, "end with one JSON line: figures, protocol, settings")
+    json: bool = setting(
+        False,
+        "print one JSON line (figures, protocol, settings) and nothing else; the text goes to"
+        " standard error",
+    )
 
     def load(self, path: Path, device: torch.device) -> Generator:
         """Load the frozen generator of a checkpoint, refused where its images have another size."""
@@ -122,8 +129,8 @@ class PictureSettings(EvaluationSettings):
     )
     scale: float = setting(
         0,
-        "enlarge pictures by a whole number, or reduce them by 0.5, 0.25, ...; 0: to"
-        f" {PICTURE_SIDE} px (default)",
+        "enlarge pictures by a whole number, or reduce them by 0.5, 0.25, ...; 0: as they are, but"
+        f" at least {PICTURE_SIDE} px, and in an animation at most {FRAME_SIDE} px (default)",
     )
     frames: int = setting(48, "frames of the animation; 0: no animation", low=0)
     fps: int = setting(12, "frames per second, at most 50", low=1)
@@ -143,9 +150,11 @@ class PictureSettings(EvaluationSettings):
         bundled_files = (bundled.MODEL, bundled.COMPRESSED)
         return self.ckpt or tuple(file for file in bundled_files if file.is_file())
 
-    def scale_of(self, size: int) -> float:
+    def scale_of(self, size: int, animated: bool = False) -> float:
         """Return the factor from the pictures of a model to those that are shown."""
-        scale = self.scale or PICTURE_SIDE / size
+        scale = self.scale or max(1, PICTURE_SIDE / size)
+        if animated and not self.scale:
+            scale = min(scale, FRAME_SIDE / size)
         if size * scale < 8:
             raise SettingError("scale", f"{scale:g} leaves less than 8 px of {size} px; take more")
         return scale
@@ -169,11 +178,19 @@ class Result:
     settings: EvaluationSettings
     chosen: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def output(self) -> str:
-        """What a script prints: the text and, where the settings ask for it, a line of JSON."""
+    def show(self) -> None:
+        """Print the text or, where the settings ask for it, one line of JSON.
+
+        The text then goes to standard error, so that what is piped on is JSON alone.
+        """
+        text = "\n".join(self.lines)
+        if self.settings.json:
+            tell(text)
+            text = self._json()
+        print(text)
+
+    def _json(self) -> str:
         settings = plain(self.settings) | dict(self.chosen)
         settings = {k: v for k, v in settings.items() if k not in ("json", "info_print")}
         content = {"figures": self.figures, "protocol": self.protocol, "settings": settings}
-        last = [json.dumps(content, default=str)] if self.settings.json else []
-        return "\n".join([*self.lines, *last])
+        return json.dumps(content, default=str)
