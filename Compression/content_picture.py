@@ -43,10 +43,16 @@ class ShowSettings(Settings):
     """Settings of the picture; one flag each."""
 
     ckpt: Path = setting(
-        bundled.MODEL, "generator whose pictures are parsed (default: bundled)", metavar="FILE"
+        bundled.MODEL,
+        "generator whose pictures are parsed (default: bundled)",
+        metavar="FILE",
+        exists="file",
     )
     path: Path | None = setting(
-        None, "pictures to parse in place of the model's, of its size", metavar="DIR"
+        None,
+        "pictures to parse in place of the model's, of its size",
+        metavar="DIR",
+        exists="folder",
     )
     parser_ckpt: Path | None = setting(
         None,

@@ -43,16 +43,22 @@ def class_pair(text: str) -> tuple[int, int]:
 class ParserSettings(Settings):
     """A run of `train_parser`, or the evaluation of a parser by `score_parser`."""
 
-    path: Path = setting(..., "folder with images/ and labels/", metavar="DIR")
+    path: Path = setting(..., "folder with images/ and labels/", metavar="DIR", exists="folder")
     val_path: Path | None = setting(
-        None, "held-out pictures, same layout (default: a part of --path)", metavar="DIR"
+        None,
+        "held-out pictures, same layout (default: a part of --path)",
+        metavar="DIR",
+        exists="folder",
     )
     val_fraction: float = setting(
         0.1, "part of --path held out without --val_path", above=0, below=1, metavar="X"
     )
     out: Path = setting(Path("Model/parser_model/parser.pt"), "file to write", metavar="FILE")
     eval_only: Path | None = setting(
-        None, "only score this parser, on --val_path or else on all of --path", metavar="CKPT"
+        None,
+        "only score this parser, on --val_path or else on all of --path",
+        metavar="CKPT",
+        exists="file",
     )
     size: int = setting(128, "side of the parser's input in pixels", low=1, metavar="PX")
     image_size: int | None = setting(

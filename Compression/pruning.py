@@ -22,6 +22,7 @@ from Compression.scores import SCORES, EmptyContentError, Score
 from Compression.scores.sampling import Sampling, Scores, draw_sampling
 from Compression.selection import select_channels
 from Compression.surgery import prune_generator
+from Evaluation.settings import check_size
 from Model import bundled, checkpoint
 from Model.generator import Generator
 from Util.cli import check_writable
@@ -49,6 +50,7 @@ class PruneSettings(Settings):
         bundled.MODEL,
         "full-size checkpoint (default: Model/full_size_model/toon_faces_64px.pt)",
         metavar="FILE",
+        exists="file",
     )
     recipe: str = setting(
         "",
@@ -92,6 +94,7 @@ class PruneSettings(Settings):
         " Model/parser_model/79999_iter.pth)",
         metavar="FILE",
         aliases=("parser",),
+        exists="parser",
     )
     content: tuple[str, ...] = setting(
         (),
@@ -155,9 +158,9 @@ def prune(settings: PruneSettings) -> PruneResult:
     if settings.recipe:
         recipes.named(settings.recipe)
     device = pick_device(settings.device)
+    parser = _parser(settings, device)  # before what takes longer: the default one may be missing
     full, others = _load_full_size(settings, device)
     target = _target(settings, full.size)
-    parser = _parser(settings, device)
     metered = Metered(parser) if parser else None
     sampling = draw_sampling(
         full,
@@ -202,12 +205,7 @@ def _load_full_size(
     with blame("ckpt"):
         content = checkpoint.read(settings.ckpt)
         generator = checkpoint.load_generator(settings.ckpt, device=device)
-    if settings.generated_img_size not in (None, generator.size):
-        raise SettingError(
-            "generated_img_size",
-            f"{settings.generated_img_size} contradicts {settings.ckpt}, whose images are"
-            f" {generator.size} px; leave it out or give {generator.size}",
-        )
+    check_size("generated_img_size", settings.generated_img_size, settings.ckpt, generator)
     return generator, {"d": content["d"]} if "d" in content else {}
 
 

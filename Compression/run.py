@@ -24,6 +24,7 @@ from Evaluation import feature_statistics, sampling
 from Evaluation.feature_sets import real_statistics, sampled_features
 from Evaluation.features import make_extractor
 from Evaluation.metrics import METRICS, distance_key, evaluate, need_features
+from Evaluation.settings import check_size
 from Model import bundled, checkpoint
 from Model.discriminator import Discriminator
 from Model.generator import Generator, resolution_log2
@@ -33,7 +34,7 @@ from Util.cli import check_writable
 from Util.device import peak_memory_gib, pick_device, set_tf32
 from Util.progress import Progress, show
 from Util.run_log import RunLog, newest_checkpoint, read_metrics
-from Util.settings import SettingError, Settings, blame, plain
+from Util.settings import SettingError, Settings, blame, check_files, plain
 from Util.stopping import StopRequest
 
 NOT_REMEMBERED = (
@@ -143,6 +144,7 @@ def check(config: TrainConfig) -> None:
             resolution_log2(config.size)
     if config.fid_stats and Path(config.fid_stats).is_dir():
         raise SettingError("fid_stats", f"{config.fid_stats} is a folder; name a file")
+    _check_inputs(config)
     check_writable("out", Path(config.out or "runs") / "config.json")
     if config.load_train_state and not config.ckpt:
         raise SettingError("load_train_state", "goes with ckpt; name the checkpoint to go on from")
@@ -169,6 +171,17 @@ def check(config: TrainConfig) -> None:
         )
 
 
+def _check_inputs(config: TrainConfig) -> None:
+    """Refuse files that are not there; a run that goes on needs no ckpt."""
+    check_files(config, *(("ckpt",) if config.resume else ()))
+    with blame("teacher_ckpt"):
+        if config.has_teacher and not Path(config.teacher_ckpt).exists():
+            raise ValueError(f"{config.teacher_ckpt}: no such file; check the name")
+    if config.has_teacher and config.content_aware_KD and not config.parser_ckpt:
+        with blame("parser_ckpt"):
+            bundled.default_parser(config.teacher_ckpt)
+
+
 def _device(config: TrainConfig) -> torch.device:
     """The device of the settings; auto means primary_device where there is CUDA."""
     if config.device == "auto" and torch.cuda.is_available():
@@ -177,22 +190,25 @@ def _device(config: TrainConfig) -> torch.device:
 
 
 def _make_networks(
-    config: TrainConfig, content: Mapping[str, Any]
+    config: TrainConfig, content: Mapping[str, Any], source: str
 ) -> tuple[Generator, Generator | None]:
     """Generator and its moving average if there is one, loaded or new."""
-    size = config.size or None
     if not content:
-        new = Generator(
-            size or 64, config.style_dim, config.n_mlp, config.channels, config.channel_multiplier
-        )
-        return new, None
-    g_ema = checkpoint.load_generator(content, size=size) if "g_ema" in content else None
-    generator = checkpoint.load_generator(content, "g" if "g" in content else "g_ema", size=size)
+        size, widths = config.size or 64, (config.channels, config.channel_multiplier)
+        return Generator(size, config.style_dim, config.n_mlp, *widths), None
+    g_ema = checkpoint.load_generator(content, name=source) if "g_ema" in content else None
+    key = "g" if "g" in content else "g_ema"
+    generator = checkpoint.load_generator(content, key, name=source)
+    check_size("size", config.size, source, generator)
     return generator, g_ema
 
 
 def _make_discriminator(
-    config: TrainConfig, content: Mapping[str, Any], generator: Generator, resume: bool
+    config: TrainConfig,
+    content: Mapping[str, Any],
+    generator: Generator,
+    resume: bool,
+    source: str,
 ) -> Discriminator:
     """The checkpoint's, the teacher's where it has none, or a new one of their widths."""
     if not content:
@@ -205,7 +221,14 @@ def _make_discriminator(
     scratch = config.discriminator == "scratch" and not resume
     if scratch and "d" not in content:
         return Discriminator(generator.size, config.channel_multiplier)
-    found = checkpoint.load_discriminator(content)
+    if "d" not in content:
+        also = f", nor does {config.teacher_ckpt}" if config.has_teacher else ""
+        raise SettingError(
+            "discriminator",
+            f"{config.discriminator}: {source} holds none (d){also}; give a teacher_ckpt that has"
+            " one, or train with discriminator scratch",
+        )
+    found = checkpoint.load_discriminator(content, name=source)
     return Discriminator(found.size, channels=found.channels) if scratch else found
 
 
@@ -240,6 +263,24 @@ def _make_teacher(
     return Teacher(generator, mask, distillation.make_terms(sources))
 
 
+def _start(config: TrainConfig) -> tuple[str, bool]:
+    """The checkpoint to start from, or empty, and whether that is to go on with its training."""
+    if config.resume:
+        file = Path(config.resume)
+        if newest := file if file.is_file() else newest_checkpoint(file):
+            return str(newest), True
+        # A run that was ended before its first checkpoint starts again as it did.
+    return config.ckpt, config.load_train_state
+
+
+def reached(config: TrainConfig) -> int:
+    """The iteration of the checkpoint to go on from if nothing is left to train, else 0."""
+    source, resume = _start(config)
+    name = Path(source).stem
+    iteration = int(name) if resume and name.isdecimal() else 0
+    return iteration if iteration >= config.iter and not config.dry_run else 0
+
+
 def _make_trainer(
     config: TrainConfig, device: torch.device, announce: Callable[[str], None]
 ) -> tuple[Trainer, dict[str, Any]]:
@@ -248,18 +289,14 @@ def _make_trainer(
     Returns:
         The trainer, and what the checkpoint remembers of its making.
     """
-    source, resume = config.ckpt, config.load_train_state
-    if config.resume:
-        file = Path(config.resume)
-        newest = file if file.is_file() else newest_checkpoint(file)
-        # A run that was ended before its first checkpoint starts again as it did.
-        source, resume = (str(newest), True) if newest else (source, resume)
+    source, resume = _start(config)
     torch.manual_seed(config.seed)
-    with blame("ckpt" if source else "size and --channels:"):
+    named = "resume" if config.resume and resume else "ckpt" if source else "size and --channels:"
+    with blame(named):
         content = checkpoint.read(source) if source else {}
         _check_teacher(config, source, content)
-        generator, g_ema = _make_networks(config, content)
-        discriminator = _make_discriminator(config, content, generator, resume)
+        generator, g_ema = _make_networks(config, content, source)
+        discriminator = _make_discriminator(config, content, generator, resume, source)
     full = _load_teacher(config, generator.size, device)
     parser = _make_parser(config, device)
     if parser:
@@ -271,7 +308,7 @@ def _make_trainer(
     if resume:
         name = Path(source).stem
         iteration = int(name) if name.isdecimal() else None
-        with blame(f"ckpt {source}:"):
+        with blame(f"{named} {source}:"):
             trainer.load_state(content, iteration)
         if "train_state" not in content:
             announce(

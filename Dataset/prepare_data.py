@@ -44,7 +44,9 @@ Encoded = tuple[int, list[bytes]] | str
 class PrepareSettings(Settings):
     """What goes into an LMDB, and how it is stored."""
 
-    path: Path = setting(..., "folder of images, searched recursively", metavar="DIR")
+    path: Path = setting(
+        ..., "folder of images, searched recursively", metavar="DIR", exists="folder"
+    )
     out: Path = setting(..., "folder of the LMDB, new or unfinished", metavar="LMDB")
     size: tuple[int, ...] = setting(..., "sides in pixels: 128,256", metavar="N,...")
     resample: str = setting(

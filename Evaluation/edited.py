@@ -39,11 +39,15 @@ class EditedSettings(ContentSettings, PictureSettings):
 
     mode: str = setting("mixing", "what to do", choices=tuple(STEMS))
     a: Numbers = setting(None, FACES.format("A", "0,1,2", "a"))
-    projection_a: Files = setting(None, PROJECTION.format("A"), nargs="+", metavar="NPZ")
+    projection_a: Files = setting(
+        None, PROJECTION.format("A"), nargs="+", metavar="NPZ", exists="file"
+    )
     b: Numbers = setting(
         None, FACES.format("B", "3,4,5,6,7, to morph as many as in A from 3 on", "b")
     )
-    projection_b: Files = setting(None, PROJECTION.format("B"), nargs="+", metavar="NPZ")
+    projection_b: Files = setting(
+        None, PROJECTION.format("B"), nargs="+", metavar="NPZ", exists="file"
+    )
     layers: str = setting(
         "coarse",
         "mixing: layers of w+ that come from B: coarse (0-3), middle (4-7), fine (8 and on), or a"
@@ -98,6 +102,7 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
         SettingError: names the setting and what to do.
     """
     device, first, mode = pick_device(settings.device), settings.checkpoints[0], settings.mode
+    settings.parser_file(first)
     stem = target_stem(settings.out or Path(STEMS[mode]), STEMS[mode])
     models = load_models(settings, device)
     faces = _load_faces(settings, models)
@@ -240,7 +245,7 @@ def _caption(settings: EditedSettings, n_latent: int) -> str:
     psi = f"Truncation {settings.truncation:g}."
     if settings.mode == "morphing":
         way = "linearly in w" if settings.space == "w" else "along the arc in z"
-        return f"Morphing from A to B {way}; the fractions are of the way. {psi}"
+        return f"Morphing from A to B, {way}; numbers: the share of the way. {psi}"
     layers = editing.style_layers(settings.layers, n_latent)
     last = layers.stop - 1
     which = f"layer {last}" if len(layers) == 1 else f"layers {layers.start} to {last}"
@@ -249,10 +254,10 @@ def _caption(settings: EditedSettings, n_latent: int) -> str:
     low, high = (2 ** (2 + (min(i, n_latent - 2) + 1) // 2) for i in (layers.start, last))
     pixels = f"{low} px" if low == high else f"{low} to {high} px"
     named = f"{settings.layers}, " if settings.layers in editing.STYLE_LAYERS else ""
-    noise = " and their noise" if settings.mix_noise else ""
+    noise = " and the noise" if settings.mix_noise else ""
     return (
-        f"Style mixing: each row is a face A with the styles of the faces B in {which}{noise}"
-        f" ({named}{pixels}) of the layers 0 to {n_latent - 1}. {psi}"
+        f"Style mixing: the face A of the row, with the styles{noise} of the face B of the column"
+        f" in {which} ({named}{pixels}) of 0 to {n_latent - 1}. {psi}"
     )
 
 

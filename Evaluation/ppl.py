@@ -135,6 +135,7 @@ def measure(settings: PathSettings) -> Result:
         SettingError: names the setting and what to do.
     """
     device = distributed.join(pick_device(settings.device))
+    settings.check_parser(settings.ckpt)
     generator = settings.load(settings.ckpt, device)
     perceptual = settings.load_distance(settings.ckpt, device)
     distance = settings.distance_name(settings.ckpt)

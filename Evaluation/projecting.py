@@ -62,6 +62,7 @@ class ProjectionSettings(ContentSettings, ModelSettings):
         "a picture or a folder of pictures, cropped centrally to a square and resized to the"
         " model's size (default: pictures that the model makes of --seed)",
         metavar="PATH",
+        exists="file or folder",
     )
     n_sample: int | None = setting(
         None,
@@ -145,6 +146,7 @@ def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Resul
         SettingError: names the setting and what to do.
     """
     device, model = pick_device(settings.device), settings.ckpt
+    settings.check_parser(model)
     generator = settings.load(model, device)
     # Nothing but some figures needs a parser.
     named = settings.parser_ckpt or settings.content or bundled.is_bundled(model)

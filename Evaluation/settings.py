@@ -41,8 +41,23 @@ class EvaluationSettings(Settings):
     def load(self, path: Path, device: torch.device) -> Generator:
         """Load the frozen generator of a checkpoint, refused where its images have another size."""
         with blame("ckpt"):
-            generator = load_generator(path, device=device, size=self.generated_img_size or None)
+            generator = load_generator(path, device=device)
+        check_size("generated_img_size", self.generated_img_size, path, generator)
         return generator.eval().requires_grad_(False)
+
+
+def check_size(name: str, size: int | None, file: str | Path, generator: Generator) -> None:
+    """Refuse a setting that gives another image side than a checkpoint has; none and 0 go with any.
+
+    Raises:
+        SettingError: names the setting and the file.
+    """
+    if size and size != generator.size:
+        raise SettingError(
+            name,
+            f"{size} contradicts {file}, whose images are {generator.size} px; leave it out or give"
+            f" {generator.size}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +65,10 @@ class ModelSettings(EvaluationSettings):
     """Settings of an evaluation of one model."""
 
     ckpt: Path = setting(
-        bundled.MODEL, "generator checkpoint; its g_ema is taken (default: bundled)", metavar="FILE"
+        bundled.MODEL,
+        "generator checkpoint; its g_ema is taken (default: bundled)",
+        metavar="FILE",
+        exists="file",
     )
 
 
@@ -65,7 +83,10 @@ class PerceptualSettings(Settings):
         choices=(*LPIPS_TRUNKS, "parser"),
     )
     perceptual_ckpt: Path | None = setting(
-        None, "its torchvision weights (vgg16, alexnet or squeezenet1_1)", metavar="FILE"
+        None,
+        "its torchvision weights (vgg16, alexnet or squeezenet1_1)",
+        metavar="FILE",
+        exists="file",
     )
     parser_ckpt: Path | None = setting(
         None,
@@ -73,6 +94,7 @@ class PerceptualSettings(Settings):
         " one for the bundled models, else Model/parser_model/79999_iter.pth)",
         metavar="FILE",
         aliases=("parser",),
+        exists="parser",
     )
 
     def network(self, model: Path) -> str:
@@ -87,10 +109,21 @@ class PerceptualSettings(Settings):
     def load_distance(self, model: Path, device: torch.device) -> Distance:
         """Load the perceptual distance for a model; see `Evaluation.distances.load_distance`."""
         network, trunk = self.network(model), self.perceptual_ckpt
-        return load_distance(network, trunk, lambda: self._parser_file(model), device)
+        return load_distance(network, trunk, lambda: self.parser_file(model), device)
 
-    def _parser_file(self, model: Path) -> Path:
-        return self.parser_ckpt or bundled.default_parser(model)
+    def check_parser(self, model: Path) -> None:
+        """Find out before anything is loaded that the parser of the distance is missing."""
+        if self.network(model) == "parser":
+            self.parser_file(model)
+
+    def parser_file(self, model: Path) -> Path:
+        """The parser for a model.
+
+        Raises:
+            SettingError: there is none; says where to get it.
+        """
+        with blame("parser_ckpt"):
+            return self.parser_ckpt or bundled.default_parser(model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +141,7 @@ class ContentSettings(PerceptualSettings):
     def load_mask(self, load_mask: LoadMask, model: Path, device: torch.device) -> ContentMask:
         """Load the content mask for a model."""
         with blame("parser_ckpt"):
-            return load_mask(self._parser_file(model), device, self.content)
+            return load_mask(self.parser_file(model), device, self.content)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +153,7 @@ class PictureSettings(EvaluationSettings):
         "generator checkpoints; each one's g_ema is taken (default: the bundled ones)",
         metavar="FILE",
         nargs="+",
+        exists="file",
     )
     names: tuple[str, ...] | None = setting(
         None, "captions of the checkpoints (default: the files' names)", nargs="+"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from Util import progress
-from Util.settings import Kind, SettingError, Settings, add_flags, from_flags
+from Util.settings import Kind, SettingError, Settings, add_flags, check_files, from_flags
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -177,7 +177,9 @@ def run_settings(
 
     def run_with(args: argparse.Namespace) -> int | None:
         parser.set_defaults(**defaults(args))
-        return run(from_flags(kind, vars(parser.parse_args(argv)), options))
+        settings = from_flags(kind, vars(parser.parse_args(argv)), options)
+        check_files(settings)
+        return run(settings)
 
     return run_script(parser, run_with, argv)
 

@@ -35,6 +35,11 @@ def is_quiet() -> bool:
     return _quiet.get()
 
 
+def is_terminal() -> bool:
+    """Whether someone may be watching standard error."""
+    return sys.stderr.isatty()
+
+
 def tell(text: str) -> None:
     """Say on standard error what goes on, above a bar if there is one."""
     if not is_quiet():
@@ -85,7 +90,7 @@ class Progress:
         self.total, self.what, self.unit, self.done = total, what, unit, done
         shown = shown and not is_quiet()
         self._bar: tqdm | None = None
-        self._lines = shown and not sys.stderr.isatty()
+        self._lines = shown and not is_terminal()
         if shown and not self._lines:
             self._bar = tqdm(
                 total=total,
