@@ -28,12 +28,9 @@ def run(settings: MeasureSettings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    try:
-        return run_settings(
-            MeasureSettings, run, argv, prog="get_fid.py", description=__doc__, epilog=EXAMPLES
-        )
-    finally:
-        distributed.leave()
+    return run_settings(
+        MeasureSettings, run, argv, prog="get_fid.py", description=__doc__, epilog=EXAMPLES
+    )
 
 
 if __name__ == "__main__":

@@ -23,12 +23,9 @@ def run(settings: PathSettings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    try:
-        return run_settings(
-            PathSettings, run, argv, prog="get_ppl.py", description=__doc__, epilog=EXAMPLES
-        )
-    finally:
-        distributed.leave()
+    return run_settings(
+        PathSettings, run, argv, prog="get_ppl.py", description=__doc__, epilog=EXAMPLES
+    )
 
 
 if __name__ == "__main__":

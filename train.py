@@ -16,8 +16,10 @@ from train_hyperparams import TrainConfig
 from Util import distributed
 from Util.cli import OneLineParser, listed, run_script
 from Util.progress import show
-from Util.run_log import TIMING, read_config
+from Util.run_log import CONFIG, TIMING, read_config
 from Util.settings import SettingError, add_flags, blame, from_flags, known_settings
+
+AUTO = "auto"
 
 EPILOG = """distillation terms (--kd):
 {terms}
@@ -55,10 +57,11 @@ def parse_config(argv: Sequence[str] | None) -> TrainConfig:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.resume:
-        if args.recipe:
+    resume = run_to_resume(args)
+    if resume:
+        if args.recipe and args.resume != AUTO:
             raise SettingError("recipe", "is for a new run; a resumed one keeps its settings")
-        folder = run_folder(args.resume)
+        folder = run_folder(resume)
         with blame("resume"):
             # Runs from before this setting had that filter.
             stored = {"resample": "lanczos"} | read_config(folder)
@@ -68,7 +71,20 @@ def parse_config(argv: Sequence[str] | None) -> TrainConfig:
         defaults = recipes.train_values(args.recipe, args.ckpt)
     parser.set_defaults(**defaults)
     values = vars(parser.parse_args(argv)) | {"recipe": defaults.get("recipe", "")}
-    return from_flags(TrainConfig, values, option_kinds())
+    return from_flags(TrainConfig, values | {"resume": resume}, option_kinds())
+
+
+def run_to_resume(args: argparse.Namespace) -> str:
+    """Run folder or checkpoint to go on with, empty for a new run; --resume auto finds out which.
+
+    Raises:
+        SettingError: auto without a folder to look into.
+    """
+    if args.resume != AUTO:
+        return str(args.resume)
+    if not args.out:
+        raise SettingError("resume", f"{AUTO} looks into the run's folder; name it by out")
+    return args.out if (Path(args.out) / CONFIG).exists() else ""
 
 
 def run_folder(resume: str) -> Path:
@@ -93,7 +109,7 @@ def run(argv: Sequence[str] | None) -> int:
     several = len(config.gpu_device_ids) > 1 and config.device == "auto"
     if several and not distributed.launched() and torch.cuda.is_available():
         flags = sys.argv[1:] if argv is None else argv
-        distributed.relaunch(__file__, flags, config.gpu_device_ids)
+        distributed.relaunch(__file__, flags, len(config.gpu_device_ids))
     if config.dry_run:
         with tempfile.TemporaryDirectory() as folder:
             print_dry_run(train(replace(config, out=folder), show), config)
@@ -135,10 +151,7 @@ def regularisers(config: TrainConfig, iteration: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    try:
-        return run_script(build_parser(), lambda _: run(argv), argv)
-    finally:
-        distributed.leave()
+    return run_script(build_parser(), lambda _: run(argv), argv)
 
 
 if __name__ == "__main__":

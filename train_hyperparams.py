@@ -33,8 +33,8 @@ class TrainConfig(Settings):
     )
     resume: str = setting(
         "",
-        "go on with a run: its folder (newest checkpoint), or one of its checkpoints",
-        exists="file or folder",
+        "go on with a run: its folder (newest checkpoint), or one of its checkpoints; auto: with"
+        " that in --out if there is one, else start it",
     )
     load_train_state: bool = setting(
         False, "also take optimisers, iteration and random state from --ckpt"
@@ -197,12 +197,33 @@ class TrainConfig(Settings):
     log_freq: int = setting(50, "iterations between lines of metrics.jsonl", low=1)
 
     # Where it runs.
-    device: str = setting("auto", "auto (primary_device if CUDA is there, else cpu), cpu, cuda:N")
+    device: str = setting("auto", "auto (a GPU if CUDA is there, else cpu), cpu, cuda:N")
     gpu_device_ids: tuple[int, ...] = setting(
-        (0,), "GPUs of a run, by index; several start one process on each"
+        (0,),
+        "GPUs of a run, by index among those that CUDA_VISIBLE_DEVICES leaves; several start one"
+        " process on each",
     )
-    primary_device: str = setting("cuda:0", "the GPU that auto takes")
-    workers: int = setting(2, "data loading processes; 0: load in the training process", low=0)
+    primary_device: str = setting(
+        "cuda:0", "the GPU that auto takes (default: the first of gpu_device_ids)"
+    )
+    dist_timeout: float = setting(
+        600.0,
+        "seconds after which several processes give up on one that does not answer; waiting for one"
+        " that writes, measures or downloads does not count",
+        above=0,
+    )
+    workers: int | None = setting(
+        None,
+        "data loading processes of each training process; 0: load in it (default: its share of the"
+        " CPU cores, 4 at most)",
+        low=0,
+    )
+    threads: int = setting(
+        0,
+        "CPU threads of PyTorch in each process; 0: OMP_NUM_THREADS, or as many as there are idle"
+        " cores at the start. A resumed run keeps its number: the last bits depend on it",
+        low=0,
+    )
     seed: int = setting(0, "seed of networks, latents and data order")
     options: tuple[Settings, ...] = ()
 

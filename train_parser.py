@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from Compression.parser_scores import Scores
 from Compression.parser_training import ParserSettings, score_parser, train_parser
@@ -30,11 +31,15 @@ def table(scores: Scores) -> str:
     return "\n".join(lines)
 
 
+def _check_target(name: str, file: Path) -> None:
+    """Find out before any work that a file cannot be written."""
+    if file.is_dir():
+        raise SettingError(name, f"{file} is a folder; name a file in it")
+    check_writable(name, file)
+
+
 def train(settings: ParserSettings) -> None:
     """Train under a progress bar and print the scores."""
-    if settings.out.is_dir():
-        raise SettingError("out", f"{settings.out} is a folder; name a file in it")
-    check_writable("out", settings.out)
     with Progress(settings.iter, "training") as bar:
 
         def after_step(step: int, loss: float) -> None:
@@ -53,6 +58,9 @@ def train(settings: ParserSettings) -> None:
 
 def run(settings: ParserSettings) -> None:
     """Train or score a parser."""
+    for name, file in (("out", settings.out), ("report", settings.report)):
+        if file and not (name == "out" and settings.eval_only):
+            _check_target(name, file)
     if settings.eval_only is None:
         train(settings)
     else:

@@ -17,10 +17,10 @@ from Evaluation import sampling
 from Model import bundled
 from Model.checkpoint import load_generator
 from Util.cli import check_writable, listed, run_settings
-from Util.device import pick_device
+from Util.device import DeviceSettings
 from Util.pictures import captioned, grid, rescale, save_png
 from Util.progress import warn
-from Util.settings import Settings, blame, setting, some_words
+from Util.settings import blame, setting, some_words
 
 SIDE = 128
 """Side in px of a picture that is shown, about."""
@@ -39,7 +39,7 @@ examples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShowSettings(Settings):
+class ShowSettings(DeviceSettings):
     """Settings of the picture; one flag each."""
 
     ckpt: Path = setting(
@@ -70,7 +70,6 @@ class ShowSettings(Settings):
     n_sample: int = setting(64, "pictures for the shares", low=1)
     shown: int = setting(8, "pictures that are shown", low=1)
     seed: int = setting(0, "seed of the pictures", low=0)
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     out: Path = setting(Path("content.png"), "picture to write", metavar="FILE")
 
 
@@ -193,7 +192,7 @@ def _legend(shown: Shown, parser: ContentParser, palette: np.ndarray, width: int
 
 def run(settings: ShowSettings) -> None:
     """Parse, print the shares, and draw."""
-    device = pick_device(settings.device)
+    device = settings.pick_device()
     if settings.out.is_dir():
         raise IsADirectoryError(f"{settings.out} is a folder; name a file in it")
     check_writable("out", settings.out)

@@ -18,10 +18,10 @@ from Compression.parser_scores import Scores, evaluate, worst_cases
 from Dataset.label_maps import LabelMapDataset
 from Model import checkpoint
 from Model.face_parser import CELEBAMASK_NAMES, BiSeNet
-from Util.device import pick_device
+from Util.device import DeviceSettings
 from Util.pictures import save_png
 from Util.progress import track
-from Util.settings import SettingError, Settings, blame, integers, setting
+from Util.settings import SettingError, blame, integers, setting
 
 WARM_UP = 0.05
 """Part of the iterations in which the learning rate rises linearly."""
@@ -40,7 +40,7 @@ def class_pair(text: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParserSettings(Settings):
+class ParserSettings(DeviceSettings):
     """A run of `train_parser`, or the evaluation of a parser by `score_parser`."""
 
     path: Path = setting(..., "folder with images/ and labels/", metavar="DIR", exists="folder")
@@ -117,9 +117,6 @@ class ParserSettings(Settings):
         metavar="PNG",
     )
     seed: int = setting(0, "random seed", metavar="N")
-    device: str = setting(
-        "auto", "auto (a GPU if there is one), cpu, cuda or cuda:N", metavar="DEV"
-    )
     workers: int = setting(0, "processes that read pictures; 0: the main one", low=0, metavar="N")
 
     def __post_init__(self) -> None:
@@ -175,8 +172,8 @@ def train_parser(
         FloatingPointError: the loss is no longer finite.
     """
     if settings.resume and not settings.state_file.is_file():
-        raise SettingError("resume", f": {settings.state_file} is missing; train without it")
-    device = pick_device(settings.device)
+        raise SettingError("resume", f"{settings.state_file} is missing; train without it")
+    device = settings.pick_device()
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
 
@@ -237,7 +234,7 @@ def score_parser(settings: ParserSettings) -> Scores:
         SettingError: a file, a folder or a setting cannot be used.
         LabelMapError: a picture or its label map cannot.
     """
-    device = pick_device(settings.device)
+    device = settings.pick_device()
     with blame("eval_only"):
         network = checkpoint.load_face_parser(settings.eval_only or "", device)
     settings.check_classes(network.n_classes)
@@ -425,7 +422,7 @@ class ParserRun:
         with blame("resume"):
             saved = checkpoint.read(file)
             if saved.get("config") != self.network.config:
-                raise ValueError(f": {file} is of a parser with other sizes or classes")
+                raise ValueError(f"{file} is of a parser with other sizes or classes")
             try:
                 checkpoint.load_strict(self.network, saved["parser"], str(file))
                 self.optimiser.load_state_dict(saved["optimiser"])
@@ -435,5 +432,5 @@ class ParserRun:
                 self._best = float(progress["best"])
                 self.generator.set_state(saved["augmentation"])
             except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-                raise ValueError(f": {file} is damaged ({error})".splitlines()[0]) from None
+                raise ValueError(f"{file} is damaged ({error})".splitlines()[0]) from None
         torch.manual_seed(self.settings.seed + self.step)

@@ -18,6 +18,7 @@ from torch.optim import Adam, Optimizer
 from Compression import losses
 from Compression.averages import Averages
 from Compression.distillation import Pass, Term
+from Evaluation.features import masks_of
 from Model.checkpoint import load_discriminator
 from Model.discriminator import Discriminator
 from Model.generator import Generator
@@ -281,7 +282,8 @@ class Trainer:
                 teacher.generator, z, layer, noise, self._without_gradients, features
             )
             # The mask is the teacher's: what the student should keep (section 3.3).
-            mask = teacher.content_mask(target.made.image) if teacher.content_mask else None
+            shown, content = target.made.image, teacher.content_mask
+            mask = masks_of(content, shown) if content else None
             for term in teacher.terms:
                 if term.parts.call is None:
                     continue
@@ -455,27 +457,22 @@ def iterate(
     batches: Iterator[Tensor],
     iterations: int,
     events: Sequence[Event],
-    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Iterate up to iteration ``iterations``.
 
     Args:
         trainer: goes on at its own iteration.
-        batches: real images (N, 3, size, size) in [-1, 1], this process's share of every batch.
+        batches: real images (N, 3, size, size) in [-1, 1], this process's share of every batch;
+            where they end, training does.
         iterations: where to end.
         events: those that are due are called after an iteration, in this order; all at the end.
-        stop: asked after every iteration; when true in any process, all stop there.
 
     Raises:
         NonFiniteError: a loss became NaN or infinite.
     """
-    # Agreeing costs a transfer, so several processes ask each other only now and then.
-    patience = 1 if distributed.world_size() == 1 else 10
-    while trainer.iteration < iterations:
-        trainer.iterate(next(batches).to(trainer.device, non_blocking=True))
+    while trainer.iteration < iterations and (real := next(batches, None)) is not None:
+        trainer.iterate(real.to(trainer.device, non_blocking=True))
         end = trainer.iteration == iterations
         for event in events:
             if end or (event.every and trainer.iteration % event.every == 0):
                 event.action()
-        if trainer.iteration % patience == 0 and distributed.any_process(stop(), trainer.device):
-            break

@@ -19,6 +19,11 @@ from Dataset.sources import open_source
 from Util.progress import warn
 
 
+def to_float(pixels: Tensor) -> Tensor:
+    """Bytes to floats in [-1, 1], of the same shape, on the device where they are."""
+    return pixels.float().div_(127.5).sub_(1)
+
+
 class Images(Dataset[Tensor]):
     """Images of one size, as tensors (3, size, size) in [-1, 1].
 
@@ -55,12 +60,15 @@ class Images(Dataset[Tensor]):
         return len(self.source)
 
     def __getitem__(self, item: Item) -> Tensor:
+        return to_float(self.pixels(item))
+
+    def pixels(self, item: Item) -> Tensor:
+        """Give an item as bytes (3, size, size), a quarter of its floats."""
         index, mirror = item
         pixels = np.asarray(self._readable(index))
         if mirror:
             pixels = pixels[:, ::-1]
-        tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        return tensor.float().div_(127.5).sub_(1)
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
     @cached_property
     def resizing(self) -> Resizing:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from Evaluation import editing, sampling
 from Evaluation.distances import Distance
+from Evaluation.features import masks_of
 from Evaluation.projection import load_projection
 from Evaluation.sampling import Latents
 from Evaluation.settings import ContentSettings, LoadMask, PictureSettings, Result
 from Evaluation.side_by_side import load_models, save_pictures, sizes, stacked, target_stem
 from Model.generator import Generator
-from Util.device import pick_device
 from Util.pictures import framed, grid, rescale, text_size, with_heads, with_text
 from Util.progress import track
 from Util.settings import SettingError, blame, setting
@@ -101,7 +101,7 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
     Raises:
         SettingError: names the setting and what to do.
     """
-    device, first, mode = pick_device(settings.device), settings.checkpoints[0], settings.mode
+    device, first, mode = settings.pick_device(), settings.checkpoints[0], settings.mode
     settings.parser_file(first)
     stem = target_stem(settings.out or Path(STEMS[mode]), STEMS[mode])
     models = load_models(settings, device)
@@ -117,7 +117,7 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
     distance = settings.load_distance(first, device)
     with torch.no_grad():
         edits = {
-            name: edit(own, scale, lambda x: x * mask(x), distance)
+            name: edit(own, scale, lambda x: x * masks_of(mask, x), distance)
             for name, own in track(faces.items(), len(faces), mode, "model")
         }
     picture = stacked(models, {name: shown for name, (shown, _) in edits.items()}, scale, gap=24)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,31 @@ from Evaluation.features import Extractor
 from Model.generator import Generator
 from Util import distributed
 from Util.progress import Progress, warn
+from Util.stopping import StoppedError
 
 
 def all_features(
-    extractor: Extractor, batches: Iterable[Tensor], device: torch.device, n: int, what: str
+    extractor: Extractor,
+    batches: Iterable[Tensor],
+    device: torch.device,
+    n: int,
+    what: str,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Features:
-    """Compute features (n, D) of all processes' batches, in order, under a progress bar."""
+    """Compute features (n, D) of all processes' batches, in order, under a progress bar.
+
+    Raises:
+        StoppedError: in all processes, if ``stop()`` was true between two batches of one.
+    """
     first, step, own = distributed.rank() == 0, distributed.world_size(), []
     with Progress(n, what, "img", shown=first, leave=False) as bar:
         for images in batches:
+            if stop():
+                break
             own.append(extractor(images.to(device)).cpu())
             bar.update(min(len(images) * step, n - bar.done))
+    if distributed.any_process(stop()):
+        raise StoppedError
     return torch.cat(distributed.gather_in_turn(own)).numpy()
 
 
@@ -40,21 +54,26 @@ def sampled_features(
     batch_size: int,
     seed: int,
     truncation: float = 1.0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Features:
-    """Compute features (n, D) of a generator's images 0 to n - 1; the processes share them."""
+    """Compute features (n, D) of a generator's images 0 to n - 1; the processes share them.
+
+    Raises:
+        StoppedError: see `all_features`.
+    """
     centre = sampling.mean_latent(generator, seed) if truncation < 1 else None
     shares = sampling.shares(n, batch_size, distributed.rank(), distributed.world_size())
     batches = (sampling.images(generator, s, seed, truncation, centre) for s in shares)
     device = generator.device
-    return all_features(extractor, batches, device, n, "generated images")
+    return all_features(extractor, batches, device, n, "generated images", stop)
 
 
 def image_features(
-    images: Images, extractor: Extractor, batch_size: int, workers: int, device: torch.device
+    images: Images, extractor: Extractor, batch_size: int, workers: int | None, device: torch.device
 ) -> Features:
     """Compute features (N, D) of all images of a data set; the processes share them."""
     own = in_order(len(images), batch_size, distributed.rank(), distributed.world_size())
-    batches = load_batches(images, own, workers, device.type == "cuda")
+    batches = load_batches(images, own, workers, device)
     return all_features(extractor, batches, device, len(images), f"images of {images.path}")
 
 
@@ -108,7 +127,7 @@ def real_statistics(
     extractor: Extractor,
     device: torch.device,
     batch_size: int = 64,
-    workers: int = 0,
+    workers: int | None = 0,
     need_features: bool = False,
 ) -> Statistics:
     """Make statistics of real images once and keep them; all processes take part.
@@ -126,7 +145,7 @@ def real_statistics(
     Raises:
         ValueError: see `read_statistics`; non-finite features.
     """
-    if file is not None and not distributed.any_process(not file.is_file(), device):
+    if file is not None and not distributed.any_process(not file.is_file()):
         return read_statistics(file, extractor, need_features, images.resizing)
     record: dict[str, Any] = {
         "images": str(images.path),
@@ -143,7 +162,7 @@ def real_statistics(
         digest = hashlib.sha256(json.dumps(record_named).encode()).hexdigest()[:8]
         file = images.path.with_name(f"{images.path.name}_{images.size}px_statistics_{digest}.npz")
     found = feature_statistics.find(file, (record, old), need_features)
-    if not distributed.any_process(found is None, device):
+    if not distributed.any_process(found is None):
         assert found is not None
         return found
     features = image_features(images, extractor, batch_size, workers, device)

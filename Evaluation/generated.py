@@ -13,7 +13,6 @@ from Evaluation.settings import PictureSettings, Result
 from Evaluation.side_by_side import load_models, save_pictures, sizes, stacked, target_stem
 from Model.complexity import macs
 from Model.generator import Generator
-from Util.device import pick_device
 from Util.pictures import grid, rescale, save_png, to_uint8
 from Util.progress import track
 from Util.settings import setting
@@ -59,7 +58,7 @@ def show_generated(settings: GeneratedSettings) -> Result:
         SettingError: names the setting and what to do.
     """
     stem = target_stem(settings.out, "generated")
-    models = load_models(settings, pick_device(settings.device))
+    models = load_models(settings, settings.pick_device())
     first = next(iter(models.values()))
     render, render_frame = (_renderer(settings, models, animated) for animated in (False, True))
     # The second latents are those of the next seed, so that a walk does not depend on n_sample.

@@ -22,7 +22,6 @@ from Evaluation.settings import LoadMask, ModelSettings, Result
 from Model import bundled
 from Model.generator import Generator
 from Util import distributed
-from Util.device import pick_device
 from Util.settings import SettingError, blame, setting, some_words
 
 
@@ -83,7 +82,9 @@ class MeasureSettings(ModelSettings):
         choices=FILTERS,
     )
     truncation: float = setting(1.0, "psi in (0, 1]; the paper has 1", above=0, high=1)
-    workers: int = setting(2, "processes that load images", low=0)
+    workers: int | None = setting(
+        None, "processes that load images (default: the share of the CPU cores, 4 at most)", low=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,7 +122,7 @@ def measure(settings: MeasureSettings, load_mask: LoadMask) -> Result:
         SettingError: names the setting and what to do.
         StatisticsError: the features cannot be compared.
     """
-    device = distributed.join(pick_device(settings.device))
+    device = distributed.join(settings.pick_device())
     _check_real(settings)
     parser, masked = settings.parser_file, load_mask if settings.content_aware else None
     generated = _generated(settings, device)
@@ -129,6 +130,7 @@ def measure(settings: MeasureSettings, load_mask: LoadMask) -> Result:
     inception = settings.inception_ckpt
     how = (settings.network, inception, parser, masked, device, settings.content)
     extractor = make_extractor(*how)
+    distributed.meet()  # one that downloads takes its time
     real = _real(settings, size, extractor, device)
     made = _made(settings, extractor, generated, device)
     first = distributed.rank() == 0

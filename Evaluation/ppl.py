@@ -17,7 +17,6 @@ from Evaluation.sampling import POSITION, draw_noise, draw_z, shares, synthesise
 from Evaluation.settings import ModelSettings, PerceptualSettings, Result
 from Model.generator import Generator
 from Util import distributed
-from Util.device import pick_device
 from Util.progress import Progress
 from Util.settings import setting
 from Util.streams import stream
@@ -134,11 +133,12 @@ def measure(settings: PathSettings) -> Result:
     Raises:
         SettingError: names the setting and what to do.
     """
-    device = distributed.join(pick_device(settings.device))
+    device = distributed.join(settings.pick_device())
     settings.check_parser(settings.ckpt)
     generator = settings.load(settings.ckpt, device)
     perceptual = settings.load_distance(settings.ckpt, device)
     distance = settings.distance_name(settings.ckpt)
+    distributed.meet()  # one that downloads takes its time
     n, eps = settings.n_sample, settings.eps
     figures: dict[str, float] = {}
     lines = []

@@ -17,7 +17,7 @@ from Dataset.sources.folder import SUFFIXES, image_files
 from Evaluation import sampling
 from Evaluation.comparison import fidelity, paper_fidelity
 from Evaluation.distances import Distance
-from Evaluation.features import Mask
+from Evaluation.features import Mask, masks_of
 from Evaluation.projection import (
     LEARNING_RATE,
     PROTOCOLS,
@@ -30,7 +30,6 @@ from Evaluation.settings import ContentSettings, LoadMask, ModelSettings, Result
 from Model import bundled
 from Model.generator import Generator
 from Util.cli import check_writable, if_interrupted
-from Util.device import pick_device
 from Util.files import atomic_path
 from Util.pictures import save_png, side_by_side
 from Util.progress import Progress
@@ -145,7 +144,7 @@ def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Resul
     Raises:
         SettingError: names the setting and what to do.
     """
-    device, model = pick_device(settings.device), settings.ckpt
+    device, model = settings.pick_device(), settings.ckpt
     settings.check_parser(model)
     generator = settings.load(model, device)
     # Nothing but some figures needs a parser.
@@ -307,7 +306,7 @@ def _figures(
     """Measure projected pictures: one value each."""
     with torch.no_grad():
         made = sampling.synthesise(generator, found.w_plus, found.noise)
-    mask = content(given) if content else None
+    mask = masks_of(content, given) if content else None
     figures = fidelity(given, made, mask, perceptual)
     if settings.protocol == "paper":
         figures |= paper_fidelity(given, made, perceptual)
@@ -326,7 +325,7 @@ def _picture(
         made.append(sampling.synthesise(generator, found.w_plus, found.noise))
     rows = {"real" if settings.image_file else "given": given, "projected": torch.cat(made)}
     if content:
-        rows["content"] = content(given)
+        rows["content"] = masks_of(content, given)
     strips = {caption: images.cpu() for caption, images in rows.items()}
     return side_by_side(strips, max(1, 128 // generator.size))
 

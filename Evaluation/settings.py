@@ -13,6 +13,7 @@ from Evaluation.features import ContentMask, LoadMask
 from Model import bundled
 from Model.checkpoint import load_generator
 from Model.generator import Generator
+from Util.device import DeviceSettings
 from Util.progress import tell
 from Util.settings import SettingError, Settings, blame, plain, setting, some_words
 
@@ -23,13 +24,12 @@ FRAME_SIDE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(Settings):
+class EvaluationSettings(DeviceSettings):
     """Settings of every evaluation."""
 
     generated_img_size: int = setting(
         0, "image side of the model in px; 0: as the checkpoint has it (default)", low=0
     )
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     seed: int = setting(0, "seed of all random draws", low=0)
     info_print: bool = setting(False, "print what is done, with which settings")
     json: bool = setting(
@@ -217,7 +217,8 @@ class Result:
 
         The text then goes to standard error, so that what is piped on is JSON alone.
         """
-        text = "\n".join(self.lines)
+        rounded = ["(tf32: products of float32 rounded to TensorFloat-32, where the GPU has it)"]
+        text = "\n".join([*self.lines, *(rounded if self.settings.tf32 else [])])
         if self.settings.json:
             tell(text)
             text = self._json()

@@ -3,8 +3,10 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +15,9 @@ from typing import Any, NoReturn, TextIO
 
 from Util import progress
 from Util.settings import Kind, SettingError, Settings, add_flags, check_files, from_flags
+
+PACKAGES = ("Compression", "Dataset", "Evaluation", "Model", "Util")
+"""Whose own errors explain themselves."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -129,7 +134,11 @@ def run_script(
     with _lasting_output():
         args = parser.parse_args(argv)
         try:
-            with progress.quietly(args.quiet), _short_warnings(parser.prog):
+            with (
+                progress.quietly(args.quiet),
+                _short_warnings(parser.prog),
+                _ending_together(parser.prog),
+            ):
                 code = run(args) or 0
                 sys.stdout.flush()
             return code
@@ -142,6 +151,33 @@ def run_script(
                 raise
             print(f"{parser.prog}: error: {_explanation(error)}", file=sys.stderr)
             return 2
+
+
+@contextmanager
+def _ending_together(prog: str) -> Iterator[None]:
+    """Leave the other processes after success; end this one at once after an error.
+
+    Where there are others, an error is told with this process's number, and without unwinding any
+    further: some process may be waiting for this one already.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from Util import distributed  # PyTorch, which few command lines need
+
+    try:
+        yield
+    except BaseException as error:
+        # The launcher ends all processes once it sees that one has failed.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        told = _explains_itself(error) or isinstance(error, KeyboardInterrupt)
+        if not told:
+            traceback.print_exc()
+        reason = _explanation(error) if told else f"{type(error).__name__}: {one_line(error)}"
+        reason = distributed.explain(error, reason)
+        print(f"{prog}: error: {distributed.name()}: {reason}", file=sys.stderr)
+        distributed.end_at_once((130 if isinstance(error, KeyboardInterrupt) else 2) if told else 1)
+    distributed.leave()
 
 
 def run_settings(
@@ -184,18 +220,27 @@ def run_settings(
     return run_script(parser, run_with, argv)
 
 
-def _lacks_memory(error: Exception) -> bool:
+def _lacks_memory(error: BaseException) -> bool:
     """Whether Python, NumPy or PyTorch (on any device) got no memory."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "allocate memory" in str(error)
+    if names & {"MemoryError", "OutOfMemoryError"} or "allocate memory" in str(error):
+        return True
+    # The words of CUDA itself and of its libraries.
+    known = ("out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in known)
 
 
-def _explains_itself(error: Exception) -> bool:
-    # Other RuntimeErrors are PyTorch's or Python's own: mistakes in this code, not in the input.
-    return type(error) is not RuntimeError or _lacks_memory(error)
+def _explains_itself(error: BaseException) -> bool:
+    """Whether an error's text tells a user what to do; else its place in the code is needed too.
+
+    Of RuntimeErrors, our own do; PyTorch's, CUDA's and nccl's are mistakes here or on the machine.
+    """
+    if isinstance(error, RuntimeError):
+        return type(error).__module__.partition(".")[0] in PACKAGES or _lacks_memory(error)
+    return isinstance(error, ValueError | OSError | FloatingPointError | MemoryError)
 
 
-def _explanation(error: Exception) -> str:
+def _explanation(error: BaseException) -> str:
     if _lacks_memory(error):
         return f"out of memory ({one_line(error)[:200]}); take smaller batches or a smaller --size"
     flag = "--" if isinstance(error, SettingError) else ""

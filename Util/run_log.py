@@ -17,6 +17,7 @@ from Util.files import atomic_path, lock_folder
 from Util.pictures import save_png
 
 METRICS = "metrics.jsonl"
+CONFIG = "config.json"
 BEST = "best.pt"
 TIMING = ("images_per_second", "peak_memory_gib")
 """Metrics that differ between two runs of the same numbers."""
@@ -65,7 +66,7 @@ class RunLog:
             raise ValueError(f"{folder}: another process is training there; wait for its end")
         if resume_at is not None:
             self._drop_metrics_after(resume_at)
-        with atomic_path(self.folder / "config.json") as temporary:
+        with atomic_path(self.folder / CONFIG) as temporary:
             temporary.write_text(json.dumps(_facts(config), indent=2) + "\n")
         self.events = _event_writer(self.folder / "events")
 
@@ -120,12 +121,17 @@ class RunLog:
 
     def _is_best(self, iteration: int) -> bool:
         """Whether `best_by` was measured in this iteration and is the lowest so far."""
-        key = self.best_by
-        if key is None or not (self.folder / METRICS).exists():
-            return False
-        logged = read_metrics(self.folder)
-        rows = [(row[key], row["iteration"]) for row in logged if key in row]
+        rows = self._rows_with(self.best_by) if self.best_by else []
         return bool(rows) and min(rows)[1] == iteration
+
+    def holds(self, iteration: int, key: str) -> bool:
+        """Whether a metric has been logged in an iteration."""
+        return any(row[1] == iteration for row in self._rows_with(key))
+
+    def _rows_with(self, key: str) -> list[tuple[float, float]]:
+        """Values and iterations of a metric."""
+        logged = read_metrics(self.folder) if (self.folder / METRICS).exists() else []
+        return [(row[key], row["iteration"]) for row in logged if key in row]
 
     def close(self) -> None:
         """Flush the event files and release the folder."""
@@ -191,9 +197,9 @@ def read_config(folder: str | PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: the folder holds no run, or its settings are damaged.
     """
-    path = Path(folder) / "config.json"
+    path = Path(folder) / CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder}: no config.json; give the folder of a training run")
+        raise ValueError(f"{folder}: no {CONFIG}; give the folder of a training run")
     try:
         return dict(json.loads(path.read_bytes())["config"])
     except (ValueError, TypeError, KeyError, RecursionError):

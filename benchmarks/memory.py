@@ -16,8 +16,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.jobs import JOBS
 from benchmarks.timing import Measurement, run_benchmark, some_of, table
 from Util.device import pick_device
@@ -47,8 +45,7 @@ def _status(entry: str) -> float:
 
 def rise(job: str, index: int, side: str, threads: int | None) -> tuple[str, float] | None:
     """Measure the memory one formulation of a job's pair takes; None without such a pair."""
-    pick_device("cpu")
-    torch.set_num_threads(threads or torch.get_num_threads())
+    pick_device("cpu", threads=threads or 0)
     pair = next(itertools.islice(JOBS[job](), index, None), None)
     if pair is None:
         return None

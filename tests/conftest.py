@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ def golden(request) -> tuple[Generator, dict]:
 
 def pytest_configure():
     torch.set_num_threads(1)  # the networks are tiny; more threads wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in the processes that tests start
 
 
 @pytest.fixture

@@ -70,13 +70,14 @@ KINDS = {
 }
 FLAGS = {
     "prune": {
-        "count": "n_sample batch_size generated_img_size dcp_directions dcp_latents",
+        "count": "n_sample batch_size generated_img_size dcp_directions dcp_latents"
+        " allocation_rounds max_parameters min_channels round_to",
         "count from 0": "seed",
         "fraction": "remove_ratio noise_prob",
-        "positive": "dcp_alpha",
+        "positive": "dcp_alpha macs",
         "file": "ckpt parser_ckpt",
         "target": "out",
-        "choice": "metric dcp_stop_gradient",
+        "choice": "metric dcp_stop_gradient allocation allocation_tie",
         "device": "device",
     },
     "train": {

@@ -66,6 +66,8 @@ def test_prunes(files, tmp_path, capsys, terminal):
         "content": "all,-background,-cloth",
         "init": "pruned",
         "remove_ratio": 0.7,
+        "macs": None,
+        "allocation": "uniform",
         "seed": 3,
         "n_sample": 5,
         "batch_size": 2,

@@ -262,6 +262,7 @@ def test_errors(small):
         EmptyContentError,
         parser=lambda images: torch.zeros_like(images[:, :1]),
     )
+    fails(r"mask makes \(2, 8, 8\) of images \(2, 3, 8, 8\)", parser=lambda images: images[:, 0])
     assert all(parameter.requires_grad for parameter in small.parameters())
     images = torch.zeros(1, 3, 8, 8)
     with pytest.raises(ValueError, match="no gradient"):

@@ -28,7 +28,7 @@ from Model.face_parser import BiSeNet
 from Model.generator import Generator
 from train_hyperparams import TrainConfig
 from Util.plot_log import main as plot_main
-from Util.run_log import BEST, TIMING, checkpoints, newest_checkpoint, read_metrics
+from Util.run_log import BEST, TIMING, checkpoints, newest_checkpoint, read_config, read_metrics
 
 DISTANCE = "frechet_parser_distance"
 SMALL = (
@@ -224,6 +224,21 @@ def test_the_state_before_a_loss_that_is_not_finite_is_kept(folder, monkeypatch,
     kept = folder / "run/before_non_finite_000000.pt"
     assert str(kept) in capsys.readouterr().err
     assert checkpoint.load_generator(kept).channels == (6, 5, 4, 4)
+
+
+def test_a_resumed_run_keeps_its_number_of_threads(folder):
+    before = torch.get_num_threads()
+    try:
+        assert run(folder, f"{SMALL} --iter 1 --n_sample 1 --threads 2") == 0
+        torch.set_num_threads(1)
+        assert train.main(f"--resume {folder}/run --iter 2".split()) == 0
+        assert torch.get_num_threads() == read_config(folder / "run")["threads"] == 2
+        assert train.main(f"--resume {folder}/run --iter 3 --threads 1".split()) == 0
+        assert torch.get_num_threads() == read_config(folder / "run")["threads"] == 1
+        made = checkpoint.read(newest_checkpoint(folder / "run"))["config"]["training"]
+        assert "threads" not in made
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow

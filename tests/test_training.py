@@ -114,6 +114,17 @@ def test_distillation_pulls_the_student_to_its_teacher_inside_the_mask():
     assert sum(history[-10:]) < 0.7 * sum(history[:10])
 
 
+def test_a_mask_of_the_wrong_shape_is_told_before_any_step():
+    trainer = make_trainer(config())
+    teacher = copy.deepcopy(trainer.generator).requires_grad_(False)
+    trainer.teacher = Teacher(teacher, lambda x: x, [Term("l1", 3.0, pixels.term())])
+    before = copy.deepcopy(trainer.generator.state_dict())
+    with pytest.raises(ValueError, match=r"mask makes \(4, 3, 8, 8\) of images"):
+        trainer.iterate(images()[0])
+    for name, value in trainer.generator.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
 @pytest.mark.parametrize("every_resolution", [False, True])
 def test_student_and_teacher_see_the_same_mixed_latents(every_resolution):
     trainer = make_trainer(config(mixing=1.0, path_regularize=0.0, r1=0.0))
@@ -263,9 +274,9 @@ def test_events_come_at_their_periods_and_at_the_end():
     ]  # fmt: skip
 
 
-def test_a_request_to_stop_ends_the_run_after_its_iteration():
+def test_the_end_of_the_batches_ends_the_training():
     trainer = make_trainer()
-    iterate(trainer, itertools.cycle(images(1)), 9, [], lambda: trainer.iteration == 2)
+    iterate(trainer, iter(images(2)), 9, [])
     assert trainer.iteration == 2
 
 

@@ -1,0 +1,118 @@
+"""Two gloo processes under a launcher: whatever happens to one, the job ends or goes on as one."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train
+from Compression.training import Trainer
+from Model import checkpoint
+from tests.processes import attempt, start, wait_for
+from Util.run_log import checkpoints, read_metrics
+
+SMALL = (
+    "--size 8 --style_dim 8 --n_mlp 1 --channels 4,4,4,4 --batch_size 4 --workers 0 --device cpu"
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for i in range(5):
+        pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{i}.png")
+    return tmp_path
+
+
+def flags(folder, more):
+    return f"--path {folder}/data --out {folder}/run {SMALL} --log_freq 1 {more}"
+
+
+def before_iteration(number, action, rank=1):
+    """A sabotage: one process does something instead of its iteration."""
+
+    def sabotage(own):
+        iterate = Trainer.iterate
+
+        def sabotaged(trainer, real):
+            if own == rank and trainer.iteration == number:
+                action(trainer)
+            return iterate(trainer, real)
+
+        Trainer.iterate = sabotaged
+
+    return sabotage
+
+
+def test_a_killed_process_ends_the_job(folder):
+    kill = before_iteration(2, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    job = start(folder / "job", flags(folder, "--iter 99999"), sabotage=kill)
+    assert job.end() == 1
+    assert "process 0 of 2: RuntimeError" in job.output
+    assert "process 1 was killed or does not answer" in job.output
+    assert "Signal 9 (SIGKILL)" in job.output
+
+
+def sleep(_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher need not wait before it kills
+    time.sleep(1000)
+
+
+def stop(_):
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("how", [sleep, pytest.param(stop, marks=pytest.mark.slow)])
+def test_a_stuck_process_ends_the_job(folder, how):
+    stick = before_iteration(2, how)
+    job = start(folder / "job", flags(folder, "--iter 99999 --dist_timeout 2"), sabotage=stick)
+    assert job.end() == 1
+    assert "Timed out" in job.output
+    assert "process 1 was killed or does not answer" in job.output
+
+
+def fail_at_first(trainer):
+    if attempt() == 0:
+        raise KeyError("lost")
+
+
+def test_a_raising_process_ends_the_attempt_and_the_same_command_goes_on(folder):
+    same = flags(folder, "--iter 6 --model_save_freq 2 --resume auto")
+    job = start(folder / "job", same, sabotage=before_iteration(3, fail_at_first), restarts=1)
+    assert job.end() == 0
+    first, again = job.output.split("done: ")[0], checkpoints(folder / "run")
+    assert "process 1 of 2: KeyError: 'lost'" in first
+    assert "process 0 of 2: RuntimeError" in first
+    assert "process 1 failed: KeyError: 'lost'" in first
+    assert [int(file.stem) for file in again] == [2, 4, 6]
+    assert [row["iteration"] for row in read_metrics(folder / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_signals_and_another_number_of_processes(folder):
+    """SIGUSR2 to one process, then SIGTERM to all, twice; then one process; then two again."""
+    run, same = folder / "run", flags(folder, "--resume auto")
+    job = start(folder / "job", f"{same} --iter 99999")
+    wait_for((run / "metrics.jsonl").exists)
+    os.kill(job.process(1), signal.SIGUSR2)
+    wait_for(lambda: checkpoints(run))
+    for _ in range(2):
+        for number in (job.launcher, job.process(0), job.process(1)):
+            os.kill(number, signal.SIGTERM)
+    assert job.end() != 0
+    kept, last = (int(file.stem) for file in checkpoints(run))
+    assert 1 <= kept < last < 99999
+    assert "Traceback" not in job.output.split("death signal")[0]
+    assert train.main(f"{same} --iter {last + 2}".split()) == 0
+    job = start(folder / "job", f"{same} --iter {last + 4}")
+    assert job.end() == 0, job.output
+    assert "had 1 processes and has 2" in job.output
+    saved = checkpoint.read(checkpoints(run)[-1])["train_state"]
+    assert (saved["iteration"], saved["images_seen"]) == (last + 4, 4 * (last + 4))
+    assert len(saved["rng"]) == 2
+    rows = [row["iteration"] for row in read_metrics(run)]
+    assert rows == list(range(1, last + 5))
