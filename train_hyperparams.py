@@ -183,7 +183,9 @@ class TrainConfig(Settings):
         "what is measured then: of fid,kid,pr; the first that is a distance chooses best.pt",
     )
     fid_stats: str = setting("", "statistics of the real images; empty: those of --path")
-    fid_batch: int = setting(64, "images evaluated at a time, in each process", low=1)
+    fid_batch: int = setting(
+        64, "images evaluated at a time in each process, fewer where they are large", low=1
+    )
     inception_ckpt: str = setting("", "FID Inception weights, no download", exists="file")
     n_sample: int = setting(25, "images in a sample grid", low=1)
     val_sample_freq: int = setting(1000, "iterations between sample grids; 0: only the last", low=0)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from Compression.parsers import Parser, load_parser
 from Model import bundled
+from Util import memory
 from Util.settings import blame
 
 GROUPS = {
@@ -87,8 +88,7 @@ class ContentParser(nn.Module):
         classes_excluded: classes that are not content. None takes those of the network, which are
             CelebAMask-HQ's background and cloth, (0, 16), unless it was trained for others.
         chunk: images parsed at a time. It bounds the memory and does not change the result. None
-            takes as many as have half a million pixels on a CPU, where more gain little, and four
-            million on a GPU.
+            takes as many as `Util.memory` allows.
         name: what a checkpoint remembers of the parser.
         identity: kind and weights of the parser in words.
 
@@ -122,8 +122,8 @@ class ContentParser(nn.Module):
             )
         device = _device_of(network)
         if chunk is None:
-            pixels = 2**19 if device.type == "cpu" else 2**22
-            chunk = max(1, pixels // network.input_size**2)
+            pixels = memory.PARSING.get(device.type, memory.PARSING["cpu"])
+            chunk = memory.at_once(network.input_size, pixels)
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; at least one image is parsed at a time")
         is_content = torch.ones(count)

@@ -16,6 +16,7 @@ from Dataset.images import Images
 from Evaluation import sampling
 from Model import bundled
 from Model.checkpoint import load_generator
+from Util import memory
 from Util.cli import check_writable, listed, run_settings
 from Util.device import DeviceSettings
 from Util.pictures import captioned, grid, rescale, save_png
@@ -116,7 +117,7 @@ def observe(settings: ShowSettings, parser: ContentParser, device: torch.device)
         with blame("path"):
             images = Images(settings.path, generator.size)
             n = min(n, len(images))
-    for part in sampling.shares(n, 8):
+    for part in sampling.shares(n, memory.at_once(generator.size, memory.INFERENCE, 8)):
         if images is None:
             made = sampling.images(generator, part, settings.seed)
         else:

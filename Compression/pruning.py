@@ -293,12 +293,15 @@ def _budget(settings: PruneSettings, full: Generator) -> Budget | None:
     if not settings.has_budget:
         return None
     macs, parameters = costs_like(full)
-    uniform = [kept_count(width, settings.ratio or 0) for width in full.channels]
-    most = macs(uniform) if settings.macs is None else int(settings.macs)
-    budget = Budget(
-        full.channels, macs, parameters, most, chosen(settings.options, AllocationSettings)
-    )
-    budget.check()
+    limits = chosen(settings.options, AllocationSettings)
+    assert isinstance(limits, AllocationSettings)
+    if settings.macs is None:
+        uniform = [kept_count(width, settings.ratio or 0.0) for width in full.channels]
+        name, most = "remove_ratio", macs(uniform)
+    else:
+        name, most = "macs", int(settings.macs)
+    budget = Budget(full.channels, macs, parameters, most, limits)
+    budget.check(name)
     return budget
 
 

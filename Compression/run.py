@@ -371,7 +371,7 @@ def _renew_streams(
         return
     numbers = (abs(config.seed), trainer.iteration, now, rank)
     torch.manual_seed(stream(*numbers).initial_seed())
-    announce(f"this run had {before} processes and has {now}: they draw new random numbers")
+    announce(f"processes: {before} until now, {now} from here on, with new random streams")
 
 
 def _weights(trainer: Trainer) -> dict[str, torch.Tensor]:

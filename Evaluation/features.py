@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from Evaluation.inception import DIMENSIONS, URL, load_inception
-from Model.checkpoint import CheckpointError, load_face_parser
+from Model import bundled
+from Model.checkpoint import CheckpointError, load_attribute_classifier, load_face_parser
 from Model.downloads import download_path
 from Model.face_parser import BiSeNet, fold_batch_norm
 from Util.device import tf32_allowed
@@ -40,7 +41,7 @@ LoadMask = Callable[[Path, torch.device, Sequence[str]], ContentMask]
 """Makes the content mask of a parser, by its file or name, and of the classes that are content;
 without classes, they are the parser's own."""
 
-FEATURES = ("inception", "parser")
+FEATURES = ("inception", "parser", "attributes")
 
 
 def masks_of(mask: Mask, images: Tensor) -> Tensor:
@@ -145,6 +146,13 @@ def parser_extractor(file: Path, device: torch.device) -> Extractor:
     return Extractor(network, "parser", protocol)
 
 
+def attribute_extractor(file: Path, device: torch.device) -> Extractor:
+    """Extract the penultimate features of a classifier of attributes."""
+    network = load_attribute_classifier(file, device)
+    protocol = f"attribute classifier {fingerprint(file)}, penultimate features; images at 64 px"
+    return Extractor(network.features, "attribute", protocol)
+
+
 def make_extractor(
     features: str,
     inception_ckpt: Path | None,
@@ -156,7 +164,7 @@ def make_extractor(
     """Load the features that images are compared by.
 
     Args:
-        features: one of `FEATURES`.
+        features: one of `FEATURES`; attributes are those of the bundled classifier.
         inception_ckpt: Inception's weights, None for the downloaded ones.
         parser_ckpt: the face parser, for features of its trunk and for masks.
         load_mask: makes the mask that multiplies the images; None leaves them whole.
@@ -169,6 +177,8 @@ def make_extractor(
     if features == "inception":
         with blame("inception_ckpt"):
             extractor = _inception_extractor(inception_ckpt, device)
+    elif features == "attributes":
+        extractor = attribute_extractor(bundled.ATTRIBUTES, device)
     if features == "parser" or load_mask is not None:
         with blame("parser_ckpt"):
             if parser_ckpt is None:

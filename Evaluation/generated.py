@@ -13,6 +13,7 @@ from Evaluation.settings import PictureSettings, Result
 from Evaluation.side_by_side import load_models, save_pictures, sizes, stacked, target_stem
 from Model.complexity import macs
 from Model.generator import Generator
+from Util import memory
 from Util.pictures import grid, rescale, save_png, to_uint8
 from Util.progress import track
 from Util.settings import setting
@@ -99,8 +100,9 @@ def _save_files(settings: GeneratedSettings, models: Mapping[str, Generator], st
     for name, model in models.items():
         centre = sampling.mean_latent(model, settings.seed)
         fixed = settings.noise == "fixed"
-        parts = sampling.shares(settings.files, 16)
-        for part in track(parts, -(-settings.files // 16), name, "batch"):
+        batch = memory.at_once(model.size, memory.INFERENCE, 16)
+        parts = list(sampling.shares(settings.files, batch))
+        for part in track(parts, len(parts), name, "batch"):
             images = sampling.images(model, part, settings.seed, settings.truncation, centre, fixed)
             for i, pixels in zip(part, to_uint8(images), strict=True):
                 save_png(folder / name / f"{i:06d}.png", pixels)

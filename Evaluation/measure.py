@@ -30,7 +30,7 @@ class MeasureSettings(ModelSettings):
     """Settings of `measure`."""
 
     n_sample: int = setting(50_000, "generated images", low=2)
-    batch_size: int = setting(64, "images at a time", low=1)
+    batch_size: int = setting(64, "images at a time, fewer where they are large", low=1)
     images: Path | None = setting(
         None,
         "folder or LMDB that is measured in place of the model's images; their side in px is"
@@ -48,7 +48,10 @@ class MeasureSettings(ModelSettings):
         metavar="FILE",
     )
     features: str | None = setting(
-        None, "network (default: parser for the bundled models, else inception)", choices=FEATURES
+        None,
+        "network; attributes is for toon faces (default: parser for the bundled models, else"
+        " inception)",
+        choices=FEATURES,
     )
     inception_ckpt: Path | None = setting(
         None, "Inception weights, no download", metavar="FILE", exists="file"
@@ -189,9 +192,12 @@ def _check_real(settings: MeasureSettings) -> None:
         return
     if stats and not stats.is_file():
         raise SettingError("stats", f"{stats}: no such file; or give path to make it")
-    if stats is None and not bundled.is_bundled(settings.ckpt):
+    is_bundled = bundled.is_bundled(settings.ckpt)
+    if is_bundled and stats is None:
+        stats = bundled.statistics(settings.network, settings.content_aware)
+    if stats is None:
         raise SettingError("path", "is missing; name the real images, or their statistics (stats)")
-    if stats is None and whole:
+    if settings.stats is None and whole:
         named = ",".join(name for name in settings.metrics if METRICS[name].needs_features)
         raise SettingError("path", f"is missing; {named} needs the real images themselves")
 
@@ -221,8 +227,8 @@ def _real(
         how = (device, settings.batch_size, settings.workers, whole)
         with blame("stats" if stats and stats.is_file() else "path"):
             return real_statistics(images, stats, extractor, *how)
-    if stats is None:
-        stats = bundled.CONTENT_STATISTICS if settings.content_aware else bundled.STATISTICS
+    stats = stats or bundled.statistics(settings.network, settings.content_aware)
+    assert stats is not None  # `_check_real` has seen to it
     with blame("stats"):
         resizing = Resizing(size, settings.resample, None)
         return read_statistics(stats, extractor, whole, resizing)

@@ -16,7 +16,7 @@ from Evaluation.distances import Distance
 from Evaluation.sampling import POSITION, draw_noise, draw_z, shares, synthesise
 from Evaluation.settings import ModelSettings, PerceptualSettings, Result
 from Model.generator import Generator
-from Util import distributed
+from Util import distributed, memory
 from Util.progress import Progress
 from Util.settings import setting
 from Util.streams import stream
@@ -108,6 +108,7 @@ def path_length(
     """Measure a generator's path length over ``n`` `PathPairs`, which the processes share."""
     pairs = PathPairs(generator, eps, seed, shared_noise=protocol == "standard")
     rank, world = distributed.rank(), distributed.world_size()
+    batch_size = memory.at_once(generator.size, memory.INFERENCE // 2, batch_size)  # two a pair
     batches = list(shares(n, batch_size, rank, world))
     total = sum(map(len, batches))
     with Progress(total, protocol, "pair", shown=rank == 0, leave=False) as bar:
@@ -121,7 +122,7 @@ class PathSettings(PerceptualSettings, ModelSettings):
     """Settings of `measure`."""
 
     n_sample: int = setting(5000, "pairs of images", low=1)
-    batch_size: int = setting(50, "pairs at a time", low=1)
+    batch_size: int = setting(50, "pairs at a time, fewer where images are large", low=1)
     eps: float = setting(1e-4, "step along a line between two w, in (0, 1)", above=0, below=1)
 
 

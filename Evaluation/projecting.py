@@ -29,6 +29,7 @@ from Evaluation.projection import (
 from Evaluation.settings import ContentSettings, LoadMask, ModelSettings, Result
 from Model import bundled
 from Model.generator import Generator
+from Util import memory
 from Util.cli import check_writable, if_interrupted
 from Util.files import atomic_path
 from Util.pictures import save_png, side_by_side
@@ -93,7 +94,8 @@ class ProjectionSettings(ContentSettings, ModelSettings):
     )
     batch_size: int = setting(
         8,
-        "pictures projected at once, each by a search of its own; equal digits need equal batches",
+        "pictures projected at once, fewer where they are large, each by a search of its own; equal"
+        " digits need equal batches",
         low=1,
     )
     mse_weight: float = setting(
@@ -244,7 +246,8 @@ def _project(
     """Project batch after batch under a progress bar: names, given pictures, what was found."""
     search = {name: getattr(settings, name) for name in SEARCH}
     search["perceptual_weight"] = settings.weight
-    batches = list(sampling.shares(len(pending), settings.batch_size))
+    batch_size = memory.at_once(generator.size, memory.GRADIENTS, settings.batch_size)
+    batches = list(sampling.shares(len(pending), batch_size))
     with Progress(len(batches) * settings.num_iters, "projecting") as bar:
 
         def progress(loss: Tensor) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from Model import nvidia
+from Model.attribute_classifier import AttributeClassifier
 from Model.discriminator import Discriminator
 from Model.errors import CheckpointError
 from Model.face_parser import BiSeNet
@@ -317,6 +318,43 @@ def load_face_parser(source: PathOrDict, device: str | torch.device = "cpu") -> 
         lambda: BiSeNet(**{**config, "n_classes": n_classes, "width": width}), state, name
     )
     return network.to(device).eval().requires_grad_(False)
+
+
+def load_attribute_classifier(
+    source: PathOrDict, device: str | torch.device = "cpu"
+) -> AttributeClassifier:
+    """Build the classifier that a file holds, in evaluation mode and without gradients.
+
+    The file is ``{"classifier": state dict, "config": {"attributes": {name: [value, ...]},
+    "inside": [name, ...]}}``; tensors may be in half precision.
+
+    Raises:
+        CheckpointError: see the module.
+    """
+    content = read(source)
+    state, name = _state_dict(source, "classifier")
+    config: Any = content.get("config")
+    if not _is_attribute_config(config):
+        raise CheckpointError(f"{name}: its config does not fit ({str(config)[:80]})")
+    network = _build(
+        lambda: AttributeClassifier(config["attributes"], config["inside"]), state, name
+    )
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _is_attribute_config(config: Any) -> bool:
+    """Return whether it maps names to lists of names, few enough to be heads of a network."""
+
+    def names(value: Any) -> bool:
+        few = isinstance(value, list) and len(value) <= 1000
+        return few and all(isinstance(v, str) for v in value)
+
+    if not isinstance(config, Mapping) or not names(config.get("inside")):
+        return False
+    attributes = config.get("attributes")
+    return isinstance(attributes, Mapping) and all(
+        isinstance(k, str) and k.isidentifier() and names(v) for k, v in attributes.items()
+    )
 
 
 def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

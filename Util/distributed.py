@@ -169,7 +169,8 @@ def explain(error: BaseException, reason: str) -> str:
     """
     if not distributed.is_initialized():
         return reason
-    broken = "gloo" in str(error) or isinstance(error, distributed.DistError)
+    gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    broken = gloo or isinstance(error, distributed.DistError)
     with contextlib.suppress(RuntimeError):  # the store may have ended with its process
         store = _store()
         store.set(f"ended/{rank()}", "-" if broken else reason)

@@ -146,28 +146,6 @@ def with_text(
     return np.concatenate(parts if above else parts[::-1])
 
 
-def with_heads(
-    picture: np.ndarray, heads: Sequence[str], side: int, gap: int, size: int = 16
-) -> np.ndarray:
-    """Name the columns of a grid below it; pictures too narrow for it stay as they are.
-
-    Args:
-        picture: (H, W, 3) bytes; its columns begin at the left.
-        heads: one for each column.
-        side: of a column in pixels.
-        gap: pixels between columns.
-        size: height of the letters in pixels.
-    """
-    if side < 2 * size:
-        return picture
-    strip = Image.new("RGB", (picture.shape[1], round(1.5 * size)), "white")
-    draw = ImageDraw.Draw(strip)
-    for i, head in enumerate(heads):
-        place = (i * (side + gap) + side // 2, strip.height // 2)
-        draw.text(place, head, fill="black", font=_font(size), anchor="mm")
-    return np.concatenate([picture, np.asarray(strip)])
-
-
 def captioned(
     blocks: Mapping[str, np.ndarray], gap: int = 4, margin: int = 0, size: int = 16
 ) -> np.ndarray:
@@ -195,6 +173,27 @@ def captioned(
         picture.paste(Image.fromarray(block), (margin, top))
         draw.text((pad, top + len(block) // 2), caption, fill="black", font=font, anchor="lm")
         top += height
+    return np.asarray(picture)
+
+
+def headed(texts: Sequence[str], width: int, gap: int = 4, size: int = 16) -> np.ndarray:
+    """Write the captions of a grid's columns, centred, on white.
+
+    Args:
+        texts: one for each column.
+        width: of the grid in pixels.
+        gap: pixels between its pictures.
+        size: height of the letters in pixels.
+
+    Returns:
+        (1.5 * size, width, 3) bytes.
+    """
+    font, column = _font(size), (width + gap) / len(texts)
+    picture = Image.new("RGB", (width, round(1.5 * size)), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, text in enumerate(texts):
+        middle = i * column + (column - gap) / 2
+        draw.text((middle, picture.height // 2), text, fill="black", font=font, anchor="mm")
     return np.asarray(picture)
 
 

@@ -220,8 +220,15 @@ def from_flags(
     return kind(**chosen)
 
 
-def known_settings(saved: Mapping[str, Any], *kinds: type) -> dict[str, Any]:
+def known_settings(
+    saved: Mapping[str, Any], *kinds: type, source: str = "config.json"
+) -> dict[str, Any]:
     """Those of stored values that are still settings, each of its type.
+
+    Args:
+        saved: values by name.
+        kinds: of settings.
+        source: where they come from, for messages.
 
     Raises:
         ValueError: one is of another type; names it.
@@ -231,11 +238,11 @@ def known_settings(saved: Mapping[str, Any], *kinds: type) -> dict[str, Any]:
         hints = get_type_hints(kind)
         for item in fields(kind):
             if item.name in saved and "help" in item.metadata:
-                found[item.name] = _typed(item.name, saved[item.name], hints[item.name])
+                found[item.name] = _typed(item.name, saved[item.name], hints[item.name], source)
     return found
 
 
-def _typed(name: str, value: Any, hint: Any) -> Any:
+def _typed(name: str, value: Any, hint: Any, source: str) -> Any:
     """A stored value in its field's type; JSON has no tuples, no paths and integers for 1.0."""
     kind = _without_none(hint)
     if get_origin(kind) is tuple:
@@ -247,7 +254,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         fits = type(value) is kind or (kind is float and type(value) is int)
         fits = fits or (value is None and kind is not hint)
     if not fits:
-        raise ValueError(f"config.json: {name} is {value!r}, not {getattr(kind, '__name__', kind)}")
+        raise ValueError(f"{source}: {name} is {value!r}, not {getattr(kind, '__name__', kind)}")
     return value
 
 

@@ -193,14 +193,17 @@ def full_width(size: int) -> dict[str, Generator]:
     most = counts[0]([kept_count(c, RATIO) for c in full.channels])
     sampling = draw_sampling(full, n_sample=1)
     networks = {}
-    for name, limits in (("uniform", {}), ("power", {"round_to": 8, "min_channels": 16})):
+    for name, limits, flags in (
+        ("uniform", {}, {}),
+        ("power", {"round_to": 8, "min_channels": 16}, {"power_exponent": 0.5}),
+        ("power", {"round_to": 8, "min_channels": 16}, {"power_exponent": 1.0}),
+    ):
         kind = ALLOCATIONS[name]
         budget = Budget(full.channels, *counts, most, from_flags(AllocationSettings, limits))
-        for exponent in (0.5, 1.0) if kind.options else (0.0,):
-            options = kind.options(power_exponent=exponent) if kind.options else None
-            problem = Problem(full, (), replace(sampling, options=options), budget)
-            title = f"{size} px, {name}" + (f" {exponent:g}" if exponent else "")
-            networks[title] = Generator(size, channels=kind.function(problem))
+        options = from_flags(kind.options, flags) if kind.options else None
+        problem = Problem(full, (), replace(sampling, options=options), budget)
+        title = " ".join([f"{size} px, {name}", *(f"{v:g}" for v in flags.values())])
+        networks[title] = Generator(size, channels=kind.function(problem))
     return networks
 
 
@@ -212,8 +215,9 @@ def _row(name: str, network: Generator, timing: Timing, distances: Sequence[str]
 
 def measure(settings: WidthSettings) -> dict[str, Any]:
     """Print the table; return the numbers."""
-    bench, found = Bench(), {}
+    bench = Bench()
     students: dict[str, Generator] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in track(settings.only, len(settings.only), "measuring", "row"):
         allocation, flags, initialisation = VARIANTS[name]
         widths = bench.widths(allocation, flags)
@@ -229,11 +233,11 @@ def measure(settings: WidthSettings) -> dict[str, Any]:
         l1, parser = zip(*found[name]["distances"], strict=True)
         cells = [f"{mean(values):.4f}" for values in (l1, parser)]
         rows.append(_row(name, students[name], timing, cells))
-        found[name] |= {"seconds": timing.median}
+        found[name]["seconds"] = timing.median
     for size in settings.sizes:
         networks = full_width(size)
         for name, timing in seconds(networks, settings.rounds).items():
-            rows.append(_row(name, networks[name], timing, ["", ""]))
+            rows.append(_row(name, networks[name], timing, ("", "")))
             found[name] = {"widths": networks[name].channels, "seconds": timing.median}
     head = ["widths by", "widths", "MACs", "parameters", "L1", "parser distance", "ms a picture"]
     print(table(head, rows))

@@ -237,9 +237,10 @@ def test_another_allocation_costs_at_most_what_the_ratio_leaves(folder):
     ("flags", "words"),
     [
         ("--macs 1e5 --remove_ratio 0.5", "leave one out"),
-        ("--macs 10", "--macs 10 is out of reach: take"),
+        ("--macs 10", "--macs means 10 multiply-accumulates, out of reach: there are"),
         ("--macs 1e12", "(the full model)"),
-        ("--macs 1e5 --max_parameters 3", "--max_parameters 3 is out of reach"),
+        ("--macs 1e5 --max_parameters 3", "--max_parameters means 3 parameters, out of reach"),
+        ("--remove_ratio 0.95 --allocation power", "--remove_ratio means"),
         ("--round_to 4", "--round_to goes with macs"),
         ("--macs 1e5 --allocation best", "unknown; take"),
     ],

@@ -138,7 +138,8 @@ FLAGS = {
         "fraction": "truncation",
         "file": "ckpt parser_ckpt projection_a projection_b",
         "target": "out",
-        "choice": "mode space layers colours perceptual",
+        "positive": "strength",
+        "choice": "mode space layers colours perceptual directions",
         "device": "device",
     },
     "get_projected_image": {
@@ -263,6 +264,13 @@ MORE = [
     ("get_edited_image", "--a=", "numbers from 0 on"),
     ("get_edited_image", "--a x", "integers separated by commas"),
     ("get_edited_image", "--mode morphing --a 0 --b 1,2", "a morph goes from each to one"),
+    (
+        "get_edited_image",
+        "--mode directions --direction 99",
+        "--direction 99: principal directions",
+    ),
+    ("get_edited_image", "--mode directions --direction=", "directions have the numbers 0 to"),
+    ("get_edited_image", "--mode directions --layers 9", "layers 0-3"),
     ("get_edited_image", "--steps 2", "at least 3, not 2"),
     ("get_edited_image", "--projection_a latents.npz latents.npz", "a projection belongs"),
     ("get_edited_image", "--projection_a latents.npz --a 1", "the file has 0 to 0"),

@@ -206,6 +206,14 @@ def test_bundled_statistics_fit_the_bundled_parser(capsys):
     assert "content mask" in content.record["protocol"]
 
 
+def test_bundled_statistics_fit_the_bundled_classifier_of_attributes(capsys):
+    flags = ["--features", "attributes", "--n_sample", "120", "--device", "cpu"]
+    assert get_fid.main(flags) == 0
+    assert "Frechet attribute distance: " in capsys.readouterr().out
+    assert get_fid.main([*flags, "--content_aware"]) == 2
+    assert "--path is missing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

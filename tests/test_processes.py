@@ -1,6 +1,7 @@
 """Two gloo processes under a launcher: whatever happens to one, the job ends or goes on as one."""
 
 import os
+import re
 import signal
 import time
 
@@ -9,7 +10,10 @@ import pytest
 from PIL import Image
 
 import train
+from Compression import run as training_run
 from Compression.training import Trainer
+from Dataset import DatasetError
+from Dataset.images import Images
 from Model import checkpoint
 from tests.processes import attempt, start, wait_for
 from Util.run_log import checkpoints, read_metrics
@@ -110,9 +114,53 @@ def test_signals_and_another_number_of_processes(folder):
     assert train.main(f"{same} --iter {last + 2}".split()) == 0
     job = start(folder / "job", f"{same} --iter {last + 4}")
     assert job.end() == 0, job.output
-    assert "had 1 processes and has 2" in job.output
+    assert "processes: 1 until now, 2 from here on" in job.output
     saved = checkpoint.read(checkpoints(run)[-1])["train_state"]
     assert (saved["iteration"], saved["images_seen"]) == (last + 4, 4 * (last + 4))
     assert len(saved["rng"]) == 2
     rows = [row["iteration"] for row in read_metrics(run)]
     assert rows == list(range(1, last + 5))
+
+
+def test_images_that_give_out_in_one_process_leave_a_checkpoint(folder):
+    """And processes that start from other weights go on with those of the first."""
+
+    def sabotage(rank):
+        if rank == 0:
+            return
+        pixels, make = Images.pixels, training_run._make_networks
+
+        shown = []
+
+        def few(images, item):
+            shown.append(item)
+            if len(shown) > 3 * 2:
+                raise DatasetError("the disk has gone")
+            return pixels(images, item)
+
+        def other(*args):
+            networks = make(*args)
+            networks[0].style[1].weight.data += 1
+            return networks
+
+        Images.pixels, training_run._make_networks = few, other
+
+    job = start(folder / "job", flags(folder, "--iter 99999"), sabotage=sabotage)
+    assert job.end() == 1
+    assert "process 1 of 2: --path the disk has gone" in job.output
+    assert [int(file.stem) for file in checkpoints(folder / "run")] == [3]
+
+
+def test_processes_whose_weights_differ_write_no_checkpoint(folder):
+    def change(trainer):
+        trainer.g_ema.style[1].weight.data[0, 0] *= 1.001
+
+    job = start(
+        folder / "job",
+        flags(folder, "--iter 9 --model_save_freq 2"),
+        sabotage=before_iteration(3, change),
+    )
+    assert job.end() == 1
+    words = r"process 1 differs from process 0 in 1 of \d+ tensors, g_ema\.style\.1\.weight the"
+    assert re.search(words, job.output)
+    assert [int(file.stem) for file in checkpoints(folder / "run")] == [2]

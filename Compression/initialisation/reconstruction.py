@@ -26,12 +26,12 @@ from Compression.initialisation.refit import (
 from Compression.scores.positions import Positions, content_weight, draw_positions
 from Compression.scores.sampling import (
     INITIALISATION,
-    PIXELS_AT_ONCE,
     Sampling,
     layer_noise,
 )
 from Model.generator import Generator
 from Model.layers import StyledConv, ToRGB
+from Util import memory
 from Util.progress import Progress, track
 from Util.settings import Settings, setting
 
@@ -92,7 +92,7 @@ def _chunks(
     options, stream = sampling.options, sampling.stream(INITIALISATION)
     sides = [noise.shape[-1] for noise in full.fixed_noise]
     z = torch.randn(options.init_n_sample, full.style_dim, generator=stream)
-    for part in z.split(max(1, PIXELS_AT_ONCE // full.size**2)):
+    for part in z.split(memory.at_once(full.size, memory.SCORING)):
         w = full.mapping(part.to(full.input.input))
         noise = [noise.to(w) for noise in layer_noise(full, len(w), stream)]
         made = full.synthesis(w[:, None].expand(-1, full.n_latent, -1), noise, features=True)

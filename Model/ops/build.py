@@ -112,7 +112,8 @@ def nvcc() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     from_pip = f"{PYTORCH.parent}/nvidia/cu{major}/bin/nvcc"
     names = [f"{home}/bin/nvcc"] if home else [from_pip, "nvcc", "/usr/local/cuda/bin/nvcc"]
-    remedy = f'run pip install "cuda-toolkit[nvcc]=={wanted}.*" or point CUDA_HOME at a toolkit'
+    from_index = f'pip install "cuda-toolkit[nvcc,cccl]=={wanted}.*"'
+    remedy = f"run {from_index} or point CUDA_HOME at a toolkit"
     found = _program("NVCC", names, remedy)
     version = _version(found).partition("release ")[2].partition(",")[0]
     if version.partition(".")[0] != major:
