@@ -1,4 +1,4 @@
-"""What a new user meets: progress, closed pipes, interruptions, and messages about what was given."""
+"""What a new user meets: progress, closed pipes, interruptions, messages about what was given."""
 
 import json
 import os
