@@ -28,6 +28,7 @@ from Model.errors import CheckpointError
 from Model.face_parser import BiSeNet
 from Model.generator import Generator
 from Util.files import atomic_path, unpacked_size
+from Util.run_log import newest_checkpoint
 
 PathOrDict = str | os.PathLike[str] | Mapping[str, Any]
 StateDict = dict[str, Tensor]
@@ -41,7 +42,8 @@ def read(path: PathOrDict) -> dict[str, Any]:
     """Read a checkpoint into CPU memory without running any code from it.
 
     Args:
-        path: a file, ours or NVIDIA's (`Model.nvidia`), or a dict that is returned as it is.
+        path: a file, ours or NVIDIA's (`Model.nvidia`), a training run's folder, whose newest
+            checkpoint is meant, or a dict that is returned as it is.
 
     Raises:
         CheckpointError: no such file, not a PyTorch file, damaged, or holding objects other than
@@ -49,6 +51,8 @@ def read(path: PathOrDict) -> dict[str, Any]:
     """
     if isinstance(path, Mapping):
         return dict(path)
+    if Path(path).is_dir():
+        path = newest_checkpoint(path) or path
     _check_file(Path(path))
     if nvidia.is_pickle(path):
         return nvidia.read(path)
@@ -80,7 +84,7 @@ def _check_file(path: Path) -> None:
         CheckpointError: names it.
     """
     if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder; give a checkpoint (.pt) in it")
+        raise CheckpointError(f"{path}: is a folder without checkpoints; give a checkpoint (.pt)")
     if path.exists() and not path.is_file():
         raise CheckpointError(
             f"{path}: is a pipe or a device, but a checkpoint is read more than once; save it as a"

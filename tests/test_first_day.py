@@ -223,7 +223,7 @@ def test_an_environment_variable_is_blamed_itself(capsys, monkeypatch):
 def test_pipes_and_programs_are_called_by_their_names(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
     assert "is a pipe or a device" in error_of(capsys, prune, f"--ckpt {tmp_path}/pipe")
-    assert "is a folder; give a checkpoint" in error_of(capsys, prune, f"--ckpt {tmp_path}")
+    assert "is a folder without checkpoints" in error_of(capsys, prune, f"--ckpt {tmp_path}")
     torch.jit.script(torch.nn.ReLU()).save(str(tmp_path / "m.pt"))
     line = error_of(capsys, prune, f"--ckpt model.pt --parser_ckpt {tmp_path}/m.pt --out new")
     assert "m.pt: is a TorchScript module, not a checkpoint of state dicts" in line
@@ -246,6 +246,10 @@ def test_what_is_missing_is_noticed_before_anything_is_loaded(capsys, monkeypatc
         (get_projected_image, "--image_file none.png", "--image_file none.png: no such file"),
     ):
         assert message in error_of(capsys, script, flags)
+
+
+def test_a_run_stands_for_its_newest_checkpoint():
+    assert checkpoint.read("run").keys() == checkpoint.read("run/checkpoints/000001.pt").keys()
 
 
 def test_json_is_alone_on_standard_output(capsys):
