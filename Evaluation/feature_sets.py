@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from Dataset.batches import in_order
 from Dataset.images import Images
@@ -19,7 +17,8 @@ from Evaluation import feature_statistics, sampling
 from Evaluation.feature_statistics import Features, Statistics, statistics_of
 from Evaluation.features import Extractor
 from Model.generator import Generator
-from Util import distributed
+from Util import distributed, memory
+from Util.progress import Progress, warn
 from Util.stopping import StoppedError
 
 
@@ -36,13 +35,13 @@ def all_features(
     Raises:
         StoppedError: in all processes, if ``stop()`` was true between two batches of one.
     """
-    quiet, step, own = distributed.rank() != 0, distributed.world_size(), []
-    with tqdm(total=n, desc=what, unit="img", leave=False, disable=quiet) as bar:
+    first, step, own = distributed.rank() == 0, distributed.world_size(), []
+    with Progress(n, what, "img", shown=first, leave=False) as bar:
         for images in batches:
             if stop():
                 break
             own.append(extractor(images.to(device)).cpu())
-            bar.update(min(len(images) * step, n - bar.n))
+            bar.update(min(len(images) * step, n - bar.done))
     if distributed.any_process(stop()):
         raise StoppedError
     return torch.cat(distributed.gather_in_turn(own)).numpy()
@@ -63,6 +62,7 @@ def sampled_features(
         StoppedError: see `all_features`.
     """
     centre = sampling.mean_latent(generator, seed) if truncation < 1 else None
+    batch_size = memory.at_once(generator.size, memory.INFERENCE, batch_size)
     shares = sampling.shares(n, batch_size, distributed.rank(), distributed.world_size())
     batches = (sampling.images(generator, s, seed, truncation, centre) for s in shares)
     device = generator.device
@@ -73,6 +73,7 @@ def image_features(
     images: Images, extractor: Extractor, batch_size: int, workers: int | None, device: torch.device
 ) -> Features:
     """Compute features (N, D) of all images of a data set; the processes share them."""
+    batch_size = memory.at_once(images.size, memory.INFERENCE, batch_size)
     own = in_order(len(images), batch_size, distributed.rank(), distributed.world_size())
     batches = load_batches(images, own, workers, device)
     return all_features(extractor, batches, device, len(images), f"images of {images.path}")
@@ -139,7 +140,7 @@ def real_statistics(
             again when these have changed.
         extractor: the features.
         device: where the features are computed.
-        batch_size: images at a time.
+        batch_size: images at a time, fewer where they are large (`Util.memory`).
         workers: processes that load the images.
         need_features: the features themselves are needed, not only their mean and covariance.
 
@@ -172,5 +173,5 @@ def real_statistics(
         try:
             feature_statistics.save(file, made)
         except OSError as error:
-            print(f"warning: {file} could not be written ({error})", file=sys.stderr)
+            warn(f"warning: {file} could not be written ({error})")
     return made

@@ -3,9 +3,10 @@
 ``python -m benchmarks.runtimes [--only pruned,compressed] [--threads N]``. From w+ to images with
 the stored noise, at batch 1 and 8: the 256 px generator, full size and pruned by 0.7, with random
 weights, on which speed does not depend; and the bundled 64 px models. Every runtime's images are
-compared with those of PyTorch's own operators. The time of the processor, summed over threads, is
-beside that on the clock: with one thread the two agree unless the machine is busy. A runtime that
-is missing or fails is named and left out.
+compared with those of PyTorch's own operators: by the largest difference in grey levels and by the
+peak signal-to-noise ratio. The time of the processor, summed over threads, is beside that on the
+clock; with one thread the two agree unless the machine is busy, and "/ ours" is of the former. A
+runtime that is missing or fails is named and left out.
 """
 
 import os
@@ -32,10 +33,19 @@ from benchmarks.timing import (
     some_of,
     table,
 )
+from Evaluation.sampling import draw_z
 from Model import bundled
 from Model.checkpoint import load_generator
 from Model.generator import Generator
-from Model.onnx import Form, check_packages, plain_operators, to_onnx
+from Model.onnx import (
+    LARGEST_DIFFERENCE,
+    Form,
+    Parity,
+    agreement,
+    check_packages,
+    plain_operators,
+    to_onnx,
+)
 from Util.settings import setting
 
 MODELS: dict[str, Callable[[], Generator]] = {
@@ -44,8 +54,6 @@ MODELS: dict[str, Callable[[], Generator]] = {
     "teacher": partial(load_generator, bundled.MODEL),
     "compressed": partial(load_generator, bundled.COMPRESSED),
 }
-CHECKED_TO = 1.0
-"""Grey levels by which images of float32 may differ from PyTorch's."""
 Images = Callable[[Tensor], np.ndarray]
 """w+ (N, n_latent, style_dim) -> images (N, 3, size, size)."""
 Result = dict[str, Any]
@@ -59,7 +67,7 @@ class RuntimeSettings(Measurement):
     batches: tuple[int, ...] = setting((1, 8), "images at a time", low=1, nargs="+", metavar="N")
 
 
-class _FromW(nn.Module):
+class FromW(nn.Module):
     """w+ -> images, with the stored noise."""
 
     def __init__(self, network: Generator) -> None:
@@ -67,6 +75,7 @@ class _FromW(nn.Module):
         self.network = network
 
     def forward(self, w_plus: Tensor) -> Tensor:
+        """Images of w+."""
         return self.network([w_plus], input_is_latent=True, randomize_noise=False)
 
 
@@ -88,7 +97,7 @@ def plainly(run: Images) -> Images:
 
 def compiled(network: Generator) -> Images:
     """PyTorch's compiler, on PyTorch's operators: it cannot look into ours."""
-    return plainly(partial(by_pytorch, torch.compile(_FromW(network), dynamic=False)))
+    return plainly(partial(by_pytorch, torch.compile(FromW(network), dynamic=False)))
 
 
 def onnx_runtime(file: Path) -> Images:
@@ -134,7 +143,7 @@ def openvino(file: Path, precision: str) -> Images:
 
 def runtimes(network: Generator, folder: Path) -> Iterator[tuple[str, Callable[[], Images]]]:
     """What makes each runtime, ours first."""
-    ours = partial(by_pytorch, _FromW(network))
+    ours = partial(by_pytorch, FromW(network))
     yield "ours", lambda: ours
     yield "PyTorch alone", lambda: plainly(ours)
     yield "torch.compile", partial(compiled, network)
@@ -166,32 +175,34 @@ def working(network: Generator, folder: Path, latents: Sequence[Tensor]) -> dict
     return found
 
 
-def differences(found: dict[str, Images], w_plus: Tensor) -> dict[str, float]:
-    """Largest difference of every runtime's images from PyTorch's, in grey levels of 255.
+def distance(images: np.ndarray, expected: np.ndarray) -> Parity:
+    """How far images are from others."""
+    return agreement((torch.from_numpy(images), torch.from_numpy(expected)))
 
-    Images of random weights go beyond [-1, 1]; their largest value counts as 1.
+
+def differences(found: dict[str, Images], w_plus: Tensor) -> dict[str, Parity]:
+    """How far every runtime's images are from those of PyTorch's own operators.
 
     Raises:
         ValueError: a runtime that computes in float32 does not make the same images.
     """
     images = {name: run(w_plus) for name, run in found.items()}
-    expected = images["PyTorch alone"]
-    grey = 127.5 / max(1.0, float(np.abs(expected).max()))
-    result = {k: grey * float(np.abs(v - expected).max()) for k, v in images.items()}
-    for name, difference in result.items():
-        if not difference <= CHECKED_TO and "bf16" not in name:
-            raise ValueError(f"{name}: {difference:.2g} grey levels away from PyTorch's images")
+    result = {name: distance(made, images["PyTorch alone"]) for name, made in images.items()}
+    for name, parity in result.items():
+        if not parity.largest <= LARGEST_DIFFERENCE[False] and "bf16" not in name:
+            raise ValueError(f"{name}: differs from PyTorch's images by up to {parity.largest:.2g}")
     return result
 
 
 def compare(label: str, settings: RuntimeSettings) -> Iterator[Result]:
     """Time all runtimes on one model, at every batch size."""
     network = frozen(MODELS[label]())
-    latents = [torch.randn(n, network.n_latent, network.style_dim) for n in settings.batches]
+    latents = [network.w_plus([draw_z(network, range(n), seed=0)]) for n in settings.batches]
+    latents = [w_plus.contiguous() for w_plus in latents]
     with TemporaryDirectory() as folder:
         found = working(network, Path(folder), latents)
         for w_plus in latents:
-            largest = differences(found, w_plus)
+            parity = differences(found, w_plus)
             variants = {name: partial(run, w_plus) for name, run in found.items()}
             clocks = time.perf_counter, time.process_time
             times = interleaved_by(clocks, variants, settings.rounds)
@@ -203,7 +214,7 @@ def compare(label: str, settings: RuntimeSettings) -> Iterator[Result]:
                     "wall": asdict(wall),
                     "cpu": asdict(cpu),
                     "ratio": cpu.median / times["ours"][1].median,
-                    "difference": largest[name],
+                    **asdict(parity[name]),
                 }
 
 
@@ -215,7 +226,7 @@ def row(result: Result) -> list[str]:
         milliseconds(Timing(**result["wall"])),
         f"{1e3 * result['cpu']['median']:.2f}",
         f"{result['ratio']:.2f}",
-        f"{result['difference']:.2g}",
+        f"{127.5 * result['largest']:.2g} ({result['psnr']:.0f})",
     ]
 
 
@@ -226,7 +237,7 @@ def measure(settings: RuntimeSettings) -> list[Result]:
         for result in compare(label, settings):
             results.append(result)
             print(row(result), file=sys.stderr, flush=True)
-    head = ("model", "runtime", "ms", "ms of processor", "/ ours", "largest difference (grey)")
+    head = ("model", "runtime", "ms", "processor ms", "/ ours", "grey levels off (dB)")
     print(table(head, [row(result) for result in results]))
     return results
 

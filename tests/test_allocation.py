@@ -12,8 +12,9 @@ from Compression.allocation import ALLOCATIONS, AllocationSettings, Budget, Prob
 from Compression.allocation.cheapest import by_resolution, cheapest_first
 from Compression.allocation.costs import costs_like
 from Compression.allocation.losses import importance_losses, spectrum_losses
+from Compression.allocation.shape import uniform
 from Compression.scores.sampling import chunks, draw_sampling, readers
-from Compression.selection import select_channels
+from Compression.selection import kept_count
 from Model import bundled, checkpoint
 from Model.complexity import macs, parameters
 from Model.generator import Generator
@@ -104,15 +105,13 @@ def test_parameters_can_be_capped_too(full, name):
     assert macs(generator(widths)) <= budget.most_macs
 
 
-@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("ratio", [0.3, 0.55, 0.7, 0.9])
 def test_uniform_at_a_ratios_cost_is_that_ratio(ratio):
-    network = generator((20, 20, 20, 20, 10, 10))
-    scores = [torch.arange(width).float() for width in network.channels]
-    kept = [int(mask.sum()) for mask in select_channels(scores, ratio)]
-    counts, sizes = costs(network.channels)
-    limits = AllocationSettings(min_channels=1)
-    budget = Budget(network.channels, counts, sizes, counts(kept), limits)
-    assert list(widths_of("uniform", network, budget)) == kept
+    for full in ((512, 512, 256, 256, 128, 128), (20, 20, 20, 20, 10, 10)):
+        kept = [kept_count(width, ratio) for width in full]
+        counts, sizes = costs(FULL)  # of any 16 px generator of this style_dim
+        budget = Budget(full, counts, sizes, counts(kept), AllocationSettings(min_channels=1))
+        assert list(uniform(Problem(None, (), None, budget))) == kept
 
 
 def test_power_falls_with_resolution():
@@ -237,9 +236,10 @@ def test_another_allocation_costs_at_most_what_the_ratio_leaves(folder):
     ("flags", "words"),
     [
         ("--macs 1e5 --remove_ratio 0.5", "leave one out"),
-        ("--macs 10", "--macs 10 is out of reach: take"),
+        ("--macs 10", "--macs means 10 multiply-accumulates, out of reach: there are"),
         ("--macs 1e12", "(the full model)"),
-        ("--macs 1e5 --max_parameters 3", "--max_parameters 3 is out of reach"),
+        ("--macs 1e5 --max_parameters 3", "--max_parameters means 3 parameters, out of reach"),
+        ("--remove_ratio 0.95 --allocation power", "--remove_ratio means"),
         ("--round_to 4", "--round_to goes with macs"),
         ("--macs 1e5 --allocation best", "unknown; take"),
     ],

@@ -50,6 +50,9 @@ def cheapest_first(
         budget: that the least widths keep.
         losses: see `Losses`.
         units: groups that keep one width together; None ties none.
+
+    Raises:
+        ValueError: the least widths exceed the limits.
     """
     full = budget.full
     made = []
@@ -59,7 +62,8 @@ def cheapest_first(
         made.append(_Unit(groups, rungs, loss, len(rungs) - 1))
     widths = list(full)
     while not budget.fits(widths):
-        _step(budget, made, widths, down=True)
+        if not _step(budget, made, widths, down=True):
+            raise ValueError(f"the least widths {budget.floor} exceed the budget or a cap")
     while _step(budget, made, widths, down=False):
         pass
     return tuple(widths)

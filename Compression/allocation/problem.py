@@ -67,22 +67,26 @@ class Budget:
         small = self.macs(widths) <= self.most_macs and not self.fits(widths)
         return self.parameters if small else self.macs
 
-    def check(self) -> None:
+    def check(self, name: str = "macs") -> None:
         """Refuse limits that cannot be kept, or that hold anyway.
+
+        Args:
+            name: the setting that the budget comes from.
 
         Raises:
             SettingError: names the limit and the range that can be reached.
         """
-        for name, value, cost in (
-            ("macs", self.most_macs, self.macs),
-            ("max_parameters", self.limits.max_parameters, self.parameters),
+        for setting_, value, cost, unit in (
+            (name, self.most_macs, self.macs, "multiply-accumulates"),
+            ("max_parameters", self.limits.max_parameters, self.parameters, "parameters"),
         ):
             low, high = cost(self.floor), cost(self.full)
             if value is not None and not low <= value <= high:
+                least = ",".join(map(str, self.floor))
                 raise SettingError(
-                    name,
-                    f"{value:,} is out of reach: take {low:,} (widths"
-                    f" {','.join(map(str, self.floor))}) to {high:,} (the full model)",
+                    setting_,
+                    f"means {value:,} {unit}, out of reach: there are {low:,} (widths {least}) to"
+                    f" {high:,} (the full model)",
                 )
 
 
