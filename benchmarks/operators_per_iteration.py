@@ -62,7 +62,7 @@ def make_trainer(size: int, amp: str) -> Trainer:
     student = Generator(size, channels=[max(1, w - int(0.7 * w)) for w in widths])
     parser = ContentParser(fold_batch_norm(BiSeNet(width=4)).requires_grad_(False))
     network = narrow(lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False))
-    network.net = Trunk(network.net, None)
+    network.net = Trunk(network.get_submodule("net"), None)
     terms = [Term("l1", 3.0, pixels.term()), Term("lpips", 3.0, perceptual.term(network))]
     settings = TrainConfig(batch_size=IMAGES, size=size, amp=amp)
     discriminator = Discriminator(size, channels=widths[1::2])
