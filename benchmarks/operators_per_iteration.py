@@ -47,9 +47,8 @@ def narrow(network: nn.Module) -> nn.Module:
             if isinstance(layer, nn.Conv2d):
                 inputs = layer.in_channels if layer.in_channels == 3 else layer.in_channels // 16
                 outputs, bias = max(1, layer.out_channels // 16), layer.bias is not None
-                other = nn.Conv2d(
-                    inputs, outputs, layer.kernel_size, padding=layer.padding, bias=bias
-                )
+                side = layer.kernel_size[0]
+                other = nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=bias)
                 setattr(module, name, other)
     return network.eval().requires_grad_(False)
 
