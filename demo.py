@@ -7,10 +7,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -26,10 +27,12 @@ from Model.checkpoint import load_generator
 from Model.complexity import macs, parameters
 from Model.generator import Generator
 from train_hyperparams import TrainConfig
+from Util import progress
 from Util.cli import check_writable, run_settings
 from Util.files import atomic_path
 from Util.pictures import save_png, side_by_side
 from Util.plot_log import plot
+from Util.run_log import TIMING
 from Util.settings import Settings, command, setting
 
 TEACHER = os.path.relpath(bundled.MODEL)
@@ -82,6 +85,39 @@ def retraining(data: Path, pruned: Path, iterations: int, run: Path) -> TrainCon
     )
 
 
+def rehearse(settings: DemoSettings) -> dict[str, float]:
+    """Do a little of each step in a temporary folder; returns the seconds that the whole takes."""
+    with TemporaryDirectory() as folder, progress.quietly():
+        place, cores, few = Path(folder), os.cpu_count() or 1, 16
+        start = time.perf_counter()
+        for i in range(few):
+            picture, _ = toon_faces.render(i, labels=False)
+            save_png(place / f"data/images/{i}.png", picture)
+        rendering = (time.perf_counter() - start) / few / cores * settings.n
+
+        start = time.perf_counter()
+        small = prune(PruneSettings(n_sample=10, out=place / "pruned.pt"))
+        pruning = (time.perf_counter() - start) / 10 * PruneSettings.n_sample
+
+        config = retraining(place / "data", small.path, 9, place / "run")
+        rows = train(replace(config, log_freq=3, val_sample_freq=0)).rows
+        per_second = max(row[TIMING[0]] for row in rows[1:])  # the first ones warm up
+        training = config.batch_size * settings.iter / per_second
+    return {"rendering": rendering, "pruning": pruning, "retraining": training}
+
+
+def announcement(settings: DemoSettings, seconds: Mapping[str, float]) -> str:
+    """What will happen, and how long it takes here."""
+    render, pruned, trained = map(progress.duration, seconds.values())
+    return (
+        f"This renders {settings.n:,} pictures of toon faces ({render}), prunes the bundled teacher"
+        f" to an eleventh of its cost ({pruned}),\nretrains it for {settings.iter:,} iterations"
+        f" ({trained}) and compares the three. On this machine, as busy as it is now, all of it"
+        f" takes about\n{progress.duration(sum(seconds.values()))}, by a little of each that was"
+        f" done just now. The results go to {settings.out}; Ctrl-C ends it."
+    )
+
+
 def compare(networks: dict[str, Generator], out: Path) -> str:
     """Write the pictures; return the table."""
     z = torch.randn(LATENTS, 128, generator=torch.Generator().manual_seed(7))
@@ -103,6 +139,7 @@ def run(settings: DemoSettings) -> None:
     """Run all steps and print the result."""
     out, start = settings.out, time.perf_counter()
     check_writable("out", out / "table.txt")
+    print(announcement(settings, rehearse(settings)), flush=True)
     data, run = out / "toon_faces_64px", out / "run"
 
     faces = toon_faces.ToonFacesSettings(out=data, n=settings.n, no_labels=True)

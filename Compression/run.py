@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from Compression import distillation, recipes
 from Compression.content import ContentParser, parser_for
@@ -25,6 +24,7 @@ from Evaluation import feature_statistics, sampling
 from Evaluation.feature_sets import real_statistics, sampled_features
 from Evaluation.features import make_extractor
 from Evaluation.metrics import METRICS, distance_key, evaluate, need_features
+from Evaluation.settings import check_size
 from Model import bundled, checkpoint
 from Model.discriminator import GROUP, Discriminator
 from Model.generator import Generator, resolution_log2
@@ -38,8 +38,9 @@ from Util.device import (
     reserved_memory_gib,
     tune_convolutions,
 )
+from Util.progress import Progress, show
 from Util.run_log import RunLog, check_wandb, newest_checkpoint, read_metrics
-from Util.settings import SettingError, Settings, blame, plain
+from Util.settings import SettingError, Settings, blame, check_files, plain
 from Util.stopping import StoppedError, StopRequest
 from Util.streams import stream
 
@@ -162,6 +163,7 @@ def check(config: TrainConfig) -> None:
             resolution_log2(config.size)
     if config.fid_stats and Path(config.fid_stats).is_dir():
         raise SettingError("fid_stats", f"{config.fid_stats} is a folder; name a file")
+    _check_inputs(config)
     check_writable("out", Path(config.out or "runs") / "config.json")
     if config.load_train_state and not config.ckpt:
         raise SettingError("load_train_state", "goes with ckpt; name the checkpoint to go on from")
@@ -210,6 +212,17 @@ def _check_parts(config: TrainConfig, own: int) -> None:
             )
 
 
+def _check_inputs(config: TrainConfig) -> None:
+    """Refuse files that are not there; a run that goes on needs no ckpt."""
+    check_files(config, *(("ckpt",) if config.resume else ()))
+    with blame("teacher_ckpt"):
+        if config.has_teacher and not Path(config.teacher_ckpt).exists():
+            raise ValueError(f"{config.teacher_ckpt}: no such file; check the name")
+    if config.has_teacher and config.content_aware_KD and not config.parser_ckpt:
+        with blame("parser_ckpt"):
+            bundled.default_parser(config.teacher_ckpt)
+
+
 def _check_gpus(config: TrainConfig) -> None:
     """Refuse GPUs that are not there; a launcher's processes have theirs from it."""
     gpus, primary = config.gpu_device_ids, config.primary_device
@@ -245,22 +258,25 @@ def _nowhere(text: str) -> None:
 
 
 def _make_networks(
-    config: TrainConfig, content: Mapping[str, Any]
+    config: TrainConfig, content: Mapping[str, Any], source: str
 ) -> tuple[Generator, Generator | None]:
     """Generator and its moving average if there is one, loaded or new."""
-    size = config.size or None
     if not content:
-        new = Generator(
-            size or 64, config.style_dim, config.n_mlp, config.channels, config.channel_multiplier
-        )
-        return new, None
-    g_ema = checkpoint.load_generator(content, size=size) if "g_ema" in content else None
-    generator = checkpoint.load_generator(content, "g" if "g" in content else "g_ema", size=size)
+        size, widths = config.size or 64, (config.channels, config.channel_multiplier)
+        return Generator(size, config.style_dim, config.n_mlp, *widths), None
+    g_ema = checkpoint.load_generator(content, name=source) if "g_ema" in content else None
+    key = "g" if "g" in content else "g_ema"
+    generator = checkpoint.load_generator(content, key, name=source)
+    check_size("size", config.size, source, generator)
     return generator, g_ema
 
 
 def _make_discriminator(
-    config: TrainConfig, content: Mapping[str, Any], generator: Generator, resume: bool
+    config: TrainConfig,
+    content: Mapping[str, Any],
+    generator: Generator,
+    resume: bool,
+    source: str,
 ) -> Discriminator:
     """The checkpoint's, the teacher's where it has none, or a new one of their widths."""
     if not content:
@@ -273,7 +289,14 @@ def _make_discriminator(
     scratch = config.discriminator == "scratch" and not resume
     if scratch and "d" not in content:
         return Discriminator(generator.size, config.channel_multiplier)
-    found = checkpoint.load_discriminator(content)
+    if "d" not in content:
+        also = f", nor does {config.teacher_ckpt}" if config.has_teacher else ""
+        raise SettingError(
+            "discriminator",
+            f"{config.discriminator}: {source} holds none (d){also}; give a teacher_ckpt that has"
+            " one, or train with discriminator scratch",
+        )
+    found = checkpoint.load_discriminator(content, name=source)
     return Discriminator(found.size, channels=found.channels) if scratch else found
 
 
@@ -313,6 +336,24 @@ def _make_teacher(
     return Teacher(generator, mask, distillation.make_terms(sources))
 
 
+def _start(config: TrainConfig) -> tuple[str, bool]:
+    """The checkpoint to start from, or empty, and whether that is to go on with its training."""
+    if config.resume:
+        file = Path(config.resume)
+        if newest := file if file.is_file() else newest_checkpoint(file):
+            return str(newest), True
+        # A run that was ended before its first checkpoint starts again as it did.
+    return config.ckpt, config.load_train_state
+
+
+def reached(config: TrainConfig) -> int:
+    """The iteration of the checkpoint to go on from if nothing is left to train, else 0."""
+    source, resume = _start(config)
+    name = Path(source).stem
+    iteration = int(name) if resume and name.isdecimal() else 0
+    return iteration if iteration >= config.iter and not config.dry_run else 0
+
+
 def _make_trainer(
     config: TrainConfig, device: torch.device, announce: Callable[[str], None]
 ) -> tuple[Trainer, dict[str, Any], ContentParser | None]:
@@ -321,18 +362,14 @@ def _make_trainer(
     Returns:
         The trainer, what the checkpoint remembers of its making, and what makes the masks.
     """
-    source, resume = config.ckpt, config.load_train_state
-    if config.resume:
-        file = Path(config.resume)
-        newest = distributed.from_first(file if file.is_file() else newest_checkpoint(file))
-        # A run that was ended before its first checkpoint starts again as it did.
-        source, resume = (str(newest), True) if newest else (source, resume)
+    source, resume = distributed.from_first(_start(config))
     torch.manual_seed(config.seed)
-    with blame("ckpt" if source else "size and --channels:"):
+    named = "resume" if config.resume and resume else "ckpt" if source else "size and --channels:"
+    with blame(named):
         content = checkpoint.read(source) if source else {}
         _check_teacher(config, source, content)
-        generator, g_ema = _make_networks(config, content)
-        discriminator = _make_discriminator(config, content, generator, resume)
+        generator, g_ema = _make_networks(config, content, source)
+        discriminator = _make_discriminator(config, content, generator, resume, source)
     full = _load_teacher(config, generator.size, device)
     parser = _make_parser(config, device)
     if parser:
@@ -344,7 +381,7 @@ def _make_trainer(
     if resume:
         name = Path(source).stem
         iteration = int(name) if name.isdecimal() else None
-        with blame(f"ckpt {source}:"):
+        with blame(f"{named} {source}:"):
             trainer.load_state(content, iteration)
         if "train_state" not in content:
             announce(
@@ -518,7 +555,7 @@ class _Actions:
         config: TrainConfig,
         trainer: Trainer,
         log: RunLog | None,
-        bar: tqdm,
+        bar: Progress,
         evaluation: Evaluation | None,
         making: Mapping[str, Any],
         request: StopRequest,
@@ -544,14 +581,16 @@ class _Actions:
         if self.run_log:
             self.run_log.metrics(trainer.iteration, metrics)
             shown = {k: v for k, v in metrics.items() if k.endswith("_loss") or k.startswith("kd_")}
-            self.bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()})
+            self.bar.figures(", ".join(f"{k} {v:.3f}" for k, v in shown.items()))
 
     def sample(self) -> None:
         """Write a grid of g_ema's images, always of the same latents."""
         if self.run_log:
             g_ema = self.trainer.g_ema
             samples = sampling.render(g_ema, sampling.from_z(g_ema, self.z))
-            self.run_log.samples(self.trainer.iteration, pictures.grid(samples))
+            title = f"iteration {self.trainer.iteration:,}, moving average (g_ema)"
+            grid = pictures.with_text(pictures.grid(samples), title, above=True)
+            self.run_log.samples(self.trainer.iteration, grid)
         distributed.meet()
 
     def evaluate(self) -> None:
@@ -596,9 +635,7 @@ def _train(
     making: Mapping[str, Any],
 ) -> int:
     """Train under a progress bar until the end or a signal; returns the signal's number or 0."""
-    bar = tqdm(
-        total=config.iter, initial=trainer.iteration, unit="it", dynamic_ncols=True, disable=not log
-    )
+    bar = Progress(config.iter, "training", done=trainer.iteration, shown=bool(log))
     request = StopRequest()
     actions = _Actions(config, trainer, log, bar, evaluation, making, request)
     events = [
@@ -624,7 +661,7 @@ def _train(
             return 0
         if actions.saved != trainer.iteration:
             actions.checkpoint()
-        bar.write(f"stopped at iteration {trainer.iteration}; go on with --resume {config.out}")
+        show(f"stopped at iteration {trainer.iteration}; go on with --resume {config.out}")
     return request.signal
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from Compression.pruning import prune
 from Compression.run import train
 from Dataset import toon_faces
-from Model import checkpoint
+from Model import bundled, checkpoint
 from Model.complexity import macs, parameters
 from studies.measuring import Judge
 from studies.plan import Job, Plan, iterations, prune_settings, train_config
@@ -142,11 +142,18 @@ def run_job(plan: Plan, job: Job, places: Places) -> dict[str, Any]:
     return _result(plan, job, points, clock.seconds, student, judge)
 
 
-def teacher_figures(plan: Plan, seed: int, places: Places) -> dict[str, float]:
-    """Measure the teacher as a student is, for what a student cannot be expected to surpass."""
+def reference_figures(plan: Plan, seed: int, places: Places) -> dict[str, dict[str, float]]:
+    """Measure what students are seen beside, by its name: the teacher, the compressed model.
+
+    The teacher shows what cannot be surpassed, the bundled compressed model a longer retraining.
+    """
     teacher = prune_settings(plan.jobs[0], Path("pruned.pt")).ckpt
     judge = judge_for(teacher, plan.n_sample, seed, places)
-    return judge.measure(checkpoint.load_generator(teacher), plan.figures)
+    files = {"teacher": teacher, "bundled compressed model": bundled.COMPRESSED}
+    return {
+        name: judge.measure(checkpoint.load_generator(file), plan.figures)
+        for name, file in files.items()
+    }
 
 
 def clean(plan: Plan, job: Job, places: Places) -> None:

@@ -30,12 +30,12 @@ class Table:
     Attributes:
         plan: that was run.
         rows: one for each finished job that is still in the plan.
-        teacher: its own figures, one mapping for each seed.
+        references: what students are seen beside: figures by name, one mapping for each seed.
     """
 
     plan: Plan
     rows: Sequence[Result]
-    teacher: Sequence[Mapping[str, float]] = ()
+    references: Sequence[Mapping[str, Mapping[str, float]]] = ()
 
     def of(self, arm: str, ratio: float) -> list[Result]:
         """Give an arm's results at a ratio."""
@@ -80,12 +80,12 @@ def number(value: float) -> str:
 
 
 def spread(values: Iterable[float]) -> str:
-    """Write mean and standard deviation."""
+    """Write mean and standard deviation, of a single value itself."""
     found = list(values)
     if not found:
         return "-"
     mean, deviation = mean_and_deviation(found)
-    return f"{number(mean)} ± {number(deviation)}"
+    return f"{number(mean)} ± {number(deviation)}" if len(found) > 1 else number(mean)
 
 
 def signed(difference: Interval | None) -> str:
@@ -117,10 +117,35 @@ def means(table: Table, pairs: Sequence[tuple[str, float]], point: int = -1) -> 
         ]
         for pair in pairs
     ]
-    if table.teacher:
-        own = [spread(row[f] for row in table.teacher if f in row) for f in figures]
-        rows.append(["*teacher*", str(len(table.teacher)), *own])
+    for name in table.references[0] if table.references else ():
+        own = [row[name] for row in table.references]
+        cells = [spread(row[f] for row in own if f in row) for f in figures]
+        rows.append([f"*{name}*", str(len(own)), *cells])
     return markdown(["arm", "seeds", *(TITLES[f] for f in figures)], rows)
+
+
+def by_attribute(table: Table, pairs: Sequence[tuple[str, float]], inside: Sequence[str]) -> str:
+    """Tabulate the mean agreement of every attribute, those inside the content first.
+
+    Args:
+        table: of the results.
+        pairs: arms and ratios, at least one, a column each.
+        inside: attributes inside the content.
+    """
+    figures = table.of(*pairs[0])[0]["points"][-1]["figures"]
+    names = [figure.partition(":")[2] for figure in figures if ":" in figure]
+    rows = [
+        [
+            name,
+            "inside" if name in inside else "outside",
+            *(
+                number(mean_and_deviation(list(found.values()))[0]) if found else "-"
+                for found in (table.values(*pair, f"agreement:{name}") for pair in pairs)
+            ),
+        ]
+        for name in sorted(names, key=lambda name: name not in inside)
+    ]
+    return markdown(["attribute", "content", *(label(table, *pair) for pair in pairs)], rows)
 
 
 def differences(

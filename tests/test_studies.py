@@ -234,7 +234,7 @@ def test_verdicts_follow_the_interval(values, higher, expected):
 def fake_results(folder, name, jobs_done, value):
     plan = read_plan(name)
     for job in plan.jobs[:jobs_done]:
-        figures = {f: value(job, f) for f in HIGHER_IS_BETTER}
+        figures = {f: value(job, f) for f in [*HIGHER_IS_BETTER, "agreement:hair"]}
         points = [{"images": int(s * plan.images), "figures": figures} for s in plan.measure_at]
         append_result(
             folder / f"{name}.jsonl",
@@ -251,17 +251,18 @@ def test_the_page_says_what_the_results_say(tmp_path, capsys):
     better = {"cagc": 0.9, "everywhere": 0.8}
     value = lambda job, f: better[job.arm.name] + 0.001 * job.seed**2  # noqa: E731
     fake_results(tmp_path, "compression", 5, value)
-    own = {"0": {"agreement_inside": 1.0, "frechet": 17.0}}
-    (tmp_path / "compression_teacher.json").write_text(json.dumps(own))
+    own = {"0": {"teacher": {"agreement_inside": 1.0, "frechet": 17.0}}}
+    (tmp_path / "compression_references.json").write_text(json.dumps(own))
     arguments = ["--results", str(tmp_path), "--out", str(tmp_path / "doc/Study.md")]
     assert report.main([*arguments, "--work", str(tmp_path)]) == 0
     page = (tmp_path / "doc/Study.md").read_text()
     assert "5 of " in page
     assert "| cagc 0.7 | 3 |" in page
-    assert "| *teacher* | 1 | - | 1.000 ± - |" in page
+    assert "| *teacher* | 1 | - | 1.000 | - |" in page
+    assert "| hair | inside | 0.902 | 0.800 |" in page
     (line,) = (x for x in page.splitlines() if "inside the content keeps" in x)
     assert line.endswith("| *not run* |")  # the third seed of everywhere is missing
-    assert "everywhere 0.7, seed 2" in page
+    assert "everywhere, 1 of 3 jobs (everywhere-0.7-s2)" in page
     assert (tmp_path / "doc/study/content.png").is_file()
     fake_results(tmp_path, "compression", 6, value)
     (tmp_path / "compression.jsonl").write_text(
