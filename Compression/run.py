@@ -39,7 +39,7 @@ from Util.device import (
     tune_convolutions,
 )
 from Util.progress import Progress, show
-from Util.run_log import RunLog, check_wandb, newest_checkpoint, read_metrics
+from Util.run_log import RunLog, check_wandb, newest_checkpoint
 from Util.settings import SettingError, Settings, blame, check_files, plain
 from Util.stopping import StoppedError, StopRequest
 from Util.streams import stream
@@ -146,7 +146,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     finally:
         if log:
             log.close()
-    rows = read_metrics(config.out) if log else []
+    rows = log.rows() if log else []
     return TrainResult(Path(config.out), trainer.iteration, signal, rows)
 
 
