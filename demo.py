@@ -36,6 +36,9 @@ from Util.run_log import TIMING
 from Util.settings import Settings, command, setting
 
 TEACHER = os.path.relpath(bundled.MODEL)
+EXAMPLE = """example: python3 demo.py --out longer --iter 9000
+    retrains five times as long as make demo does
+"""
 LATENTS = 64
 SHOWN = 8
 
@@ -44,7 +47,7 @@ SHOWN = 8
 class DemoSettings(Settings):
     """Settings of the demo; one flag each."""
 
-    out: Path = setting(Path("demo"), "folder of the results")
+    out: Path = setting(Path("demo"), "folder of the results", metavar="DIR")
     n: int = setting(5000, "pictures to render", low=1)
     iter: int = setting(1800, "retraining iterations", low=1)
 
@@ -182,7 +185,9 @@ def run(settings: DemoSettings) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
-    return run_settings(DemoSettings, run, argv, prog="demo.py", description=__doc__)
+    return run_settings(
+        DemoSettings, run, argv, prog="demo.py", description=__doc__, epilog=EXAMPLE
+    )
 
 
 if __name__ == "__main__":
