@@ -273,7 +273,7 @@ def _text(value: Any) -> str:
 
 def command(script: str, settings: Settings) -> str:
     """The command line that means these settings: every one that is not the default."""
-    words_ = [script]
+    words_ = shlex.split(script)
     for item in fields(settings):
         value = getattr(settings, item.name)
         if "help" in item.metadata and value != item.default:
