@@ -30,7 +30,7 @@ from Model.discriminator import GROUP, Discriminator
 from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig
 from Util import distributed, pictures
-from Util.cli import check_writable
+from Util.cli import check_writable, if_interrupted
 from Util.compiling import compile_method
 from Util.device import (
     peak_memory_gib,
@@ -142,12 +142,20 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
             if evaluation:
                 announce(f"{', '.join(config.fid_metrics)} by {evaluation.about}")
         batches = _stream(config, trainer, images)
-        signal = _train(config, trainer, batches, log, evaluation, origin | _making(config, parser))
+        with if_interrupted(lambda: _way_on(config)):  # by a second Ctrl-C
+            making = origin | _making(config, parser)
+            signal = _train(config, trainer, batches, log, evaluation, making)
     finally:
         if log:
             log.close()
     rows = log.rows() if log else []
     return TrainResult(Path(config.out), trainer.iteration, signal, rows)
+
+
+def _way_on(config: TrainConfig) -> str:
+    """What an interrupted run has kept, and how it goes on, in words."""
+    kept = newest_checkpoint(config.out)
+    return f"{kept or 'no checkpoint'} is kept; --resume {config.out} goes on from there"
 
 
 def check(config: TrainConfig) -> None:
