@@ -120,7 +120,7 @@ def run(argv: Sequence[str] | None) -> int:
         distributed.relaunch(__file__, flags, len(config.gpu_device_ids))
     if config.dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            print_dry_run(train(replace(config, out=folder), show), config)
+            print_dry_run(train(replace(config, out=folder, wandb=""), show), config)
         return 0
     result = train(config, show)
     if result.signal:
