@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from Compression import distillation, recipes
+from Compression.batch_memory import check_batch
 from Compression.content import ContentParser, parser_for
 from Compression.training import Event, NonFiniteError, Teacher, Trainer, iterate
 from Dataset import DatasetError
@@ -128,6 +129,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
         images = Images(config.path, config.size, config.max_bad, config.resample)
     with torch.random.fork_rng(devices=()):  # new networks draw weights before they are loaded
         evaluation = _make_evaluation(config, trainer, images)
+    check_batch(trainer, announce, always=config.dry_run)
     config = replace(config, out=config.out or distributed.from_first(_new_folder()))
     log = _open_log(config, trainer, evaluation)
     try:
