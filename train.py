@@ -17,7 +17,14 @@ from Util import distributed
 from Util.cli import OneLineParser, listed, run_script
 from Util.progress import show
 from Util.run_log import CONFIG, TIMING, read_config
-from Util.settings import SettingError, add_flags, blame, from_flags, known_settings
+from Util.settings import (
+    SettingError,
+    add_flags,
+    blame,
+    check_files,
+    from_flags,
+    known_settings,
+)
 
 AUTO = "auto"
 
@@ -68,6 +75,7 @@ def parse_config(argv: Sequence[str] | None) -> TrainConfig:
             defaults = known_settings(stored, TrainConfig, *option_kinds())
         defaults["out"] = str(folder)
     else:
+        check_files(TrainConfig, "resume", values=args)
         defaults = recipes.train_values(args.recipe, args.ckpt)
     parser.set_defaults(**defaults)
     values = vars(parser.parse_args(argv)) | {"recipe": defaults.get("recipe", "")}
@@ -112,7 +120,7 @@ def run(argv: Sequence[str] | None) -> int:
         distributed.relaunch(__file__, flags, len(config.gpu_device_ids))
     if config.dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            print_dry_run(train(replace(config, out=folder), show), config)
+            print_dry_run(train(replace(config, out=folder, wandb=""), show), config)
         return 0
     result = train(config, show)
     if result.signal:

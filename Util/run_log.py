@@ -145,8 +145,11 @@ class RunLog:
 
     def _rows_with(self, key: str) -> list[tuple[float, float]]:
         """Values and iterations of a metric."""
-        logged = read_metrics(self.folder) if (self.folder / METRICS).exists() else []
-        return [(row[key], row["iteration"]) for row in logged if key in row]
+        return [(row[key], row["iteration"]) for row in self.rows() if key in row]
+
+    def rows(self) -> list[dict[str, float]]:
+        """All lines of ``metrics.jsonl`` so far; none before the first."""
+        return read_metrics(self.folder) if (self.folder / METRICS).exists() else []
 
     def close(self) -> None:
         """Flush the event files and release the folder."""

@@ -201,8 +201,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(folder, monkeypatch, capsys
     assert [p.name for p in checkpoints(folder / "run")] == ["000001.pt"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_ends_the_run_with_a_checkpoint(folder, monkeypatch, number):
+@pytest.mark.parametrize(
+    ("number", "log_freq"),
+    [(signal.SIGINT, 2), (signal.SIGTERM, 4), (signal.SIGHUP, 2), (signal.SIGUSR1, 2)],
+)
+def test_a_signal_ends_the_run_with_a_checkpoint(folder, monkeypatch, number, log_freq):
     iterate = Trainer.iterate
 
     def interrupted(trainer, real):
@@ -211,11 +214,11 @@ def test_a_signal_ends_the_run_with_a_checkpoint(folder, monkeypatch, number):
         return iterate(trainer, real)
 
     monkeypatch.setattr(Trainer, "iterate", interrupted)
-    assert run(folder, f"{SMALL} --iter 5 --log_freq 2") == 128 + number
+    assert run(folder, f"{SMALL} --iter 5 --log_freq {log_freq}") == 128 + number
     assert [p.name for p in checkpoints(folder / "run")] == ["000003.pt"]
     monkeypatch.undo()
     assert train.main(["--resume", str(folder / "run")]) == 0
-    assert run(folder, f"{SMALL} --iter 5 --log_freq 2", "whole") == 0
+    assert run(folder, f"{SMALL} --iter 5 --log_freq {log_freq}", "whole") == 0
     assert_same_run(folder / "whole", folder / "run", 5)
 
 
