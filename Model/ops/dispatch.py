@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from Util.settings import VariableError
+
 if TYPE_CHECKING:  # at run time `python -m Model.ops.build` would find itself imported already
     from Model.ops.build import Part
 
@@ -88,7 +90,7 @@ def _demanded(operator: str, device: str) -> bool:
 def _mode() -> str:
     mode = os.environ.get(VARIABLE) or "auto"
     if mode not in ("auto", "reference", "native"):
-        raise ValueError(f"{VARIABLE} must be auto, reference or native, not {mode!r}")
+        raise VariableError(f"{VARIABLE} must be auto, reference or native, not {mode!r}")
     return mode
 
 
@@ -111,7 +113,7 @@ def use_native(operator: str, impl: Impl, x: Tensor, *others: Tensor | None) -> 
         others: further tensors that the operator takes, or None.
 
     Raises:
-        ValueError: ``impl`` or STYLEGAN_OPS is none of the three names.
+        ValueError: ``impl`` or STYLEGAN_OPS is none of the three names (`VariableError`).
         NativeUnavailable: "native" is demanded where there is none.
     """
     if impl not in ("auto", "reference", "native"):
