@@ -120,7 +120,7 @@ def run(argv: Sequence[str] | None) -> int:
         distributed.relaunch(__file__, flags, len(config.gpu_device_ids))
     if config.dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            print_dry_run(train(replace(config, out=folder), show), config)
+            print_dry_run(train(replace(config, out=folder, wandb=""), show), config)
         return 0
     result = train(config, show)
     if result.signal:
@@ -136,7 +136,7 @@ def print_dry_run(result: TrainResult, config: TrainConfig) -> None:
         return
     rows = result.rows[-2:]
     losses = {k: round(v, 4) for k, v in rows[0].items() if k not in ("iteration", *TIMING)}
-    speed, memory = TIMING
+    speed, memory = TIMING[:2]
     print(f"dry run: all is well; losses of the first iteration: {losses}")
     for which, row in zip(("first, warming up and", "second,"), rows, strict=True):
         parts = regularisers(config, int(row["iteration"]) - 1)

@@ -65,7 +65,15 @@ class TrainConfig(Settings):
 
     # Length and batch. The paper: 450,000 iterations of 16 images at 256 px.
     iter: int = setting(450_000, "train up to this iteration", low=1)
-    batch_size: int = setting(16, "images per iteration, over all processes", low=1)
+    batch_size: int = setting(
+        16, "images per iteration, over all processes", low=1, aliases=("batch",)
+    )
+    batch_gpu: int = setting(
+        0,
+        "images that pass through the networks at a time in each process, a multiple of 4; the"
+        " gradients of a batch add up over such parts. 0: all, which takes the most memory",
+        low=0,
+    )
     resample: str = setting(
         "bilinear",
         "filter that resizes pictures of a folder; an LMDB has been resized by its own",
@@ -158,12 +166,18 @@ class TrainConfig(Settings):
     # Precision. float32 is what the paper trained in.
     amp: str = setting(
         "none",
-        "precision of generator, teacher and discriminator: none (float32), bf16, or fp16 with"
-        " scaled losses; R1 and path length stay in float32",
+        "precision of all networks: none (float32), bf16, or fp16 with scaled losses; path length"
+        " stays in float32",
         choices=("none", "bf16", "fp16"),
     )
     tf32: bool = setting(
         False, "round the factors of float32 products to TensorFloat-32 (Ampere and newer GPUs)"
+    )
+
+    compile: bool = setting(
+        False,
+        "compile teacher, parser and perceptual network by torch.compile: minutes at the start, and"
+        " results that differ by rounding",
     )
 
     # What is written, and when.
@@ -195,6 +209,12 @@ class TrainConfig(Settings):
     keep_checkpoints: int = setting(0, "newest checkpoints of the run that stay; 0: all", low=0)
     dry_run: bool = setting(
         False, "check everything, train two iterations, print speed and memory, keep nothing"
+    )
+    wandb: str = setting(
+        "",
+        "project of Weights & Biases that gets the log too (pip install wandb;"
+        " WANDB_MODE=offline keeps it in the run's folder); empty: none",
+        metavar="PROJECT",
     )
     log_freq: int = setting(50, "iterations between lines of metrics.jsonl", low=1)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from Compression import distillation, recipes
+from Compression.batch_memory import check_batch
 from Compression.content import ContentParser, parser_for
 from Compression.training import Event, NonFiniteError, Teacher, Trainer, iterate
 from Dataset import DatasetError
@@ -26,14 +27,20 @@ from Evaluation.features import make_extractor
 from Evaluation.metrics import METRICS, distance_key, evaluate, need_features
 from Evaluation.settings import check_size
 from Model import bundled, checkpoint
-from Model.discriminator import Discriminator
+from Model.discriminator import GROUP, Discriminator
 from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig
 from Util import distributed, pictures
 from Util.cli import check_writable, if_interrupted
-from Util.device import peak_memory_gib, pick_device
+from Util.compiling import compile_method
+from Util.device import (
+    peak_memory_gib,
+    pick_device,
+    reserved_memory_gib,
+    tune_convolutions,
+)
 from Util.progress import Progress, show
-from Util.run_log import RunLog, newest_checkpoint, read_metrics
+from Util.run_log import RunLog, check_wandb, newest_checkpoint
 from Util.settings import SettingError, Settings, blame, check_files, plain
 from Util.stopping import StoppedError, StopRequest
 from Util.streams import stream
@@ -44,6 +51,7 @@ NOT_REMEMBERED = (
     *("resume", "out", "dry_run", "workers", "threads"),
     *("device", "gpu_device_ids", "primary_device", "dist_timeout"),
     *("log_freq", "n_sample", "val_sample_freq", "model_save_freq", "keep_checkpoints"),
+    "wandb",
 )
 """Settings that do not change what a run computes: its checkpoints are the same without them."""
 
@@ -105,6 +113,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
         NonFiniteError: a loss became NaN or infinite; the state before it has been written.
     """
     check(config)
+    tune_convolutions()
     device = distributed.join(_device(config), config.dist_timeout)
     if distributed.rank():
         announce = _nowhere
@@ -120,6 +129,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
         images = Images(config.path, config.size, config.max_bad, config.resample)
     with torch.random.fork_rng(devices=()):  # new networks draw weights before they are loaded
         evaluation = _make_evaluation(config, trainer, images)
+    check_batch(trainer, announce, always=config.dry_run)
     config = replace(config, out=config.out or distributed.from_first(_new_folder()))
     log = _open_log(config, trainer, evaluation)
     try:
@@ -140,7 +150,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     finally:
         if log:
             log.close()
-    rows = read_metrics(config.out) if log else []
+    rows = log.rows() if log else []
     return TrainResult(Path(config.out), trainer.iteration, signal, rows)
 
 
@@ -189,6 +199,27 @@ def check(config: TrainConfig) -> None:
             f"{config.batch_size} is the global one; it must be divisible by the {processes}"
             " processes",
         )
+    _check_parts(config, config.batch_size // processes)
+    with blame("wandb"):
+        check_wandb(config.wandb)
+
+
+def _check_parts(config: TrainConfig, own: int) -> None:
+    """Refuse parts of a process's images that would compute something else than all at once."""
+    part = config.batch_gpu
+    if not 0 < part < own:
+        return
+    if part % GROUP or own % GROUP:
+        raise SettingError(
+            "batch_gpu",
+            f"{part} of {own} images: the discriminator compares groups of {GROUP}, so both must"
+            f" be multiples of {GROUP}",
+        )
+    for name in distillation.weights(config):
+        if distillation.TERMS[name].whole_batch:
+            raise SettingError(
+                "batch_gpu", f"{part}: the term {name} compares all {own} images; leave one out"
+            )
 
 
 def _check_inputs(config: TrainConfig) -> None:
@@ -283,7 +314,10 @@ def _make_parser(config: TrainConfig, device: torch.device) -> ContentParser | N
     """What makes the teacher's mask, or None where nothing is masked."""
     if not (config.has_teacher and config.content_aware_KD):
         return None
-    return parser_for(config.parser_ckpt, config.teacher_ckpt, device, config.content)
+    parser = parser_for(config.parser_ckpt, config.teacher_ckpt, device, config.content)
+    if config.compile:
+        compile_method(parser.network, "classify")
+    return parser
 
 
 def _load_teacher(config: TrainConfig, size: int, device: torch.device) -> Generator | None:
@@ -292,6 +326,8 @@ def _load_teacher(config: TrainConfig, size: int, device: torch.device) -> Gener
         return None
     with blame("teacher_ckpt"):
         generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
+    if config.compile:
+        compile_method(generator, "synthesis")
     return generator.eval().requires_grad_(False)
 
 
@@ -517,6 +553,7 @@ def _open_log(
             trainer.iteration if config.resume or config.load_train_state else None,
             config.keep_checkpoints,
             evaluation.best_by if evaluation else None,
+            config.wandb,
         )
 
 
@@ -534,7 +571,7 @@ class _Actions:
         request: StopRequest,
     ) -> None:
         self.trainer, self.run_log, self.bar, self.evaluation = trainer, log, bar, evaluation
-        self.making, self.request = dict(making), request
+        self.making, self.request, self.iterations = dict(making), request, config.iter
         self.saved = -1  # iteration of the last checkpoint
         numbers = torch.Generator().manual_seed(config.seed)
         z = torch.randn(config.n_sample, trainer.generator.style_dim, generator=numbers)
@@ -543,7 +580,14 @@ class _Actions:
     def log(self) -> None:
         """Write the means of the metrics since the last time."""
         trainer = self.trainer
-        metrics = trainer.averages.flush() | {"peak_memory_gib": peak_memory_gib(trainer.device)}
+        metrics = trainer.averages.flush() | trainer.clock.flush()
+        left = (self.iterations - trainer.iteration) * trainer.settings.batch_size
+        metrics |= {
+            "peak_memory_gib": peak_memory_gib(trainer.device),
+            "reserved_memory_gib": reserved_memory_gib(trainer.device),
+            "seconds_left": left / metrics["images_per_second"],
+            "time": time.time(),
+        }
         if self.run_log:
             self.run_log.metrics(trainer.iteration, metrics)
             shown = {k: v for k, v in metrics.items() if k.endswith("_loss") or k.startswith("kd_")}

@@ -15,8 +15,8 @@ random weights by uniform and by power widths.
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from statistics import mean
 from typing import Any
 
@@ -47,21 +47,42 @@ RATIO = 0.7
 BATCH, PARSED, EVERY = 16, 8, 4
 """Pictures of an iteration; those of them whose parser distance counts, in every so-many-th."""
 POOL, JUDGED, SCORED = 1536, 128, 400
-VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "uniform": ("uniform", {}, "pruned"),
-    "power 0.5": ("power", {"power_exponent": 0.5}, "pruned"),
-    "power 1": ("power", {"power_exponent": 1.0}, "pruned"),
-    "power 2": ("power", {"power_exponent": 2.0}, "pruned"),
-    "spectrum": ("spectrum", {}, "pruned"),
-    "spectrum untied": ("spectrum", {"allocation_tie": False}, "pruned"),
-    "greedy": ("greedy", {}, "pruned"),
-    "greedy untied": ("greedy", {"allocation_tie": False}, "pruned"),
-    "greedy in 3 rounds": ("greedy", {"allocation_rounds": 3}, "pruned"),
-    "greedy in fours": ("greedy", {"round_to": 4}, "pruned"),
-    "uniform reconstructed": ("uniform", {}, "reconstruction"),
-    "greedy reconstructed": ("greedy", {}, "reconstruction"),
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A row of the table.
+
+    Attributes:
+        allocation: how the widths are chosen.
+        init: how what remains is initialised.
+        metric: how the channels that remain are chosen.
+        flags: settings of these, by name.
+    """
+
+    allocation: str = "uniform"
+    init: str = "pruned"
+    metric: str = "content_aware"
+    flags: Mapping[str, Any] = field(default_factory=dict)
+
+
+VARIANTS = {
+    "uniform": Variant(),
+    "power 0.5": Variant(allocation="power", flags={"power_exponent": 0.5}),
+    "power 1": Variant(allocation="power", flags={"power_exponent": 1.0}),
+    "power 2": Variant(allocation="power", flags={"power_exponent": 2.0}),
+    "spectrum": Variant(allocation="spectrum"),
+    "spectrum untied": Variant(allocation="spectrum", flags={"allocation_tie": False}),
+    "greedy": Variant(allocation="greedy"),
+    "greedy untied": Variant(allocation="greedy", flags={"allocation_tie": False}),
+    "greedy in 3 rounds": Variant(allocation="greedy", flags={"allocation_rounds": 3}),
+    "greedy in fours": Variant(allocation="greedy", flags={"round_to": 4}),
+    "uniform reconstructed": Variant(init="reconstruction"),
+    "greedy reconstructed": Variant(allocation="greedy", init="reconstruction"),
+    "uniform reconstructed in 24 steps": Variant(init="reconstruction", flags={"init_steps": 24}),
+    "uniform by subset": Variant(metric="subset"),
+    "uniform by subset reconstructed": Variant(metric="subset", init="reconstruction"),
 }
-"""Name -> allocation, its settings, and the initialisation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +108,10 @@ class Bench:
         """What scores, allocations and initialisations draw on."""
         return draw_sampling(self.teacher, parser=self.mask, n_sample=SCORED, seed=11)
 
-    @cached_property
-    def scores(self) -> list[Tensor]:
-        """Content-aware scores."""
-        return SCORES["content_aware"].compute(self.teacher, self.sampling())
+    @cache  # noqa: B019
+    def scores(self, metric: str) -> list[Tensor]:
+        """Score the teacher's channels."""
+        return SCORES[metric].compute(self.teacher, self.sampling())
 
     @torch.no_grad()
     def pictures(self, n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,21 +130,21 @@ class Bench:
         """Pictures to be judged by."""
         return self.pictures(JUDGED, 77)
 
-    def widths(self, allocation: str, flags: Mapping[str, Any]) -> Widths:
+    def widths(self, variant: Variant) -> Widths:
         """Choose widths for the cost of the ratio."""
-        kind, full = ALLOCATIONS[allocation], self.teacher.channels
+        kind, full = ALLOCATIONS[variant.allocation], self.teacher.channels
         most = self.costs[0]([kept_count(c, RATIO) for c in full])
-        budget = Budget(full, *self.costs, most, from_flags(AllocationSettings, flags))
-        options = from_flags(kind.options, flags) if kind.options else None
+        budget = Budget(full, *self.costs, most, from_flags(AllocationSettings, variant.flags))
+        options = from_flags(kind.options, variant.flags) if kind.options else None
         sampling = replace(self.sampling(), options=options)
-        return kind.function(Problem(self.teacher, self.scores, sampling, budget))
+        return kind.function(Problem(self.teacher, self.scores(variant.metric), sampling, budget))
 
-    def student(self, widths: Widths, initialisation: str) -> Generator:
+    def student(self, variant: Variant, widths: Widths) -> Generator:
         """Prune to the widths and initialise."""
-        keep = select_widths(self.scores, widths)
+        keep = select_widths(self.scores(variant.metric), widths)
         made = prune_generator(self.teacher, keep)
-        kind = INITIALISATIONS[initialisation]
-        options = kind.options() if kind.options else None
+        kind = INITIALISATIONS[variant.init]
+        options = from_flags(kind.options, variant.flags) if kind.options else None
         kind.function(made, self.teacher, keep, replace(self.sampling(), options=options))
         return made
 
@@ -219,11 +240,10 @@ def measure(settings: WidthSettings) -> dict[str, Any]:
     students: dict[str, Generator] = {}
     found: dict[str, dict[str, Any]] = {}
     for name in track(settings.only, len(settings.only), "measuring", "row"):
-        allocation, flags, initialisation = VARIANTS[name]
-        widths = bench.widths(allocation, flags)
+        widths = bench.widths(VARIANTS[name])
         distances = []
         for seed in range(100, 100 + settings.seeds):
-            students[name] = bench.student(widths, initialisation)
+            students[name] = bench.student(VARIANTS[name], widths)
             if settings.iterations:
                 bench.distil(students[name], settings.iterations, seed)
             distances.append(bench.judge(students[name]))

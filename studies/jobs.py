@@ -19,15 +19,15 @@ from typing import Any
 from Compression.pruning import prune
 from Compression.run import train
 from Dataset import toon_faces
-from Model import checkpoint
+from Model import bundled, checkpoint
 from Model.complexity import macs, parameters
 from studies.measuring import Judge
 from studies.plan import Job, Plan, iterations, prune_settings, train_config
 from Util.files import atomic_path
 from Util.settings import plain
 
-REAL_START, REAL_PICTURES = 4_000_000, 2000
-"""Real pictures that generated ones are compared with; neither the judge nor a student saw them."""
+REAL_START = 4_000_000
+"""First of the real pictures that are compared with; neither the judge nor a student saw them."""
 
 
 class StoppedError(RuntimeError):
@@ -54,15 +54,14 @@ class Places:
         """Folder of the training pictures."""
         return self.work / f"toon_faces_64px_{plan.pictures}"
 
-    @property
-    def real(self) -> Path:
+    def real(self, plan: Plan) -> Path:
         """Folder of the real pictures that are measured against."""
-        return self.work / f"toon_faces_64px_held_out_{REAL_PICTURES}"
+        return self.work / f"toon_faces_64px_held_out_{plan.real_pictures}"
 
 
 def prepare(plan: Plan, places: Places, workers: int | None = None) -> None:
     """Render the pictures that are not there yet."""
-    sets = [(places.real, REAL_START, REAL_PICTURES)]
+    sets = [(places.real(plan), REAL_START, plan.real_pictures)]
     if plan.images:
         sets.append((places.data(plan), 0, plan.pictures))
     for out, start, n in sets:
@@ -98,10 +97,14 @@ class Clock:
             write_json(self.file, self.seconds)
 
 
-@cache
-def judge_for(teacher: Path, n: int, seed: int, places: Places) -> Judge:
-    """Make the judge of a seed once per process."""
-    return Judge(teacher, n, seed, places.real / "images", places.work / "cache")
+_make_judge = cache(Judge)
+"""One for each seed: it keeps what it has computed."""
+
+
+def judge_for(plan: Plan, seed: int, teacher: Path, places: Places) -> Judge:
+    """Give the judge of a seed, made once per process."""
+    real, cached = places.real(plan) / "images", places.work / "cache"
+    return _make_judge(teacher, plan.n_sample, seed, real, cached)
 
 
 def run_job(plan: Plan, job: Job, places: Places) -> dict[str, Any]:
@@ -126,7 +129,7 @@ def run_job(plan: Plan, job: Job, places: Places) -> dict[str, Any]:
         with clock.phase("train"):
             if train(config).signal:
                 raise StoppedError(job.name)
-    judge = judge_for(pruning.ckpt, plan.n_sample, job.seed, places)
+    judge = judge_for(plan, job.seed, pruning.ckpt, places)
     points = []
     for iteration in iterations(plan, config.batch_size):
         file = folder / f"figures_{iteration:06d}.json"
@@ -142,11 +145,18 @@ def run_job(plan: Plan, job: Job, places: Places) -> dict[str, Any]:
     return _result(plan, job, points, clock.seconds, student, judge)
 
 
-def teacher_figures(plan: Plan, seed: int, places: Places) -> dict[str, float]:
-    """Measure the teacher as a student is, for what a student cannot be expected to surpass."""
+def reference_figures(plan: Plan, seed: int, places: Places) -> dict[str, dict[str, float]]:
+    """Measure what students are seen beside, by its name: the teacher, the compressed model.
+
+    The teacher shows what cannot be surpassed, the bundled compressed model a longer retraining.
+    """
     teacher = prune_settings(plan.jobs[0], Path("pruned.pt")).ckpt
-    judge = judge_for(teacher, plan.n_sample, seed, places)
-    return judge.measure(checkpoint.load_generator(teacher), plan.figures)
+    judge = judge_for(plan, seed, teacher, places)
+    files = {"teacher": teacher, "bundled compressed model": bundled.COMPRESSED}
+    return {
+        name: judge.measure(checkpoint.load_generator(file), plan.figures)
+        for name, file in files.items()
+    }
 
 
 def clean(plan: Plan, job: Job, places: Places) -> None:

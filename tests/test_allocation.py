@@ -12,8 +12,9 @@ from Compression.allocation import ALLOCATIONS, AllocationSettings, Budget, Prob
 from Compression.allocation.cheapest import by_resolution, cheapest_first
 from Compression.allocation.costs import costs_like
 from Compression.allocation.losses import importance_losses, spectrum_losses
+from Compression.allocation.shape import uniform
 from Compression.scores.sampling import chunks, draw_sampling, readers
-from Compression.selection import select_channels
+from Compression.selection import kept_count
 from Model import bundled, checkpoint
 from Model.complexity import macs, parameters
 from Model.generator import Generator
@@ -104,15 +105,13 @@ def test_parameters_can_be_capped_too(full, name):
     assert macs(generator(widths)) <= budget.most_macs
 
 
-@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("ratio", [0.3, 0.55, 0.7, 0.9])
 def test_uniform_at_a_ratios_cost_is_that_ratio(ratio):
-    network = generator((20, 20, 20, 20, 10, 10))
-    scores = [torch.arange(width).float() for width in network.channels]
-    kept = [int(mask.sum()) for mask in select_channels(scores, ratio)]
-    counts, sizes = costs(network.channels)
-    limits = AllocationSettings(min_channels=1)
-    budget = Budget(network.channels, counts, sizes, counts(kept), limits)
-    assert list(widths_of("uniform", network, budget)) == kept
+    for full in ((512, 512, 256, 256, 128, 128), (20, 20, 20, 20, 10, 10)):
+        kept = [kept_count(width, ratio) for width in full]
+        counts, sizes = costs(FULL)  # of any 16 px generator of this style_dim
+        budget = Budget(full, counts, sizes, counts(kept), AllocationSettings(min_channels=1))
+        assert list(uniform(Problem(None, (), None, budget))) == kept
 
 
 def test_power_falls_with_resolution():

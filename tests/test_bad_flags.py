@@ -86,7 +86,7 @@ FLAGS = {
         " log_freq channel_multiplier moments_n_sample",
         "positive": "relation_step",
         "count from 0": "max_bad fid_n_sample val_sample_freq model_save_freq keep_checkpoints"
-        " workers size gan_ramp",
+        " workers size gan_ramp batch_gpu",
         "fraction": "mixing ema_decay",
         "file": "ckpt teacher_ckpt resume",
         "folder": "path",
@@ -215,6 +215,12 @@ MORE = [
         f"{TEACHER} --kd moments=1 --moments_networks parser=1 --parser_ckpt parser.pt"
         " --moments_file model.pt",
         "--moments_file model.pt: ",
+    ),
+    ("train", "--batch_size 8 --batch_gpu 2", "--batch_gpu 2 of 8 images"),
+    (
+        "train",
+        f"{TEACHER} --kd moments=1 --batch_size 8 --batch_gpu 4",
+        "--batch_gpu 4: the term moments compares all 8 images",
     ),
     ("train", "--size 12", "power of two"),
     ("train", "--size 16", "--size 16 contradicts"),

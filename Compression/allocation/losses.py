@@ -14,18 +14,13 @@ of the best linear reconstruction of the group's channels from c of their combin
 component analysis), so it asks what cannot be reconstructed, and not what changes pictures today.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from Compression.scores.content_aware import content_gradients
-from Compression.scores.positions import content_weight
-from Compression.scores.sampling import Sampling, chunks, readers
+from Compression.scores.covariance import input_covariances
+from Compression.scores.sampling import Sampling, readers
 from Model.generator import Generator
-
-OUTSIDE = 0.1
-"""Weight of positions outside the content, as in `Compression.initialisation.reconstruction`."""
 
 
 def importance_losses(generator: Generator, sampling: Sampling) -> list[Tensor]:
@@ -40,15 +35,10 @@ def importance_losses(generator: Generator, sampling: Sampling) -> list[Tensor]:
 
 def spectrum_losses(generator: Generator, sampling: Sampling) -> list[Tensor]:
     """Give the loss of every channel group by spectrum, (C + 1,) each, in double precision."""
-    moments = [_Moments(width) for width in generator.channels]
-    with torch.no_grad():
-        for inputs, weight in _read(generator, sampling):
-            for total, x in zip(moments, inputs, strict=True):
-                total.add(x, weight)
-        losses = []
-        for total in moments:
-            values = torch.linalg.eigvalsh(total.covariance()).clamp(min=0)
-            losses.append(_left_out(values / values.sum().clamp(min=1e-30)))
+    losses = []
+    for covariance in input_covariances(generator, sampling):
+        values = torch.linalg.eigvalsh(covariance).clamp(min=0)
+        losses.append(_left_out(values / values.sum().clamp(min=1e-30)))
     return losses
 
 
@@ -56,38 +46,3 @@ def _left_out(values: Tensor) -> Tensor:
     """Sum the values that are left out when the highest 0, 1, ... C stay, (C + 1,)."""
     rising = values.cpu().double().sort().values
     return torch.cat([rising.new_zeros(1), rising.cumsum(dim=0)]).flip(0)
-
-
-def _read(generator: Generator, sampling: Sampling) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """What the readers of all groups get, (n, C, h, w) each, and the weight (n, 1, H, W)."""
-    for z, noise, _ in chunks(generator, sampling):
-        w = generator.mapping(z)
-        made = generator.synthesis(
-            generator.w_plus([w], input_is_latent=True), noise, features=True
-        )
-        inputs = [generator.input(len(z)), *made.features]
-        styles = [layer.conv.style(w)[:, :, None, None] for layer in readers(generator)]
-        weight = content_weight(made.image, sampling.parser, OUTSIDE)
-        yield [x * style for x, style in zip(inputs, styles, strict=True)], weight
-
-
-class _Moments:
-    """Weighted sums of values and of their products."""
-
-    def __init__(self, width: int) -> None:
-        self.weight = 0.0
-        self.values: Tensor | float = 0.0
-        self.products: Tensor | float = 0.0
-
-    def add(self, x: Tensor, weight: Tensor) -> None:
-        """Take in (n, C, h, w) with weights (n, 1, H, W), averaged down."""
-        m = torch.nn.functional.adaptive_avg_pool2d(weight, x.shape[-1]).flatten().double()
-        rows = x.transpose(0, 1).flatten(1).double()
-        self.weight += m.sum().item()
-        self.values = self.values + rows @ m
-        self.products = self.products + (rows * m) @ rows.T
-
-    def covariance(self) -> Tensor:
-        """Covariance (C, C) of all that was taken in."""
-        mean = torch.as_tensor(self.values) / self.weight
-        return torch.as_tensor(self.products) / self.weight - torch.outer(mean, mean)

@@ -1,15 +1,15 @@
 """Widths by the shape of the generator alone: no picture is made.
 
-    c_g = largest allowed width of at most  kappa * C_g * (4 / side_g)^exponent
+    c_g = least allowed width of at least  kappa * C_g * (4 / side_g)^exponent,  at most C_g
 
-for a group of C_g channels at side_g px, with the largest kappa that keeps the limits; widths
-end at the least allowed one and at C_g. **uniform** is exponent 0: the same share everywhere.
+for a group of C_g channels at side_g px, with the largest kappa that keeps the limits. **uniform**
+is exponent 0, the same share everywhere: for the remove ratio r = 1 - kappa, C - int(C r) of C.
 
 **power** has a reason: let a resolution of width c lose a / c^p, and cost b c^2 with b ~ side^2, as
 convolutions do. The least total loss at a fixed total cost then has c ~ side^(-2 / (2 + p)).
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
 from Compression.allocation.problem import Budget, Problem, Widths
@@ -41,10 +41,10 @@ def _proportional(budget: Budget, exponent: float) -> Widths:
     ladders = [budget.ladder(width) for width in full]
 
     def widths(kappa: float) -> Widths:
-        # A hair more, so that a width that is reached exactly is not lost to rounding.
-        bounds = (kappa * c * fall * (1 + 1e-9) for c, fall in zip(full, falls, strict=True))
+        # A hair less, so that a width that is reached exactly is not passed by rounding.
+        bounds = (kappa * c * fall * (1 - 1e-9) for c, fall in zip(full, falls, strict=True))
         pairs = zip(ladders, bounds, strict=True)
-        return tuple(rungs[max(0, bisect_right(rungs, bound) - 1)] for rungs, bound in pairs)
+        return tuple(rungs[min(bisect_left(rungs, b), len(rungs) - 1)] for rungs, b in pairs)
 
     groups = zip(ladders, full, falls, strict=True)
     kappas = sorted({rung / (c * fall) for rungs, c, fall in groups for rung in rungs})

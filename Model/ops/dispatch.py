@@ -18,8 +18,7 @@ Impl = Literal["auto", "reference", "native"]
 
 VARIABLE = "STYLEGAN_OPS"
 # Where a gradient is wanted, PyTorch calls Python for every compiled operator: below this many
-# values that costs more than the passes over memory that a CPU is spared. A GPU has its work
-# launched operator by operator, of which the compiled ones need half as many.
+# values, on a CPU, that costs more than the saved passes over memory.
 WORTH_IT = 16384
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -104,8 +103,8 @@ def use_native(operator: str, impl: Impl, x: Tensor, *others: Tensor | None) -> 
     """Return whether the compiled operator runs.
 
     ``impl="auto"`` defers to the environment variable STYLEGAN_OPS. If that is "auto" too, the
-    compiled operator runs where it can be built, for floating-point tensors of one type that, on a
-    CPU and where a gradient is wanted, are large enough to gain from it.
+    compiled operator runs where it can be built, for floating-point tensors of one type that, where
+    a gradient is wanted on a CPU, are large enough to gain from it.
 
     Args:
         operator: name for messages.
@@ -125,6 +124,7 @@ def use_native(operator: str, impl: Impl, x: Tensor, *others: Tensor | None) -> 
     part = x.device.type
     if part not in ("cpu", "cuda") or x.dtype not in TYPES:
         return False
+    # A GPU's time for an operator is its launch, and the reference has more of them at any size.
     if part == "cpu" and x.numel() < WORTH_IT and gradient_wanted(x, *others):
         return False
     if any(t is not None and (t.dtype != x.dtype or t.device != x.device) for t in others):
