@@ -33,7 +33,7 @@ examples:
 
 def run(settings: EditedSettings) -> None:
     """Edit and print."""
-    print(show_edited(settings, load_content_parser).output)
+    show_edited(settings, load_content_parser).show()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

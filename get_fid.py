@@ -23,7 +23,7 @@ def run(settings: MeasureSettings) -> None:
     """Measure and print."""
     result = measure(settings, load_content_parser)
     if distributed.rank() == 0:
-        print(result.output)
+        result.show()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ def run(settings: PathSettings) -> None:
     """Measure and print."""
     result = measure(settings)
     if distributed.rank() == 0:
-        print(result.output)
+        result.show()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from Compression.pruning import PruneSettings, option_kinds, prune
 from Compression.report import details, score_table, summary
 from Compression.scores import SCORES
 from Util.cli import listed, run_settings
+from Util.progress import warn
 
 EPILOG = """metrics (--metric; higher scores stay):
 {metrics}
@@ -50,17 +51,19 @@ def run(settings: PruneSettings) -> None:
         print(recipes.table())
         return
     result = prune(settings)
+    saved = [result.path]
+    if settings.info_pictures:
+        saved.append(save_channel_pictures(result.path, result.full, result.scores, settings.seed))
     if settings.info_print:
         print(f"{details(result.full, result.pruned)}\n")
         print(f"{score_table(result.scores, result.keep)}\n")
         if result.initialised:
             print("\n".join([*result.initialised, ""]))
-    print(f"{summary(result.full, result.pruned)}\nsaved {result.path}")
-    if settings.info_pictures:
-        file = save_channel_pictures(result.path, result.full, result.scores, settings.seed)
+    print(summary(result.full, result.pruned))
+    for file in saved:
         print(f"saved {file}")
-    if result.warning:
-        print(f"prune.py: warning: {result.warning}", file=sys.stderr)
+    for warning in result.warnings:
+        warn(f"prune.py: warning: {warning}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,9 +19,13 @@ class TrainConfig(Settings):
     """
 
     # What is trained on what.
-    path: str = setting("", "training images: a folder, or an LMDB with keys like 256-00000")
+    path: str = setting(
+        "", "training images: a folder, or an LMDB with keys like 256-00000", exists="folder"
+    )
     size: int = setting(0, "image side in px; 0: as the checkpoint has it (64 without one)", low=0)
-    ckpt: str = setting("", "checkpoint to start from, e.g. a pruned one; empty: from scratch")
+    ckpt: str = setting(
+        "", "checkpoint to start from, e.g. a pruned one; empty: from scratch", exists="file"
+    )
     teacher_ckpt: str = setting(
         "",
         "full-size checkpoint to distil from; empty or none: GAN loss only, which a pruned --ckpt"
@@ -61,7 +65,15 @@ class TrainConfig(Settings):
 
     # Length and batch. The paper: 450,000 iterations of 16 images at 256 px.
     iter: int = setting(450_000, "train up to this iteration", low=1)
-    batch_size: int = setting(16, "images per iteration, over all processes", low=1)
+    batch_size: int = setting(
+        16, "images per iteration, over all processes", low=1, aliases=("batch",)
+    )
+    batch_gpu: int = setting(
+        0,
+        "images that pass through the networks at a time in each process, a multiple of 4; the"
+        " gradients of a batch add up over such parts. 0: all, which takes the most memory",
+        low=0,
+    )
     resample: str = setting(
         "bilinear",
         "filter that resizes pictures of a folder; an LMDB has been resized by its own",
@@ -127,6 +139,7 @@ class TrainConfig(Settings):
         "parser that makes the mask: a file, or a name as prune.py has it; empty: the bundled one"
         " for the bundled teacher, else Model/parser_model/79999_iter.pth",
         aliases=("parser",),
+        exists="parser",
     )
     content: tuple[str, ...] = setting(
         (),
@@ -145,18 +158,26 @@ class TrainConfig(Settings):
         choices=("vgg", "alex", "squeeze", "parser"),
     )
     perceptual_ckpt: str = setting(
-        "", "torchvision weights of the LPIPS trunk (vgg16, alexnet or squeezenet1_1), no download"
+        "",
+        "torchvision weights of the LPIPS trunk (vgg16, alexnet or squeezenet1_1), no download",
+        exists="file",
     )
 
     # Precision. float32 is what the paper trained in.
     amp: str = setting(
         "none",
-        "precision of generator, teacher and discriminator: none (float32), bf16, or fp16 with"
-        " scaled losses; R1 and path length stay in float32",
+        "precision of all networks: none (float32), bf16, or fp16 with scaled losses; path length"
+        " stays in float32",
         choices=("none", "bf16", "fp16"),
     )
     tf32: bool = setting(
         False, "round the factors of float32 products to TensorFloat-32 (Ampere and newer GPUs)"
+    )
+
+    compile: bool = setting(
+        False,
+        "compile teacher, parser and perceptual network by torch.compile: minutes at the start, and"
+        " results that differ by rounding",
     )
 
     # What is written, and when.
@@ -179,7 +200,7 @@ class TrainConfig(Settings):
     fid_batch: int = setting(
         64, "images evaluated at a time in each process, fewer where they are large", low=1
     )
-    inception_ckpt: str = setting("", "FID Inception weights, no download")
+    inception_ckpt: str = setting("", "FID Inception weights, no download", exists="file")
     n_sample: int = setting(25, "images in a sample grid", low=1)
     val_sample_freq: int = setting(1000, "iterations between sample grids; 0: only the last", low=0)
     model_save_freq: int = setting(
@@ -188,6 +209,12 @@ class TrainConfig(Settings):
     keep_checkpoints: int = setting(0, "newest checkpoints of the run that stay; 0: all", low=0)
     dry_run: bool = setting(
         False, "check everything, train two iterations, print speed and memory, keep nothing"
+    )
+    wandb: str = setting(
+        "",
+        "project of Weights & Biases that gets the log too (pip install wandb;"
+        " WANDB_MODE=offline keeps it in the run's folder); empty: none",
+        metavar="PROJECT",
     )
     log_freq: int = setting(50, "iterations between lines of metrics.jsonl", low=1)
 

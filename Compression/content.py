@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from Compression.parsers import Parser, load_parser
 from Model import bundled
+from Model.layers import fast_layout
+from Model.precision import HALVES
 from Util import memory
 from Util.settings import blame
 
@@ -145,10 +147,11 @@ class ContentParser(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images (N, 3, H, W), got {tuple(images.shape)}")
         for part in images.split(self.chunk):
-            # Channels last from the start: the convolutions are faster on it, and the maximum over
-            # classes is then taken over contiguous values, several times faster than over planes.
-            part = part.float().contiguous(memory_format=torch.channels_last)
-            yield self.network.classify(part)
+            # On a CPU this is channels last from the start: the convolutions are faster on it, and
+            # the maximum over classes is then taken over contiguous values, several times faster.
+            found = self.network.classify(fast_layout(part.float()))
+            # Where autocast ran the network in half precision, classes still must not tie.
+            yield found.float() if found.dtype in HALVES.values() else found
 
     def _class_map(self, found: Tensor) -> Tensor:
         # PyTorch's argmax takes twice as long as its max.

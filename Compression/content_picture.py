@@ -1,6 +1,5 @@
 """Show what a parser finds in a model's pictures, and which part of it is the content."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from Util import memory
 from Util.cli import check_writable, listed, run_settings
 from Util.device import DeviceSettings
 from Util.pictures import captioned, grid, rescale, save_png
+from Util.progress import warn
 from Util.settings import blame, setting, some_words
 
 SIDE = 128
@@ -44,10 +44,16 @@ class ShowSettings(DeviceSettings):
     """Settings of the picture; one flag each."""
 
     ckpt: Path = setting(
-        bundled.MODEL, "generator whose pictures are parsed (default: bundled)", metavar="FILE"
+        bundled.MODEL,
+        "generator whose pictures are parsed (default: bundled)",
+        metavar="FILE",
+        exists="file",
     )
     path: Path | None = setting(
-        None, "pictures to parse in place of the model's, of its size", metavar="DIR"
+        None,
+        "pictures to parse in place of the model's, of its size",
+        metavar="DIR",
+        exists="folder",
     )
     parser_ckpt: Path | None = setting(
         None,
@@ -196,7 +202,7 @@ def run(settings: ShowSettings) -> None:
     save_png(settings.out, picture(shown, parser))
     print(table(shown, parser))
     if warning := share_warning(shown.inside, parser):
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(f"warning: {warning}")
     print(f"saved {settings.out}")
 
 

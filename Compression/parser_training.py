@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from Model import checkpoint
 from Model.face_parser import CELEBAMASK_NAMES, BiSeNet
 from Util.device import DeviceSettings
 from Util.pictures import save_png
+from Util.progress import track
 from Util.settings import SettingError, blame, integers, setting
 
 WARM_UP = 0.05
@@ -42,16 +43,22 @@ def class_pair(text: str) -> tuple[int, int]:
 class ParserSettings(DeviceSettings):
     """A run of `train_parser`, or the evaluation of a parser by `score_parser`."""
 
-    path: Path = setting(..., "folder with images/ and labels/", metavar="DIR")
+    path: Path = setting(..., "folder with images/ and labels/", metavar="DIR", exists="folder")
     val_path: Path | None = setting(
-        None, "held-out pictures, same layout (default: a part of --path)", metavar="DIR"
+        None,
+        "held-out pictures, same layout (default: a part of --path)",
+        metavar="DIR",
+        exists="folder",
     )
     val_fraction: float = setting(
         0.1, "part of --path held out without --val_path", above=0, below=1, metavar="X"
     )
     out: Path = setting(Path("Model/parser_model/parser.pt"), "file to write", metavar="FILE")
     eval_only: Path | None = setting(
-        None, "only score this parser, on --val_path or else on all of --path", metavar="CKPT"
+        None,
+        "only score this parser, on --val_path or else on all of --path",
+        metavar="CKPT",
+        exists="file",
     )
     size: int = setting(128, "side of the parser's input in pixels", low=1, metavar="PX")
     image_size: int | None = setting(
@@ -216,16 +223,12 @@ def _class_weights(dataset: Dataset[Batch], settings: ParserSettings) -> Tensor 
     return torch.where(shares > 0, weights, 1).float()
 
 
-def score_parser(
-    settings: ParserSettings,
-    shown: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
-) -> Scores:
+def score_parser(settings: ParserSettings) -> Scores:
     """Score the parser of ``settings.eval_only``.
 
     Args:
         settings: name the parser and the pictures; its file decides the number of classes, and all
             else of the classes that the settings leave open.
-        shown: wraps the batches, to show the progress.
 
     Raises:
         SettingError: a file, a folder or a setting cannot be used.
@@ -242,7 +245,8 @@ def score_parser(
     parser = ContentParser(network, settings.classes_excluded)
     if settings.report:
         save_png(settings.report, worst_cases(parser, batches, settings.image_size))
-    return evaluate(parser, shown(batches), settings.image_size)
+    shown = track(batches, len(batches), "evaluating", "batch")
+    return evaluate(parser, shown, settings.image_size)
 
 
 def _network(settings: ParserSettings) -> BiSeNet:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from Compression import recipes
 from Compression.allocation import (
@@ -34,11 +33,13 @@ from Compression.scores import SCORES, EmptyContentError, Score
 from Compression.scores.sampling import Sampling, Scores, draw_sampling
 from Compression.selection import kept_count, select_channels, select_widths
 from Compression.surgery import prune_generator
+from Evaluation.settings import check_size
 from Model import bundled, checkpoint
 from Model.generator import Generator
 from Util.cli import check_writable
 from Util.device import DeviceSettings
 from Util.files import folder_lock
+from Util.progress import Progress
 from Util.settings import SettingError, Settings, blame, chosen, plain, setting, some_words
 
 AUTO = "auto"
@@ -62,6 +63,7 @@ class PruneSettings(DeviceSettings):
         bundled.MODEL,
         "full-size checkpoint (default: Model/full_size_model/toon_faces_64px.pt)",
         metavar="FILE",
+        exists="file",
     )
     recipe: str = setting(
         "",
@@ -124,6 +126,7 @@ class PruneSettings(DeviceSettings):
         " Model/parser_model/79999_iter.pth)",
         metavar="FILE",
         aliases=("parser",),
+        exists="parser",
     )
     content: tuple[str, ...] = setting(
         (),
@@ -205,7 +208,7 @@ class PruneResult:
         scores: one 1-D tensor per channel group.
         keep: one bool tensor per channel group.
         initialised: what the initialisation reports, as lines.
-        warning: what to look at before training, or empty.
+        warnings: what to look at before training.
     """
 
     path: Path
@@ -214,7 +217,7 @@ class PruneResult:
     scores: Scores
     keep: Sequence[Tensor]
     initialised: Sequence[str] = ()
-    warning: str = ""
+    warnings: Sequence[str] = ()
 
 
 def prune(settings: PruneSettings) -> PruneResult:
@@ -226,10 +229,10 @@ def prune(settings: PruneSettings) -> PruneResult:
     if settings.recipe:
         recipes.named(settings.recipe)
     device = settings.pick_device()
+    parser = _parser(settings, device)  # before what takes longer: the default one may be missing
     full, others = _load_full_size(settings, device)
     target = _target(settings, full.size)
     budget = _budget(settings, full)
-    parser = _parser(settings, device)
     metered = Metered(parser) if parser else None
     sampling = draw_sampling(
         full,
@@ -255,8 +258,19 @@ def prune(settings: PruneSettings) -> PruneResult:
         "config": _config(settings, full, pruned, parser),
     }
     path = _save(target, content, overwrite=target == settings.out)
-    warning = share_warning(metered.share, parser) if metered and parser else ""
-    return PruneResult(path, full, pruned, scores, keep, lines, warning)
+    share = share_warning(metered.share, parser) if metered and parser else ""
+    warnings = [text for text in (share, _lacking(settings, others)) if text]
+    return PruneResult(path, full, pruned, scores, keep, lines, warnings)
+
+
+def _lacking(settings: PruneSettings, others: Mapping[str, Any]) -> str:
+    """What retraining will ask for because the full-size checkpoint does not have it, or empty."""
+    if "d" in others:
+        return ""
+    return (
+        f"{settings.ckpt} holds no discriminator (d); to retrain, give train.py a --teacher_ckpt"
+        " that has one, or --discriminator scratch"
+    )
 
 
 def _load_full_size(
@@ -266,12 +280,7 @@ def _load_full_size(
     with blame("ckpt"):
         content = checkpoint.read(settings.ckpt)
         generator = checkpoint.load_generator(settings.ckpt, device=device)
-    if settings.generated_img_size not in (None, generator.size):
-        raise SettingError(
-            "generated_img_size",
-            f"{settings.generated_img_size} contradicts {settings.ckpt}, whose images are"
-            f" {generator.size} px; leave it out or give {generator.size}",
-        )
+    check_size("generated_img_size", settings.generated_img_size, settings.ckpt, generator)
     return generator, {"d": content["d"]} if "d" in content else {}
 
 
@@ -302,9 +311,9 @@ def _allocate(settings: PruneSettings, problem: Problem) -> Widths:
     allocation = ALLOCATIONS[name]
     options = chosen(settings.options, allocation.options)
     images = allocation.images(options, settings.n_sample)
-    with tqdm(total=images, desc=f"widths ({name})", unit="img", disable=not images) as bar:
+    with Progress(images, f"widths ({name})", "img", shown=images > 0) as bar:
         sampling = replace(problem.sampling, options=options, progress=bar.update)
-        with _content_found(settings, bar):
+        with _content_found(settings):
             return allocation.function(replace(problem, sampling=sampling))
 
 
@@ -338,21 +347,20 @@ def _target(settings: PruneSettings, size: int) -> Path:
 def _score(settings: PruneSettings, generator: Generator, sampling: Sampling) -> Scores:
     """Score the channels under a progress bar."""
     score = SCORES[settings.metric]
-    with tqdm(total=settings.n_sample, desc=f"scoring ({settings.metric})", unit="img") as bar:
+    with Progress(settings.n_sample, f"scoring ({settings.metric})", "img") as bar:
         own = replace(
             sampling, progress=bar.update, options=chosen(settings.options, score.options)
         )
-        with _content_found(settings, bar):
+        with _content_found(settings):
             return score.compute(generator, own)
 
 
 @contextmanager
-def _content_found(settings: PruneSettings, bar: tqdm) -> Iterator[None]:
+def _content_found(settings: PruneSettings) -> Iterator[None]:
     """Blame the parser's file where there is no content."""
     try:
         yield
     except EmptyContentError as error:
-        bar.leave = False
         file = settings.parser_ckpt or bundled.default_parser(settings.ckpt)
         raise SettingError("parser_ckpt", f"{file}: {error}") from None
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from Compression import distillation, recipes
+from Compression.batch_memory import check_batch
 from Compression.content import ContentParser, parser_for
 from Compression.training import Event, NonFiniteError, Teacher, Trainer, iterate
 from Dataset import DatasetError
@@ -25,15 +25,23 @@ from Evaluation import feature_statistics, sampling
 from Evaluation.feature_sets import real_statistics, sampled_features
 from Evaluation.features import make_extractor
 from Evaluation.metrics import METRICS, distance_key, evaluate, need_features
+from Evaluation.settings import check_size
 from Model import bundled, checkpoint
-from Model.discriminator import Discriminator
+from Model.discriminator import GROUP, Discriminator
 from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig
 from Util import distributed, pictures
-from Util.cli import check_writable
-from Util.device import peak_memory_gib, pick_device
-from Util.run_log import RunLog, newest_checkpoint, read_metrics
-from Util.settings import SettingError, Settings, blame, plain
+from Util.cli import check_writable, if_interrupted
+from Util.compiling import compile_method
+from Util.device import (
+    peak_memory_gib,
+    pick_device,
+    reserved_memory_gib,
+    tune_convolutions,
+)
+from Util.progress import Progress, show
+from Util.run_log import RunLog, check_wandb, newest_checkpoint
+from Util.settings import SettingError, Settings, blame, check_files, plain
 from Util.stopping import StoppedError, StopRequest
 from Util.streams import stream
 
@@ -43,6 +51,7 @@ NOT_REMEMBERED = (
     *("resume", "out", "dry_run", "workers", "threads"),
     *("device", "gpu_device_ids", "primary_device", "dist_timeout"),
     *("log_freq", "n_sample", "val_sample_freq", "model_save_freq", "keep_checkpoints"),
+    "wandb",
 )
 """Settings that do not change what a run computes: its checkpoints are the same without them."""
 
@@ -104,6 +113,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
         NonFiniteError: a loss became NaN or infinite; the state before it has been written.
     """
     check(config)
+    tune_convolutions()
     device = distributed.join(_device(config), config.dist_timeout)
     if distributed.rank():
         announce = _nowhere
@@ -119,6 +129,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
         images = Images(config.path, config.size, config.max_bad, config.resample)
     with torch.random.fork_rng(devices=()):  # new networks draw weights before they are loaded
         evaluation = _make_evaluation(config, trainer, images)
+    check_batch(trainer, announce, always=config.dry_run)
     config = replace(config, out=config.out or distributed.from_first(_new_folder()))
     log = _open_log(config, trainer, evaluation)
     try:
@@ -133,12 +144,20 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
             if evaluation:
                 announce(f"{', '.join(config.fid_metrics)} by {evaluation.about}")
         batches = _stream(config, trainer, images)
-        signal = _train(config, trainer, batches, log, evaluation, origin | _making(config, parser))
+        with if_interrupted(lambda: _way_on(config)):  # by a second Ctrl-C
+            making = origin | _making(config, parser)
+            signal = _train(config, trainer, batches, log, evaluation, making)
     finally:
         if log:
             log.close()
-    rows = read_metrics(config.out) if log else []
+    rows = log.rows() if log else []
     return TrainResult(Path(config.out), trainer.iteration, signal, rows)
+
+
+def _way_on(config: TrainConfig) -> str:
+    """What an interrupted run has kept, and how it goes on, in words."""
+    kept = newest_checkpoint(config.out)
+    return f"{kept or 'no checkpoint'} is kept; --resume {config.out} goes on from there"
 
 
 def check(config: TrainConfig) -> None:
@@ -154,6 +173,7 @@ def check(config: TrainConfig) -> None:
             resolution_log2(config.size)
     if config.fid_stats and Path(config.fid_stats).is_dir():
         raise SettingError("fid_stats", f"{config.fid_stats} is a folder; name a file")
+    _check_inputs(config)
     check_writable("out", Path(config.out or "runs") / "config.json")
     if config.load_train_state and not config.ckpt:
         raise SettingError("load_train_state", "goes with ckpt; name the checkpoint to go on from")
@@ -179,6 +199,38 @@ def check(config: TrainConfig) -> None:
             f"{config.batch_size} is the global one; it must be divisible by the {processes}"
             " processes",
         )
+    _check_parts(config, config.batch_size // processes)
+    with blame("wandb"):
+        check_wandb(config.wandb)
+
+
+def _check_parts(config: TrainConfig, own: int) -> None:
+    """Refuse parts of a process's images that would compute something else than all at once."""
+    part = config.batch_gpu
+    if not 0 < part < own:
+        return
+    if part % GROUP or own % GROUP:
+        raise SettingError(
+            "batch_gpu",
+            f"{part} of {own} images: the discriminator compares groups of {GROUP}, so both must"
+            f" be multiples of {GROUP}",
+        )
+    for name in distillation.weights(config):
+        if distillation.TERMS[name].whole_batch:
+            raise SettingError(
+                "batch_gpu", f"{part}: the term {name} compares all {own} images; leave one out"
+            )
+
+
+def _check_inputs(config: TrainConfig) -> None:
+    """Refuse files that are not there; a run that goes on needs no ckpt."""
+    check_files(config, *(("ckpt",) if config.resume else ()))
+    with blame("teacher_ckpt"):
+        if config.has_teacher and not Path(config.teacher_ckpt).exists():
+            raise ValueError(f"{config.teacher_ckpt}: no such file; check the name")
+    if config.has_teacher and config.content_aware_KD and not config.parser_ckpt:
+        with blame("parser_ckpt"):
+            bundled.default_parser(config.teacher_ckpt)
 
 
 def _check_gpus(config: TrainConfig) -> None:
@@ -216,22 +268,25 @@ def _nowhere(text: str) -> None:
 
 
 def _make_networks(
-    config: TrainConfig, content: Mapping[str, Any]
+    config: TrainConfig, content: Mapping[str, Any], source: str
 ) -> tuple[Generator, Generator | None]:
     """Generator and its moving average if there is one, loaded or new."""
-    size = config.size or None
     if not content:
-        new = Generator(
-            size or 64, config.style_dim, config.n_mlp, config.channels, config.channel_multiplier
-        )
-        return new, None
-    g_ema = checkpoint.load_generator(content, size=size) if "g_ema" in content else None
-    generator = checkpoint.load_generator(content, "g" if "g" in content else "g_ema", size=size)
+        size, widths = config.size or 64, (config.channels, config.channel_multiplier)
+        return Generator(size, config.style_dim, config.n_mlp, *widths), None
+    g_ema = checkpoint.load_generator(content, name=source) if "g_ema" in content else None
+    key = "g" if "g" in content else "g_ema"
+    generator = checkpoint.load_generator(content, key, name=source)
+    check_size("size", config.size, source, generator)
     return generator, g_ema
 
 
 def _make_discriminator(
-    config: TrainConfig, content: Mapping[str, Any], generator: Generator, resume: bool
+    config: TrainConfig,
+    content: Mapping[str, Any],
+    generator: Generator,
+    resume: bool,
+    source: str,
 ) -> Discriminator:
     """The checkpoint's, the teacher's where it has none, or a new one of their widths."""
     if not content:
@@ -244,7 +299,14 @@ def _make_discriminator(
     scratch = config.discriminator == "scratch" and not resume
     if scratch and "d" not in content:
         return Discriminator(generator.size, config.channel_multiplier)
-    found = checkpoint.load_discriminator(content)
+    if "d" not in content:
+        also = f", nor does {config.teacher_ckpt}" if config.has_teacher else ""
+        raise SettingError(
+            "discriminator",
+            f"{config.discriminator}: {source} holds none (d){also}; give a teacher_ckpt that has"
+            " one, or train with discriminator scratch",
+        )
+    found = checkpoint.load_discriminator(content, name=source)
     return Discriminator(found.size, channels=found.channels) if scratch else found
 
 
@@ -252,7 +314,10 @@ def _make_parser(config: TrainConfig, device: torch.device) -> ContentParser | N
     """What makes the teacher's mask, or None where nothing is masked."""
     if not (config.has_teacher and config.content_aware_KD):
         return None
-    return parser_for(config.parser_ckpt, config.teacher_ckpt, device, config.content)
+    parser = parser_for(config.parser_ckpt, config.teacher_ckpt, device, config.content)
+    if config.compile:
+        compile_method(parser.network, "classify")
+    return parser
 
 
 def _load_teacher(config: TrainConfig, size: int, device: torch.device) -> Generator | None:
@@ -261,6 +326,8 @@ def _load_teacher(config: TrainConfig, size: int, device: torch.device) -> Gener
         return None
     with blame("teacher_ckpt"):
         generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
+    if config.compile:
+        compile_method(generator, "synthesis")
     return generator.eval().requires_grad_(False)
 
 
@@ -279,6 +346,24 @@ def _make_teacher(
     return Teacher(generator, mask, distillation.make_terms(sources))
 
 
+def _start(config: TrainConfig) -> tuple[str, bool]:
+    """The checkpoint to start from, or empty, and whether that is to go on with its training."""
+    if config.resume:
+        file = Path(config.resume)
+        if newest := file if file.is_file() else newest_checkpoint(file):
+            return str(newest), True
+        # A run that was ended before its first checkpoint starts again as it did.
+    return config.ckpt, config.load_train_state
+
+
+def reached(config: TrainConfig) -> int:
+    """The iteration of the checkpoint to go on from if nothing is left to train, else 0."""
+    source, resume = _start(config)
+    name = Path(source).stem
+    iteration = int(name) if resume and name.isdecimal() else 0
+    return iteration if iteration >= config.iter and not config.dry_run else 0
+
+
 def _make_trainer(
     config: TrainConfig, device: torch.device, announce: Callable[[str], None]
 ) -> tuple[Trainer, dict[str, Any], ContentParser | None]:
@@ -287,18 +372,14 @@ def _make_trainer(
     Returns:
         The trainer, what the checkpoint remembers of its making, and what makes the masks.
     """
-    source, resume = config.ckpt, config.load_train_state
-    if config.resume:
-        file = Path(config.resume)
-        newest = distributed.from_first(file if file.is_file() else newest_checkpoint(file))
-        # A run that was ended before its first checkpoint starts again as it did.
-        source, resume = (str(newest), True) if newest else (source, resume)
+    source, resume = distributed.from_first(_start(config))
     torch.manual_seed(config.seed)
-    with blame("ckpt" if source else "size and --channels:"):
+    named = "resume" if config.resume and resume else "ckpt" if source else "size and --channels:"
+    with blame(named):
         content = checkpoint.read(source) if source else {}
         _check_teacher(config, source, content)
-        generator, g_ema = _make_networks(config, content)
-        discriminator = _make_discriminator(config, content, generator, resume)
+        generator, g_ema = _make_networks(config, content, source)
+        discriminator = _make_discriminator(config, content, generator, resume, source)
     full = _load_teacher(config, generator.size, device)
     parser = _make_parser(config, device)
     if parser:
@@ -310,7 +391,7 @@ def _make_trainer(
     if resume:
         name = Path(source).stem
         iteration = int(name) if name.isdecimal() else None
-        with blame(f"ckpt {source}:"):
+        with blame(f"{named} {source}:"):
             trainer.load_state(content, iteration)
         if "train_state" not in content:
             announce(
@@ -472,6 +553,7 @@ def _open_log(
             trainer.iteration if config.resume or config.load_train_state else None,
             config.keep_checkpoints,
             evaluation.best_by if evaluation else None,
+            config.wandb,
         )
 
 
@@ -483,13 +565,13 @@ class _Actions:
         config: TrainConfig,
         trainer: Trainer,
         log: RunLog | None,
-        bar: tqdm,
+        bar: Progress,
         evaluation: Evaluation | None,
         making: Mapping[str, Any],
         request: StopRequest,
     ) -> None:
         self.trainer, self.run_log, self.bar, self.evaluation = trainer, log, bar, evaluation
-        self.making, self.request = dict(making), request
+        self.making, self.request, self.iterations = dict(making), request, config.iter
         self.saved = -1  # iteration of the last checkpoint
         numbers = torch.Generator().manual_seed(config.seed)
         z = torch.randn(config.n_sample, trainer.generator.style_dim, generator=numbers)
@@ -498,18 +580,27 @@ class _Actions:
     def log(self) -> None:
         """Write the means of the metrics since the last time."""
         trainer = self.trainer
-        metrics = trainer.averages.flush() | {"peak_memory_gib": peak_memory_gib(trainer.device)}
+        metrics = trainer.averages.flush() | trainer.clock.flush()
+        left = (self.iterations - trainer.iteration) * trainer.settings.batch_size
+        metrics |= {
+            "peak_memory_gib": peak_memory_gib(trainer.device),
+            "reserved_memory_gib": reserved_memory_gib(trainer.device),
+            "seconds_left": left / metrics["images_per_second"],
+            "time": time.time(),
+        }
         if self.run_log:
             self.run_log.metrics(trainer.iteration, metrics)
             shown = {k: v for k, v in metrics.items() if k.endswith("_loss") or k.startswith("kd_")}
-            self.bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()})
+            self.bar.figures(", ".join(f"{k} {v:.3f}" for k, v in shown.items()))
 
     def sample(self) -> None:
         """Write a grid of g_ema's images, always of the same latents."""
         if self.run_log:
             g_ema = self.trainer.g_ema
             samples = sampling.render(g_ema, sampling.from_z(g_ema, self.z))
-            self.run_log.samples(self.trainer.iteration, pictures.grid(samples))
+            title = f"iteration {self.trainer.iteration:,}, moving average (g_ema)"
+            grid = pictures.with_text(pictures.grid(samples), title, above=True)
+            self.run_log.samples(self.trainer.iteration, grid)
         distributed.meet()
 
     def evaluate(self) -> None:
@@ -554,9 +645,7 @@ def _train(
     making: Mapping[str, Any],
 ) -> int:
     """Train under a progress bar until the end or a signal; returns the signal's number or 0."""
-    bar = tqdm(
-        total=config.iter, initial=trainer.iteration, unit="it", dynamic_ncols=True, disable=not log
-    )
+    bar = Progress(config.iter, "training", done=trainer.iteration, shown=bool(log))
     request = StopRequest()
     actions = _Actions(config, trainer, log, bar, evaluation, making, request)
     events = [
@@ -582,7 +671,7 @@ def _train(
             return 0
         if actions.saved != trainer.iteration:
             actions.checkpoint()
-        bar.write(f"stopped at iteration {trainer.iteration}; go on with --resume {config.out}")
+        show(f"stopped at iteration {trainer.iteration}; go on with --resume {config.out}")
     return request.signal
 
 

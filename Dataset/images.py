@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
-from tqdm import tqdm
 
 from Dataset import DatasetError
 from Dataset.batches import Item
 from Dataset.pictures import Resizing, UnreadableImageError, fit_square
 from Dataset.sources import open_source
+from Util.progress import warn
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -94,8 +94,7 @@ class Images(Dataset[Tensor]):
         self.bad[name] = reason
         # What a worker meets is reported by the main process, or each worker would repeat it.
         if get_worker_info() is None:
-            line = f"warning: {name}: {reason}; the next readable image takes its place"
-            tqdm.write(line, file=sys.stderr)
+            warn(f"warning: {name}: {reason}; the next readable image takes its place")
         if len(self.bad) > self.max_bad:
             raise self._too_many(f"more than {self.max_bad} unreadable images")
 

@@ -14,9 +14,9 @@ from multiprocessing import get_context
 from os import cpu_count
 
 import numpy as np
-from tqdm import tqdm
 
 from Dataset.toon_faces import render, render_background, scene
+from Util.progress import track
 
 COLOURS = (
     *("black", "grey", "white", "brown", "orange", "yellow", "green", "cyan", "blue", "magenta"),
@@ -144,6 +144,6 @@ def described_pictures(
     else:
         # Spawned, not forked: a fork of a process that has used PyTorch's threads may hang.
         with ProcessPoolExecutor(workers or cpu_count(), get_context("spawn")) as pool:
-            made = list(tqdm(pool.map(make, chunks), total=len(chunks), desc="rendering"))
+            made = list(track(pool.map(make, chunks), len(chunks), "rendering", "batch"))
     pictures, labels = zip(*made, strict=True)
     return np.concatenate(pictures), np.concatenate(labels)

@@ -33,10 +33,10 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 from PIL import Image
-from tqdm import tqdm
 
-from Util.cli import check_writable, run_settings
+from Util.cli import check_writable, if_interrupted, run_settings
 from Util.files import atomic_path
+from Util.progress import Progress
 from Util.settings import Settings, blame, setting
 
 VERSION = 1
@@ -407,7 +407,7 @@ def render_dataset(settings: ToonFacesSettings, progress: bool = True) -> None:
         return
     chunks = [missing[i : i + 64] for i in range(0, len(missing), 64)]
     done, workers = settings.n - len(missing), settings.workers or cpu_count() or 1
-    bar = tqdm(total=settings.n, initial=done, unit="img", desc="rendering", disable=not progress)
+    bar = Progress(settings.n, "rendering", "img", done=done, shown=progress)
     # Spawned, not forked: a fork of a process that has used PyTorch's threads may hang.
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool, bar:
         try:
@@ -426,7 +426,8 @@ def render_dataset(settings: ToonFacesSettings, progress: bool = True) -> None:
 
 def _run(settings: ToonFacesSettings) -> None:
     check_writable("out", settings.out / "images")
-    render_dataset(settings)
+    with if_interrupted(lambda: "the same command goes on from here"):
+        render_dataset(settings)
     print(f"{settings.n} pictures of {settings.size} px in {settings.out}")
 
 

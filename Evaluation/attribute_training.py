@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from Dataset.toon_attributes import ATTRIBUTES, described_pictures
 from Evaluation.attributes import Values, agreement, table, values_of
@@ -21,6 +20,7 @@ from Model import bundled, checkpoint
 from Model.attribute_classifier import AttributeClassifier
 from Util.cli import check_writable, run_settings
 from Util.files import atomic_path, read_npz
+from Util.progress import Progress
 from Util.settings import Settings, setting
 
 SIDE = 64
@@ -92,7 +92,7 @@ def train(settings: AttributeSettings, images: Tensor, values: Values) -> Attrib
     steps = settings.epochs * (len(images) // settings.batch_size)
     optimiser = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.lr, total_steps=steps)
-    with tqdm(total=steps, desc="training", unit="it") as bar:
+    with Progress(steps, "training") as bar:
         for _ in range(settings.epochs):
             for part in _batches(len(images), settings.batch_size):
                 logits = network(
@@ -105,8 +105,8 @@ def train(settings: AttributeSettings, images: Tensor, values: Values) -> Attrib
                 optimiser.step()
                 schedule.step()
                 bar.update()
-                if bar.n % 50 == 0:
-                    bar.set_postfix(loss=f"{loss.item():.3f}")
+                if bar.done % 50 == 0:
+                    bar.figures(f"loss {loss.item():.3f}")
     return network.eval()
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from Evaluation import editing, sampling
 from Evaluation.distances import Distance
@@ -20,7 +19,8 @@ from Evaluation.settings import ContentSettings, LoadMask, PictureSettings, Resu
 from Evaluation.side_by_side import load_models, save_pictures, sizes, stacked, target_stem
 from Evaluation.walking import KINDS, Walk, find_walks, walking_distances
 from Model.generator import Generator
-from Util.pictures import captioned, framed, grid, headed, rescale
+from Util.pictures import captioned, framed, grid, headed, rescale, text_size, with_text
+from Util.progress import track
 from Util.settings import SettingError, blame, setting
 
 STEMS = {"mixing": "style_mixing", "morphing": "morphing", "directions": "directions"}
@@ -40,11 +40,15 @@ class EditedSettings(ContentSettings, PictureSettings):
 
     mode: str = setting("mixing", "what to do", choices=tuple(STEMS))
     a: Numbers = setting(None, FACES.format("A", "0,1,2, to walk 0", "a"))
-    projection_a: Files = setting(None, PROJECTION.format("A"), nargs="+", metavar="NPZ")
+    projection_a: Files = setting(
+        None, PROJECTION.format("A"), nargs="+", metavar="NPZ", exists="file"
+    )
     b: Numbers = setting(
         None, FACES.format("B", "3,4,5,6,7, to morph as many as in A from 3 on", "b")
     )
-    projection_b: Files = setting(None, PROJECTION.format("B"), nargs="+", metavar="NPZ")
+    projection_b: Files = setting(
+        None, PROJECTION.format("B"), nargs="+", metavar="NPZ", exists="file"
+    )
     layers: str | None = setting(
         None,
         "mixing: layers of w+ that come from B; directions: those that move. coarse (0-3), middle"
@@ -118,6 +122,7 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
         SettingError: names the setting and what to do.
     """
     device, first, mode = settings.pick_device(), settings.checkpoints[0], settings.mode
+    settings.parser_file(first)
     stem = target_stem(settings.out or Path(STEMS[mode]), STEMS[mode])
     models = load_models(settings, device)
     faces = _load_faces(settings, models)
@@ -129,10 +134,13 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
     with torch.no_grad():
         edits = {
             name: edit(own, scale, lambda x: x * masks_of(mask, x), distance)
-            for name, own in tqdm(faces.items(), desc=mode, unit="model")
+            for name, own in track(faces.items(), len(faces), mode, "model")
         }
-    picture = stacked(models, {name: shown for name, (shown, _) in edits.items()}, gap=24)
-    frames = _frames(models, faces, scale, moment, settings.frames)
+    picture = stacked(models, {name: shown for name, (shown, _) in edits.items()}, scale, gap=24)
+    size = text_size(round(generator.size * scale))
+    picture = with_text(picture, _caption(settings, generator.n_latent), size)
+    frame_scale = settings.scale_of(generator.size, animated=True)
+    frames = _frames(models, faces, frame_scale, moment, settings.frames)
     files = save_pictures(settings, stem, picture, frames)
     distances = {name: found for name, (_, found) in edits.items()}
     lines = [*sizes(settings, models), f"content-aware {settings.distance_name(first)}"]
@@ -260,7 +268,8 @@ def _mix(
     def shown(images: Tensor, columns: int) -> np.ndarray:
         return grid(rescale(images, scale), columns, gap=4)
 
-    return framed(shown(left, 1), shown(top, len(b)), shown(mixed, len(b))), distances
+    grids = (shown(left, 1), shown(top, len(b)), shown(mixed, len(b)))
+    return framed(*grids, names=("A", "B")), distances
 
 
 def _morph(faces: Faces, scale: float, content: Content, distance: Distance, n: int) -> Edit:
@@ -269,7 +278,39 @@ def _morph(faces: Faces, scale: float, content: Content, distance: Distance, n: 
     frames = [sampling.render(faces.generator, faces.between(t)) for t in steps]
     rows = rescale(torch.stack(frames, dim=1).flatten(0, 1), scale)
     distances = editing.morphing_distances([content(frame) for frame in frames], distance)
-    return grid(rows, columns=n, gap=4), distances
+    side = rows.shape[-1]
+    heads = ["A", *(f"{k}/{n - 1}" for k in range(1, n - 1)), "B"]
+    shown = grid(rows, columns=n, gap=4)
+    if side >= 2 * text_size(side):
+        shown = np.concatenate([shown, headed(heads, shown.shape[1], 4, text_size(side))])
+    return shown, distances
+
+
+def _caption(settings: EditedSettings, n_latent: int) -> str:
+    """What the picture shows, in words."""
+    psi = f"Truncation {settings.truncation:g}."
+    if settings.mode == "morphing":
+        way = "linearly in w" if settings.space == "w" else "along the arc in z"
+        return f"Morphing from A to B, {way}; numbers: the share of the way. {psi}"
+    if settings.mode == "directions":
+        return (
+            "Walks along directions of w from the face in the middle (0): standard deviations of w"
+            f" along each. {psi}"
+        )
+    chosen = settings.layers or "coarse"
+    layers = editing.style_layers(chosen, n_latent)
+    last = layers.stop - 1
+    which = f"layer {last}" if len(layers) == 1 else f"layers {layers.start} to {last}"
+    # Layer 0 of w+ is that of the convolution at 4 px, two each are those of every further size;
+    # the last one is a ToRGB's alone.
+    low, high = (2 ** (2 + (min(i, n_latent - 2) + 1) // 2) for i in (layers.start, last))
+    pixels = f"{low} px" if low == high else f"{low} to {high} px"
+    named = f"{chosen}, " if chosen in editing.STYLE_LAYERS else ""
+    noise = " and the noise" if settings.mix_noise else ""
+    return (
+        f"Style mixing: the face A of the row, with the styles{noise} of the face B of the column"
+        f" in {which} ({named}{pixels}) of 0 to {n_latent - 1}. {psi}"
+    )
 
 
 def _walk(
@@ -305,14 +346,14 @@ def _frames(
     """Render an animation that goes from one end to the other and back, slowly at both."""
     if moment is None:
         return
-    for k in tqdm(range(n), desc="animation", unit="frame", disable=not n):
+    for k in track(range(n), n, "animation", "frame"):
         t = (1 - math.cos(2 * math.pi * k / n)) / 2
         blocks = {}
         for name, own in faces.items():
             latents, columns = moment(own, t)
             images = rescale(sampling.render(own.generator, latents), scale)
             blocks[name] = grid(images, columns, gap=4)
-        yield stacked(models, blocks)
+        yield stacked(models, blocks, scale)
 
 
 def _table(figures: Mapping[str, Mapping[str, float]]) -> str:

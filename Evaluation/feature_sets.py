@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from Dataset.batches import in_order
 from Dataset.images import Images
@@ -20,6 +18,7 @@ from Evaluation.feature_statistics import Features, Statistics, statistics_of
 from Evaluation.features import Extractor
 from Model.generator import Generator
 from Util import distributed, memory
+from Util.progress import Progress, warn
 from Util.stopping import StoppedError
 
 
@@ -36,13 +35,13 @@ def all_features(
     Raises:
         StoppedError: in all processes, if ``stop()`` was true between two batches of one.
     """
-    quiet, step, own = distributed.rank() != 0, distributed.world_size(), []
-    with tqdm(total=n, desc=what, unit="img", leave=False, disable=quiet) as bar:
+    first, step, own = distributed.rank() == 0, distributed.world_size(), []
+    with Progress(n, what, "img", shown=first, leave=False) as bar:
         for images in batches:
             if stop():
                 break
             own.append(extractor(images.to(device)).cpu())
-            bar.update(min(len(images) * step, n - bar.n))
+            bar.update(min(len(images) * step, n - bar.done))
     if distributed.any_process(stop()):
         raise StoppedError
     return torch.cat(distributed.gather_in_turn(own)).numpy()
@@ -174,5 +173,5 @@ def real_statistics(
         try:
             feature_statistics.save(file, made)
         except OSError as error:
-            print(f"warning: {file} could not be written ({error})", file=sys.stderr)
+            warn(f"warning: {file} could not be written ({error})")
     return made

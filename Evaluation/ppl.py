@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from Evaluation.distances import Distance
 from Evaluation.sampling import POSITION, draw_noise, draw_z, shares, synthesise
 from Evaluation.settings import ModelSettings, PerceptualSettings, Result
 from Model.generator import Generator
 from Util import distributed, memory
+from Util.progress import Progress
 from Util.settings import setting
 from Util.streams import stream
 
@@ -111,7 +111,7 @@ def path_length(
     batch_size = memory.at_once(generator.size, memory.INFERENCE // 2, batch_size)  # two a pair
     batches = list(shares(n, batch_size, rank, world))
     total = sum(map(len, batches))
-    with tqdm(total=total, desc=protocol, unit="pair", leave=False, disable=rank > 0) as bar:
+    with Progress(total, protocol, "pair", shown=rank == 0, leave=False) as bar:
         own = pair_distances(pairs, perceptual, batches, bar.update)
     distances = torch.cat(distributed.gather_in_turn(own)).numpy()
     return perceptual_path_length(distances, eps, protocol)
@@ -135,6 +135,7 @@ def measure(settings: PathSettings) -> Result:
         SettingError: names the setting and what to do.
     """
     device = distributed.join(settings.pick_device())
+    settings.check_parser(settings.ckpt)
     generator = settings.load(settings.ckpt, device)
     perceptual = settings.load_distance(settings.ckpt, device)
     distance = settings.distance_name(settings.ckpt)

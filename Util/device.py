@@ -108,6 +108,16 @@ def set_tf32(on: bool) -> None:
     torch.backends.cudnn.allow_tf32 = on
 
 
+def reserved_memory_gib(device: torch.device) -> float:
+    """What PyTorch holds of a GPU's memory now, in GiB; 0 on a CPU."""
+    return torch.cuda.memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0
+
+
+def tune_convolutions() -> None:
+    """Let cuDNN measure which of its algorithms is fastest, once for each shape that comes up."""
+    torch.backends.cudnn.benchmark = True
+
+
 def tf32_allowed(device: torch.device) -> bool:
     """Whether products of float32 on a device may be rounded to TensorFloat-32."""
     return device.type == "cuda" and torch.backends.cudnn.allow_tf32

@@ -23,6 +23,8 @@ from torch.distributed.rendezvous import rendezvous
 PATIENCE = timedelta(hours=2)
 """How long processes wait at `meet` for one that writes or measures alone."""
 
+_PLAIN = torch.contiguous_format
+
 
 def world_size() -> int:
     """Number of processes of this run."""
@@ -286,36 +288,36 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        parts = [torch.empty_like(rows, memory_format=_PLAIN) for _ in range(world_size())]
         distributed.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].contiguous()
+        return _SumRows.apply(gradients[0])
+
+
+class _SumRows(torch.autograd.Function):
+    """This process's rows of the sum over the processes; derivative of `_GatherRows`, and back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        total = rows.clone(memory_format=_PLAIN)
         distributed.all_reduce(total)
-        return total.chunk(world_size())[rank()]
+        return total.chunk(world_size())[rank()].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _GatherRows.apply(gradients[0])
 
 
 def gather_rows(rows: Tensor) -> Tensor:
     """The rows (n, ...) of all processes, which have equally many, in rank order.
 
-    Differentiable, for losses whose gradients `average_gradients` then averages.
+    Differentiable any number of times, for losses whose gradients are then averaged
+    (`Util.gradients`).
     """
     return rows if world_size() == 1 else _GatherRows.apply(rows)
-
-
-def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace gradients by their mean over the processes, in one transfer.
-
-    A parameter that this phase did not use has no gradient in any process and stays so.
-    """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if world_size() == 1 or not grads:
-        return
-    flat = _all_mean(torch.cat([grad.flatten() for grad in grads]))
-    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(part.view_as(grad))
 
 
 def any_process(flag: bool) -> bool:

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks.jobs import frozen
 from benchmarks.timing import Measurement, Timing, interleaved, run_benchmark, some_of, table
@@ -39,6 +38,7 @@ from Evaluation.distances import load_distance
 from Model import bundled, checkpoint
 from Model.complexity import macs, parameters
 from Model.generator import Generator
+from Util.progress import track
 from Util.settings import from_flags, setting
 from Util.streams import stream
 
@@ -239,7 +239,7 @@ def measure(settings: WidthSettings) -> dict[str, Any]:
     bench = Bench()
     students: dict[str, Generator] = {}
     found: dict[str, dict[str, Any]] = {}
-    for name in tqdm(settings.only, unit="row"):
+    for name in track(settings.only, len(settings.only), "measuring", "row"):
         widths = bench.widths(VARIANTS[name])
         distances = []
         for seed in range(100, 100 + settings.seeds):

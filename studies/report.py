@@ -5,7 +5,6 @@ the page is written by hand.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,18 +12,20 @@ from pathlib import Path
 from Model import bundled
 from Model.checkpoint import load_attribute_classifier
 from studies import plots
-from studies.jobs import Places, prepare, teacher_figures, write_json
+from studies.jobs import Places, prepare, reference_figures, write_json
 from studies.plan import FOLDER, read_plan
-from studies.results import read_results, results_file, teacher_file
+from studies.results import references_file
 from studies.statistics import half_width, mean_and_deviation
 from studies.tables import (
     TITLES,
     Table,
+    by_attribute,
     differences,
     label,
     markdown,
     means,
     number,
+    read_table,
     spread,
     verdicts,
 )
@@ -47,23 +48,12 @@ GROUPS = {
 }
 
 
-def read_table(name: str, places: Places) -> Table:
-    """Read a plan, those of its results whose arms it still has, and the teacher's figures."""
-    plan = read_plan(name)
-    names = {job.name for job in plan.jobs}
-    rows = [r for r in read_results(results_file(places.results, name)) if r["job"] in names]
-    file = teacher_file(places.results, name)
-    teacher = list(json.loads(file.read_text()).values()) if file.is_file() else []
-    return Table(plan, rows, teacher)
-
-
-def measure_teacher(name: str, places: Places) -> None:
-    """Measure the teacher on each seed's latents, where that has not been done."""
-    plan, file = read_plan(name), teacher_file(places.results, name)
+def measure_references(name: str, places: Places) -> None:
+    """Measure teacher and compressed model on each seed's latents, where that is not done."""
+    plan, file = read_plan(name), references_file(places.results, name)
     if not file.is_file():
         prepare(plan, places)
-        found = {str(seed): teacher_figures(plan, seed, places) for seed in plan.seeds}
-        write_json(file, found)
+        write_json(file, {str(seed): reference_figures(plan, seed, places) for seed in plan.seeds})
 
 
 def introduction(table: Table) -> str:
@@ -140,6 +130,9 @@ def group_section(table: Table, group: str, doc: Path) -> str:
     if compared:
         lines += [f"Differences to `{table.plan.control}`, paired by seed:", ""]
         lines += [differences(table, compared), ""]
+    if any(":" in figure for figure in table.of(*pairs[0])[0]["points"][-1]["figures"]):
+        inside = load_attribute_classifier(bundled.ATTRIBUTES).inside
+        lines += ["Agreement by attribute:", "", by_attribute(table, pairs, inside), ""]
     picture = doc / "study" / f"{group}.png"
     plots.bars(table, pairs, BAR_FIGURES, picture)
     lines += [
@@ -216,21 +209,23 @@ Seed {seed}, ratio {ratio:g}, at the end of the budget.
 ![Teacher and students](study/students.png)"""
 
 
+def not_run(table: Table) -> list[str]:
+    """List the arms that lack results, and the jobs where they are few."""
+    done, lines = {row["job"] for row in table.rows}, []
+    for arm in table.plan.arms:
+        jobs = [job.name for job in table.plan.jobs if job.arm == arm]
+        left = [name for name in jobs if name not in done]
+        if left:
+            what = f" ({', '.join(left)})" if len(left) < len(jobs) else ""
+            lines.append(f"- {table.plan.name}: {arm.name}, {len(left)} of {len(jobs)} jobs{what}")
+    return lines
+
+
 def limits(tables: Sequence[Table]) -> str:
     """Say what such a study cannot tell, and what has not been run."""
     main = tables[0]
     narrow = min((row["channels"] for row in main.rows if row["ratio"] == 0.7), key=min)
-    missing = []
-    for table in tables:
-        done = {row["job"] for row in table.rows}
-        by_arm: dict[str, list[str]] = {}
-        for job in table.plan.jobs:
-            if job.name not in done:
-                by_arm.setdefault(f"{job.arm.name} {job.ratio:g}", []).append(str(job.seed))
-        missing += [
-            f"- {table.plan.name}: {arm}, seed{'s' if len(s) > 1 else ''} {', '.join(s)}"
-            for arm, s in by_arm.items()
-        ]
+    missing = [line for table in tables for line in not_run(table)]
     missing_text = "\n".join(missing) or "- nothing: all jobs of the plans are done"
     return f"""## What this cannot tell
 
@@ -272,10 +267,10 @@ def run(args: argparse.Namespace) -> None:
     doc: Path = args.out.resolve().parent
     check_writable("out", doc / "study" / "x")
     places = Places(args.work, args.results)
-    if not read_table(MAIN, places).rows:
+    if not read_table(MAIN, args.results).rows:
         raise ValueError(f"{args.results}: no result of {MAIN} yet; run python -m studies {MAIN}")
-    measure_teacher(MAIN, places)
-    tables = [read_table(name, places) for name in (MAIN, BEFORE)]
+    measure_references(MAIN, places)
+    tables = [read_table(name, args.results) for name in (MAIN, BEFORE)]
     sections = filter(None, page(tables, places, doc))
     text = "\n\n".join(sections) + "\n"
     with atomic_path(args.out) as temporary:

@@ -15,9 +15,9 @@ def results_file(folder: Path, plan: str) -> Path:
     return folder / f"{plan}.jsonl"
 
 
-def teacher_file(folder: Path, plan: str) -> Path:
-    """File of the teacher's own figures, by seed."""
-    return folder / f"{plan}_teacher.json"
+def references_file(folder: Path, plan: str) -> Path:
+    """File of the figures of what students are seen beside, by seed and name."""
+    return folder / f"{plan}_references.json"
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:

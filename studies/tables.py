@@ -1,12 +1,14 @@
 """Results as tables in Markdown."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from studies.measuring import HIGHER_IS_BETTER
-from studies.plan import Claim, Plan
-from studies.results import Result
+from studies.plan import Claim, Plan, read_plan
+from studies.results import Result, read_results, references_file, results_file
 from studies.statistics import Interval, mean_and_deviation, paired_difference, verdict
 
 TITLES = {
@@ -30,12 +32,12 @@ class Table:
     Attributes:
         plan: that was run.
         rows: one for each finished job that is still in the plan.
-        teacher: its own figures, one mapping for each seed.
+        references: what students are seen beside: figures by name, one mapping for each seed.
     """
 
     plan: Plan
     rows: Sequence[Result]
-    teacher: Sequence[Mapping[str, float]] = ()
+    references: Sequence[Mapping[str, Mapping[str, float]]] = ()
 
     def of(self, arm: str, ratio: float) -> list[Result]:
         """Give an arm's results at a ratio."""
@@ -66,6 +68,16 @@ class Table:
         return mean_and_deviation([row["floor"][group] for row in self.rows])[0]
 
 
+def read_table(name: str, results: Path) -> Table:
+    """Read a plan, those of its results whose arms it still has, and the references' figures."""
+    plan = read_plan(name)
+    names = {job.name for job in plan.jobs}
+    rows = [r for r in read_results(results_file(results, plan.name)) if r["job"] in names]
+    file = references_file(results, plan.name)
+    references = list(json.loads(file.read_text()).values()) if file.is_file() else []
+    return Table(plan, rows, references)
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Write a table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -80,12 +92,12 @@ def number(value: float) -> str:
 
 
 def spread(values: Iterable[float]) -> str:
-    """Write mean and standard deviation."""
+    """Write mean and standard deviation, of a single value itself."""
     found = list(values)
     if not found:
         return "-"
     mean, deviation = mean_and_deviation(found)
-    return f"{number(mean)} ± {number(deviation)}"
+    return f"{number(mean)} ± {number(deviation)}" if len(found) > 1 else number(mean)
 
 
 def signed(difference: Interval | None) -> str:
@@ -117,10 +129,35 @@ def means(table: Table, pairs: Sequence[tuple[str, float]], point: int = -1) -> 
         ]
         for pair in pairs
     ]
-    if table.teacher:
-        own = [spread(row[f] for row in table.teacher if f in row) for f in figures]
-        rows.append(["*teacher*", str(len(table.teacher)), *own])
+    for name in table.references[0] if table.references else ():
+        own = [row[name] for row in table.references]
+        cells = [spread(row[f] for row in own if f in row) for f in figures]
+        rows.append([f"*{name}*", str(len(own)), *cells])
     return markdown(["arm", "seeds", *(TITLES[f] for f in figures)], rows)
+
+
+def by_attribute(table: Table, pairs: Sequence[tuple[str, float]], inside: Sequence[str]) -> str:
+    """Tabulate the mean agreement of every attribute, those inside the content first.
+
+    Args:
+        table: of the results.
+        pairs: arms and ratios, at least one, a column each.
+        inside: attributes inside the content.
+    """
+    figures = table.of(*pairs[0])[0]["points"][-1]["figures"]
+    names = [figure.partition(":")[2] for figure in figures if ":" in figure]
+    rows = [
+        [
+            name,
+            "inside" if name in inside else "outside",
+            *(
+                number(mean_and_deviation(list(found.values()))[0]) if found else "-"
+                for found in (table.values(*pair, f"agreement:{name}") for pair in pairs)
+            ),
+        ]
+        for name in sorted(names, key=lambda name: name not in inside)
+    ]
+    return markdown(["attribute", "content", *(label(table, *pair) for pair in pairs)], rows)
 
 
 def differences(
@@ -168,3 +205,19 @@ def verdicts(table: Table) -> str:
 def points_of(row: Result, figure: str) -> Mapping[int, float]:
     """Give a figure by images shown."""
     return {p["images"]: p["figures"][figure] for p in row["points"] if figure in p["figures"]}
+
+
+def overview(table: Table) -> str:
+    """Tabulate all arms, and their differences to the control."""
+    parts = [means(table, table.measured)]
+    compared = [
+        (arm, ratio)
+        for arm, ratio in table.measured
+        if arm != table.plan.control and table.of(table.plan.control, ratio)
+    ]
+    if compared:
+        parts += [f"Differences to {table.plan.control}, paired by seed, 95 % intervals:"]
+        parts += [differences(table, compared)]
+    if table.plan.claims:
+        parts.append(verdicts(table))
+    return "\n\n".join(parts)

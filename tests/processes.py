@@ -16,8 +16,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train
 
-LIMIT = 60
-"""Seconds within which a job must have ended, and at most what a test waits for anything."""
+LIMIT = 300
+"""Seconds that a test waits at most, on a machine that may be busy."""
 
 
 @dataclass
@@ -27,12 +27,10 @@ class Job:
     Attributes:
         launcher: its process number.
         folder: of output and process numbers.
-        started: by the clock of `time.monotonic`.
     """
 
     launcher: int
     folder: Path
-    started: float
 
     @property
     def output(self) -> str:
@@ -46,7 +44,7 @@ class Job:
 
     def end(self) -> int:
         """Wait for the launcher; return its exit code, negative for a signal."""
-        until = self.started + LIMIT
+        until = time.monotonic() + LIMIT
         while time.monotonic() < until:
             number, status = os.waitpid(self.launcher, os.WNOHANG)
             if number:
@@ -91,9 +89,8 @@ def start(folder, flags, n=2, sabotage=lambda rank: None, restarts=0, work=train
         sabotage(rank)
         sys.exit(work(argv))
 
-    started = time.monotonic()
     if launcher := os.fork():
-        return Job(launcher, folder, started)
+        return Job(launcher, folder)
     code = 1
     try:
         os.setpgid(0, 0)

@@ -133,16 +133,16 @@ def test_a_mixture(files, tmp_path, capsys):
     flags = ["--a", "0,1", "--b", "2,3,4", "--layers", "0-3", "--scale", 1, "--json"]
     assert edit(files, *flags, "--out", tmp_path) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["style_mixing.png"]
-    captured = capsys.readouterr().out
-    assert "content-aware parser distance" in captured
-    line = json.loads(captured.splitlines()[-1])
+    captured = capsys.readouterr()
+    assert "content-aware parser distance" in captured.err
+    line = json.loads(captured.out)
     for distances in line["figures"]["models"].values():
         assert set(distances) == {"a_to_mixed", "b_to_mixed", "a_to_b"}
         assert all(value > 0 for value in distances.values())
     # Two models of 1 + 2 rows and 1 + 3 columns of 16 px.
     picture = pixels(tmp_path / "style_mixing.png")
     block = 16 + 12 + 2 * 16 + 4
-    assert picture.shape[0] == 2 * block + 24
+    assert 0 < picture.shape[0] - (2 * block + 24) < 300  # the caption below
     corner = picture[:16, -(16 + 12 + 3 * 16 + 2 * 4) :][:, :16]
     assert (corner == 255).all()
 

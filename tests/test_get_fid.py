@@ -43,7 +43,8 @@ def files(tmp_path, generator):
 def run(files, flags, capsys):
     argv = f"--ckpt {files}/g.pt --parser_ckpt {bundled.PARSER} --features parser --device cpu"
     assert get_fid.main([*argv.split(), "--workers", "0", *flags.split()]) == 0
-    return capsys.readouterr().out
+    captured = capsys.readouterr()
+    return captured.err + captured.out
 
 
 def figures(out):

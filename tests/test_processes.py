@@ -37,14 +37,16 @@ def flags(folder, more):
     return f"--path {folder}/data --out {folder}/run {SMALL} --log_freq 1 {more}"
 
 
-def before_iteration(number, action, rank=1):
-    """A sabotage: one process does something instead of its iteration."""
+def before_iteration(number, action, clock=None):
+    """A sabotage: process 1 does something before an iteration; the file gets the time."""
 
-    def sabotage(own):
+    def sabotage(rank):
         iterate = Trainer.iterate
 
         def sabotaged(trainer, real):
-            if own == rank and trainer.iteration == number:
+            if rank == 1 and trainer.iteration == number:
+                if clock:
+                    clock.write_text(str(time.monotonic()))
                 action(trainer)
             return iterate(trainer, real)
 
@@ -53,13 +55,22 @@ def before_iteration(number, action, rank=1):
     return sabotage
 
 
+def fail(folder, action, more="", **options):
+    """A job of which one process meets its fault; it must have ended a minute later."""
+    clock = folder / "clock"
+    sabotage = before_iteration(3, action, clock)
+    job = start(folder / "job", flags(folder, f"--iter 6 {more}"), sabotage=sabotage, **options)
+    code = job.end()
+    assert time.monotonic() - float(clock.read_text()) < 60
+    return code, job.output
+
+
 def test_a_killed_process_ends_the_job(folder):
-    kill = before_iteration(2, lambda _: os.kill(os.getpid(), signal.SIGKILL))
-    job = start(folder / "job", flags(folder, "--iter 99999"), sabotage=kill)
-    assert job.end() == 1
-    assert "process 0 of 2: RuntimeError" in job.output
-    assert "process 1 was killed or does not answer" in job.output
-    assert "Signal 9 (SIGKILL)" in job.output
+    code, output = fail(folder, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    assert code == 1
+    assert "process 0 of 2: RuntimeError" in output
+    assert "process 1 was killed or does not answer" in output
+    assert "Signal 9 (SIGKILL)" in output
 
 
 def sleep(_):
@@ -73,11 +84,10 @@ def stop(_):
 
 @pytest.mark.parametrize("how", [sleep, pytest.param(stop, marks=pytest.mark.slow)])
 def test_a_stuck_process_ends_the_job(folder, how):
-    stick = before_iteration(2, how)
-    job = start(folder / "job", flags(folder, "--iter 99999 --dist_timeout 2"), sabotage=stick)
-    assert job.end() == 1
-    assert "Timed out" in job.output
-    assert "process 1 was killed or does not answer" in job.output
+    code, output = fail(folder, how, "--dist_timeout 3")
+    assert code == 1
+    assert "Timed out" in output
+    assert "process 1 was killed or does not answer" in output
 
 
 def fail_at_first(trainer):
@@ -86,14 +96,13 @@ def fail_at_first(trainer):
 
 
 def test_a_raising_process_ends_the_attempt_and_the_same_command_goes_on(folder):
-    same = flags(folder, "--iter 6 --model_save_freq 2 --resume auto")
-    job = start(folder / "job", same, sabotage=before_iteration(3, fail_at_first), restarts=1)
-    assert job.end() == 0
-    first, again = job.output.split("done: ")[0], checkpoints(folder / "run")
+    code, output = fail(folder, fail_at_first, "--model_save_freq 2 --resume auto", restarts=1)
+    assert code == 0
+    first = output.split("done: ")[0]
     assert "process 1 of 2: KeyError: 'lost'" in first
     assert "process 0 of 2: RuntimeError" in first
     assert "process 1 failed: KeyError: 'lost'" in first
-    assert [int(file.stem) for file in again] == [2, 4, 6]
+    assert [int(file.stem) for file in checkpoints(folder / "run")] == [2, 4, 6]
     assert [row["iteration"] for row in read_metrics(folder / "run")] == [1, 2, 3, 4, 5, 6]
 
 
@@ -155,12 +164,8 @@ def test_processes_whose_weights_differ_write_no_checkpoint(folder):
     def change(trainer):
         trainer.g_ema.style[1].weight.data[0, 0] *= 1.001
 
-    job = start(
-        folder / "job",
-        flags(folder, "--iter 9 --model_save_freq 2"),
-        sabotage=before_iteration(3, change),
-    )
-    assert job.end() == 1
+    code, output = fail(folder, change, "--model_save_freq 2")
+    assert code == 1
     words = r"process 1 differs from process 0 in 1 of \d+ tensors, g_ema\.style\.1\.weight the"
-    assert re.search(words, job.output)
+    assert re.search(words, output)
     assert [int(file.stem) for file in checkpoints(folder / "run")] == [2]

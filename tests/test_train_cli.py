@@ -1,3 +1,4 @@
+import itertools
 import json
 import random
 import shutil
@@ -14,6 +15,7 @@ from PIL import Image
 
 import prune
 import train
+from Compression import losses
 from Compression import run as training_run
 from Compression.training import Trainer
 from Dataset.images import Images
@@ -26,6 +28,7 @@ from Model.bundled import PARSER
 from Model.discriminator import Discriminator
 from Model.face_parser import BiSeNet
 from Model.generator import Generator
+from tests.test_optimisation import NanGradient
 from train_hyperparams import TrainConfig
 from Util.plot_log import main as plot_main
 from Util.run_log import BEST, TIMING, checkpoints, newest_checkpoint, read_config, read_metrics
@@ -198,8 +201,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(folder, monkeypatch, capsys
     assert [p.name for p in checkpoints(folder / "run")] == ["000001.pt"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_ends_the_run_with_a_checkpoint(folder, monkeypatch, number):
+@pytest.mark.parametrize(
+    ("number", "log_freq"),
+    [(signal.SIGINT, 2), (signal.SIGTERM, 4), (signal.SIGHUP, 2), (signal.SIGUSR1, 2)],
+)
+def test_a_signal_ends_the_run_with_a_checkpoint(folder, monkeypatch, number, log_freq):
     iterate = Trainer.iterate
 
     def interrupted(trainer, real):
@@ -208,11 +214,11 @@ def test_a_signal_ends_the_run_with_a_checkpoint(folder, monkeypatch, number):
         return iterate(trainer, real)
 
     monkeypatch.setattr(Trainer, "iterate", interrupted)
-    assert run(folder, f"{SMALL} --iter 5 --log_freq 2") == 128 + number
+    assert run(folder, f"{SMALL} --iter 5 --log_freq {log_freq}") == 128 + number
     assert [p.name for p in checkpoints(folder / "run")] == ["000003.pt"]
     monkeypatch.undo()
     assert train.main(["--resume", str(folder / "run")]) == 0
-    assert run(folder, f"{SMALL} --iter 5 --log_freq 2", "whole") == 0
+    assert run(folder, f"{SMALL} --iter 5 --log_freq {log_freq}", "whole") == 0
     assert_same_run(folder / "whole", folder / "run", 5)
 
 
@@ -283,6 +289,24 @@ def test_the_state_before_a_loss_that_is_not_finite_is_kept(folder, monkeypatch,
     kept = folder / "run/before_non_finite_000000.pt"
     assert str(kept) in capsys.readouterr().err
     assert checkpoint.load_generator(kept).channels == (6, 5, 4, 4)
+
+
+def test_the_state_before_a_gradient_that_is_not_finite_goes_on(folder, monkeypatch, capsys):
+    calls = itertools.count()
+    loss = losses.g_nonsaturating_loss
+
+    def poisoned(logits):
+        return NanGradient.apply(loss(logits)) if next(calls) >= 2 else loss(logits)
+
+    monkeypatch.setattr(losses, "g_nonsaturating_loss", poisoned)
+    assert run(folder, f"{SMALL} --iter 5") == 2
+    kept = folder / "run/before_non_finite_000002.pt"
+    error = capsys.readouterr().err
+    assert str(kept) in error
+    assert "the gradient of the generator loss (" in error
+    monkeypatch.undo()
+    assert run(folder, f"{SMALL} --iter 5 --ckpt {kept} --load_train_state", "next") == 0
+    assert [p.name for p in checkpoints(folder / "next")] == ["000005.pt"]
 
 
 def test_a_resumed_run_keeps_its_number_of_threads(folder):

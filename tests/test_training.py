@@ -43,6 +43,11 @@ def snapshot(network):
     return {k: v.clone() for k, v in network.state_dict().items()}
 
 
+def loss_of(update, phase, parts, loss_of):
+    (part,) = parts
+    return loss_of(part)
+
+
 def changed(network, before):
     return {k for k, v in network.state_dict().items() if not torch.equal(v, before[k])}
 
@@ -187,11 +192,12 @@ def test_losses_of_both_discriminators_by_their_definition(monkeypatch):
     trainer = make_trainer(config(r1=0.0, path_regularize=0.0, lr=0.0), second_discriminator(0.5))
     ((further, _),) = trainer.further.values()
     seen, steps = [], []
-    monkeypatch.setattr(trainer, "_step", lambda optimizer, phase, loss: steps.append(loss))
+    monkeypatch.setattr(trainer, "_step", lambda *step: steps.append(loss_of(*step)) or {})
     for network in (trainer.discriminator, further):
         network.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
     trainer.iterate(images()[0])
-    fake, real, fake_t, real_t, g, g_t = seen
+    both, both_t, g, g_t = seen
+    (fake, real), (fake_t, real_t) = both.chunk(2), both_t.chunk(2)
     softplus = torch.nn.functional.softplus
     torch.testing.assert_close(steps[0], softplus(fake).mean() + softplus(-real).mean())
     torch.testing.assert_close(steps[1], softplus(fake_t).mean() + softplus(-real_t).mean())
@@ -229,9 +235,11 @@ def test_the_gan_loss_grows_over_the_first_images(monkeypatch):
     trainer = make_trainer(settings, second_discriminator(2.0))
     shares = []
 
-    def step(optimizer, phase, loss):
+    def step(update, phase, parts, loss_of):
+        losses = [loss_of(part).item() for part in parts]
         if phase == "generator":
-            shares.append(loss.item())
+            shares.extend(losses)
+        return {}
 
     monkeypatch.setattr(trainer, "_step", step)
     for i, real in enumerate(images(6)):
@@ -252,7 +260,7 @@ def test_a_term_may_train_the_discriminator_and_sees_the_teachers_pass(monkeypat
     trainer = make_trainer(config(r1=0.0, path_regularize=0.0))
     trainer.teacher = Teacher(teacher, None, [Term("critic", 10.0, Parts(critic=critic))])
     monkeypatch.setattr(
-        trainer, "_step", lambda optimizer, phase, loss: steps.update({phase: loss.item()})
+        trainer, "_step", lambda *step: steps.update({step[1]: loss_of(*step).item()}) or {}
     )
     metrics = trainer.iterate(images()[0])
     assert [f.shape[1] for f in seen[0].made.features] == [5, 4, 4]

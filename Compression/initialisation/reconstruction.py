@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from Compression.initialisation.refit import (
     LayerFit,
@@ -33,6 +32,7 @@ from Compression.scores.sampling import (
 from Model.generator import Generator
 from Model.layers import StyledConv, ToRGB
 from Util import memory
+from Util.progress import Progress, track
 from Util.settings import Settings, setting
 
 
@@ -120,7 +120,7 @@ def reconstruction(
     Returns:
         The share of variance explained (R^2) by layer, as lines.
     """
-    bar = tqdm(total=sampling.options.init_n_sample, desc="reconstruction: images", unit="img")
+    bar = Progress(sampling.options.init_n_sample, "reconstruction: images", "img")
     chunks = []
     with bar:
         for chunk in _chunks(full, pruned, keep, sampling):
@@ -129,7 +129,8 @@ def reconstruction(
     kept = {name: value.clone() for name, value in pruned.state_dict().items()}
     before = _pictures_r2(pruned, chunks)
     lines = [f"{'layer':<10} {'px':>5} {'R^2 before':>11} {'R^2 after':>10}"]
-    layers = tqdm(pruned.styled_convs, desc="reconstruction: layers", unit="layer")
+    convs = pruned.styled_convs
+    layers = track(convs, len(convs), "reconstruction: layers", "layer")
     for i, layer in enumerate(layers):
         name = f"convs.{i - 1}" if i else "conv1"
         lines.append(_line(name, chunks, i, *_fit_styled(layer, chunks, i, sampling.options)))

@@ -65,7 +65,7 @@ def styled_conv3x3(
     others = (style, *epilogue.tensors)
     if not gradient_wanted(x, weight, *others) and _native(impl, x, weight, *others):
         return torch.ops.stylegan.styled_conv3x3(x, weight, style, *epilogue)
-    y = conv3x3(x * style[:, :, None, None].to(x.dtype), weight, impl=impl)
+    y = conv3x3(x * style.view(*style.shape, 1, 1).to(x.dtype), weight, impl=impl)
     # Under autocast the convolution has chosen the type.
     return apply_epilogue(y, epilogue.to(y.dtype), impl)
 
