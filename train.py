@@ -131,16 +131,16 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def print_dry_run(result: TrainResult, config: TrainConfig) -> None:
-    """Print what two iterations tell."""
+    """Print what two iterations tell; the first one also warms up."""
     if not result.rows:
         return
     rows = result.rows[-2:]
     losses = {k: round(v, 4) for k, v in rows[0].items() if k not in ("iteration", *TIMING)}
     speed, memory = TIMING[:2]
     print(f"dry run: all is well; losses of the first iteration: {losses}")
-    for which, row in zip(("first, warming up and", "second,"), rows, strict=True):
+    for which, row in zip(("first", "second"), rows, strict=True):
         parts = regularisers(config, int(row["iteration"]) - 1)
-        print(f"{row[speed]:.1f} images/s in the {which} {parts}")
+        print(f"{row[speed]:.1f} images/s in the {which} iteration, {parts}")
     print(f"peak memory {rows[-1][memory]:.2f} GiB")
 
 

@@ -114,9 +114,10 @@ def check_files(settings: Any, *leave_out: str, values: Any = None) -> None:
         SettingError: names the setting and the file.
     """
     for item in fields(settings):
-        kind, value = item.metadata.get("exists"), getattr(values or settings, item.name)
-        if not kind or not value or item.name in leave_out:
+        kind = item.metadata.get("exists")
+        if not kind or item.name in leave_out:
             continue
+        value = getattr(values or settings, item.name) or ()
         for path in value if isinstance(value, tuple) else (value,):
             is_name = kind == "parser" and (str(path) == "none" or ":" in str(path))
             if not is_name and not Path(path).exists():

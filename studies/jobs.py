@@ -119,6 +119,11 @@ def run_job(plan: Plan, job: Job, places: Places) -> dict[str, Any]:
     """
     folder = places.job(plan, job)
     folder.mkdir(parents=True, exist_ok=True)
+    begun = folder / "settings.json"
+    if begun.is_file():
+        check_unchanged(job, json.loads(begun.read_text()), settings_of(plan, job), str(folder))
+    else:
+        write_json(begun, settings_of(plan, job))
     clock, pruned, run = Clock(folder / "clock.json"), folder / "pruned.pt", folder / "run"
     pruning = prune_settings(job, pruned)
     if not pruned.is_file():
@@ -184,7 +189,6 @@ def _result(
     judge: Judge,
 ) -> dict[str, Any]:
     network = checkpoint.load_generator(student)
-    stand_in = Path("pruned.pt")
     return {
         "plan": plan.name,
         "job": job.name,
@@ -194,16 +198,45 @@ def _result(
         "seed": job.seed,
         "points": points,
         "floor": judge.floor(),
-        "n_sample": plan.n_sample,
         "macs": macs(network),
         "parameters": parameters(network),
         "channels": list(network.channels),
         "seconds": dict(seconds),
-        "settings": {
-            "prune": plain_settings(prune_settings(job, stand_in)),
-            "train": plain_settings(train_config(plan, job, Path("data"), stand_in, Path("run"))),
-        },
+        "settings": settings_of(plan, job),
     }
+
+
+def settings_of(plan: Plan, job: Job) -> dict[str, dict[str, Any]]:
+    """Everything that a plan says about a job, as JSON holds it."""
+    stand_in = Path("pruned.pt")
+    training = plain_settings(train_config(plan, job, Path("data"), stand_in, Path("no folder")))
+    names = ("images", "measure_at", "pictures", "figures", "n_sample", "real_pictures")
+    values = {name: getattr(plan, name) for name in names}
+    return {
+        "plan": {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
+        "prune": plain_settings(prune_settings(job, stand_in)),
+        "train": {k: v for k, v in training.items() if k not in ("out", "resume")},
+    }
+
+
+def check_unchanged(
+    job: Job, old: Mapping[str, Any], new: Mapping[str, Mapping[str, Any]], place: str
+) -> None:
+    """Refuse to go on with a job, or to count it as done, under other settings.
+
+    Settings that only one side knows are passed over: later versions may have more.
+
+    Raises:
+        ValueError: names a setting, and what to do.
+    """
+    for kind, values in new.items():
+        before = old.get(kind, {})
+        for name in sorted(before.keys() & values.keys()):
+            if before[name] != values[name]:
+                raise ValueError(
+                    f"{place}: {job.name} was begun with {name} {before[name]}, and the plan now"
+                    f" says {values[name]}; give the arm another name, or remove that"
+                )
 
 
 def plain_settings(settings: Any) -> dict[str, Any]:

@@ -161,6 +161,8 @@ def test_a_stopped_study_goes_on_to_the_same_result(places, tmp_path, monkeypatc
     resumed = run_job(other, job, again)
     assert resumed["points"] == whole["points"]
     assert [p["images"] for p in whole["points"]] == [0, 8, 16]
+    with pytest.raises(ValueError, match="begun with images 16, and the plan now says 32"):
+        run_job(replace(other, images=32), job, again)
     monkeypatch.setattr(jobs, "train", None)  # what is there is not made again
     assert run_job(other, job, again)["points"] == whole["points"]
 
@@ -178,8 +180,9 @@ def test_a_killed_study_of_two_processes_ends_as_one_that_was_not(tmp_path):
     for folder in whole.glob("toon_faces_*"):
         shutil.copytree(folder, killed / folder.name)
     process = run(killed, "--jobs", "2")
-    while not list(killed.glob("smoke/*/run/checkpoints/*.pt")):
+    while process.poll() is None and not list(killed.glob("smoke/*/run/checkpoints/*.pt")):
         time.sleep(0.05)
+    assert process.poll() is None
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert run(killed, "--jobs", "2").wait() == 0
@@ -200,6 +203,9 @@ def test_results_are_written_once_and_students_stay(places, monkeypatch, capsys)
     assert not (folder / "run").exists()
     monkeypatch.setattr(runner, "run_job", None)
     assert runner.run_jobs(plan, plan.jobs[:1], places) == 0
+    longer = replace(plan, n_sample=30)
+    assert runner.run_jobs(longer, plan.jobs[:1], places) == 1
+    assert "was begun with n_sample 20, and the plan now says 30" in capsys.readouterr().err
     (row,) = read_results(places.results / "smoke.jsonl")
     assert row["settings"]["train"]["seed"] == 0
     assert row["versions"]
