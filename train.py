@@ -17,7 +17,14 @@ from Util import distributed
 from Util.cli import OneLineParser, listed, run_script
 from Util.progress import show
 from Util.run_log import CONFIG, TIMING, read_config
-from Util.settings import SettingError, add_flags, blame, from_flags, known_settings
+from Util.settings import (
+    SettingError,
+    add_flags,
+    blame,
+    check_files,
+    from_flags,
+    known_settings,
+)
 
 AUTO = "auto"
 
@@ -68,6 +75,7 @@ def parse_config(argv: Sequence[str] | None) -> TrainConfig:
             defaults = known_settings(stored, TrainConfig, *option_kinds())
         defaults["out"] = str(folder)
     else:
+        check_files(TrainConfig, "resume", values=args)
         defaults = recipes.train_values(args.recipe, args.ckpt)
     parser.set_defaults(**defaults)
     values = vars(parser.parse_args(argv)) | {"recipe": defaults.get("recipe", "")}
@@ -112,7 +120,7 @@ def run(argv: Sequence[str] | None) -> int:
         distributed.relaunch(__file__, flags, len(config.gpu_device_ids))
     if config.dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            print_dry_run(train(replace(config, out=folder), show), config)
+            print_dry_run(train(replace(config, out=folder, wandb=""), show), config)
         return 0
     result = train(config, show)
     if result.signal:
@@ -123,16 +131,16 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def print_dry_run(result: TrainResult, config: TrainConfig) -> None:
-    """Print what two iterations tell."""
+    """Print what two iterations tell; the first one also warms up."""
     if not result.rows:
         return
     rows = result.rows[-2:]
     losses = {k: round(v, 4) for k, v in rows[0].items() if k not in ("iteration", *TIMING)}
     speed, memory = TIMING[:2]
     print(f"dry run: all is well; losses of the first iteration: {losses}")
-    for which, row in zip(("first, warming up and", "second,"), rows, strict=True):
+    for which, row in zip(("first", "second"), rows, strict=True):
         parts = regularisers(config, int(row["iteration"]) - 1)
-        print(f"{row[speed]:.1f} images/s in the {which} {parts}")
+        print(f"{row[speed]:.1f} images/s in the {which} iteration, {parts}")
     print(f"peak memory {rows[-1][memory]:.2f} GiB")
 
 

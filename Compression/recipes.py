@@ -139,13 +139,17 @@ RECIPES = {
         },
     ),
     "ours": Recipe(
-        "this project's choice: cagc with widths chosen for the budget",
+        "this project's choice: cagc with widths chosen for the budget, reconstructed",
+        # By `python -m benchmarks.widths`, without GAN losses.
         _CONTENT_AWARE
         | {
             "allocation": "greedy",
             "allocation_tie": True,
             "allocation_rounds": 1,
             "min_channels": 4,
+            "init": "reconstruction",
+            "init_n_sample": 256,
+            "init_outside": 0.1,
         },
         _CAGC,
     ),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from Compression import distillation, recipes
+from Compression.batch_memory import check_batch
 from Compression.content import ContentParser, parser_for
 from Compression.training import Event, NonFiniteError, Teacher, Trainer, iterate
 from Dataset import DatasetError
@@ -30,7 +31,7 @@ from Model.discriminator import GROUP, Discriminator
 from Model.generator import Generator, resolution_log2
 from train_hyperparams import TrainConfig
 from Util import distributed, pictures
-from Util.cli import check_writable
+from Util.cli import check_writable, if_interrupted
 from Util.compiling import compile_method
 from Util.device import (
     peak_memory_gib,
@@ -128,6 +129,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
         images = Images(config.path, config.size, config.max_bad, config.resample)
     with torch.random.fork_rng(devices=()):  # new networks draw weights before they are loaded
         evaluation = _make_evaluation(config, trainer, images)
+    check_batch(trainer, announce, always=config.dry_run)
     config = replace(config, out=config.out or distributed.from_first(_new_folder()))
     log = _open_log(config, trainer, evaluation)
     try:
@@ -142,12 +144,20 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
             if evaluation:
                 announce(f"{', '.join(config.fid_metrics)} by {evaluation.about}")
         batches = _stream(config, trainer, images)
-        signal = _train(config, trainer, batches, log, evaluation, origin | _making(config, parser))
+        with if_interrupted(lambda: _way_on(config)):  # by a second Ctrl-C
+            making = origin | _making(config, parser)
+            signal = _train(config, trainer, batches, log, evaluation, making)
     finally:
         if log:
             log.close()
     rows = log.rows() if log else []
     return TrainResult(Path(config.out), trainer.iteration, signal, rows)
+
+
+def _way_on(config: TrainConfig) -> str:
+    """What an interrupted run has kept, and how it goes on, in words."""
+    kept = newest_checkpoint(config.out)
+    return f"{kept or 'no checkpoint'} is kept; --resume {config.out} goes on from there"
 
 
 def check(config: TrainConfig) -> None:

@@ -226,5 +226,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     prog = "python -m Dataset.images"
     return run_settings(
-        LoadingSettings, _measure, argv, prog=prog, description="Measure the loader."
+        LoadingSettings,
+        _measure,
+        argv,
+        prog=prog,
+        description="Measure how many images a second are loaded, from one place or several.",
+        epilog=f"example: {prog} --path FFHQ FFHQ_LMDB --size 256 --workers 4",
     )

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -57,7 +57,7 @@ def load_distance(
     else:
         with blame("perceptual_ckpt"):
             network = load_lpips(name, trunk).to(device)
-            network.net = Trunk(network.net, half)
+            network.net = Trunk(network.get_submodule("net"), half)
     if compiling:
         compile_method(network, "forward")
     return lambda a, b: network(at_most(a, 256), at_most(b, 256)).flatten()
@@ -73,13 +73,19 @@ class Trunk(nn.Module):
 
     def __init__(self, network: nn.Module, half: torch.dtype | None) -> None:
         super().__init__()
-        self.network, self.half = network, half
+        self.network, self.precision = network, half
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute the features."""
-        with torch.autocast(images.device.type, self.half, enabled=self.half is not None):
-            found = self.network(fast_layout(images))
-        return [features.float() if self.half else features for features in found]
+        return _features(self.network, fast_layout(images), self.precision)
+
+
+def _features(
+    trunk: Callable[[Tensor], Iterable[Tensor]], images: Tensor, half: torch.dtype | None
+) -> list[Tensor]:
+    with torch.autocast(images.device.type, half, enabled=half is not None):
+        found = trunk(images)
+    return [features.float() if half else features for features in found]
 
 
 class ParserDistance(nn.Module):
@@ -97,13 +103,11 @@ class ParserDistance(nn.Module):
     def __init__(self, parser: BiSeNet, half: torch.dtype | None = None) -> None:
         super().__init__()
         self.parser = parser.eval().requires_grad_(False)
-        self.half = half
+        self.precision = half
 
     def _features(self, images: Tensor) -> list[Tensor]:
         prepared = self.parser.prepare(images)
-        with torch.autocast(images.device.type, self.half, enabled=self.half is not None):
-            features = self.parser.trunk_features(prepared)
-        features = [f.float() if self.half else f for f in features]
+        features = _features(self.parser.trunk_features, prepared, self.precision)
         return [F.normalize(f, dim=1) for f in features]
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:

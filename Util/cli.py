@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -137,7 +138,7 @@ def run_script(
             with (
                 progress.quietly(args.quiet),
                 _short_warnings(parser.prog),
-                _ending_together(parser.prog),
+                _ending_together(parser),
             ):
                 code = run(args) or 0
                 sys.stdout.flush()
@@ -149,12 +150,12 @@ def run_script(
         except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
             if args.debug or not _explains_itself(error):
                 raise
-            print(f"{parser.prog}: error: {_explanation(error)}", file=sys.stderr)
+            print(f"{parser.prog}: error: {_explanation(error, parser)}", file=sys.stderr)
             return 2
 
 
 @contextmanager
-def _ending_together(prog: str) -> Iterator[None]:
+def _ending_together(parser: argparse.ArgumentParser) -> Iterator[None]:
     """Leave the other processes after success; end this one at once after an error.
 
     Where there are others, an error is told with this process's number, and without unwinding any
@@ -173,9 +174,11 @@ def _ending_together(prog: str) -> Iterator[None]:
         told = _explains_itself(error) or isinstance(error, KeyboardInterrupt)
         if not told:
             traceback.print_exc()
-        reason = _explanation(error) if told else f"{type(error).__name__}: {one_line(error)}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        if told:
+            reason = _explanation(error, parser)
         reason = distributed.explain(error, reason)
-        print(f"{prog}: error: {distributed.name()}: {reason}", file=sys.stderr)
+        print(f"{parser.prog}: error: {distributed.name()}: {reason}", file=sys.stderr)
         distributed.end_at_once((130 if isinstance(error, KeyboardInterrupt) else 2) if told else 1)
     distributed.leave()
 
@@ -240,9 +243,18 @@ def _explains_itself(error: BaseException) -> bool:
     return isinstance(error, ValueError | OSError | FloatingPointError | MemoryError)
 
 
-def _explanation(error: BaseException) -> str:
+def _less_memory(parser: argparse.ArgumentParser) -> str:
+    """What to do about a lack of memory, by flags that the command has."""
+    flags = set(re.findall(r"--\w+", parser.format_usage()))
+    for candidates in (("--batch_size", "--batch_gpu", "--fid_batch"), ("--n_sample", "--size")):
+        if known := [flag for flag in candidates if flag in flags]:
+            return f"lower {' or '.join(known)}"
+    return "end what else takes memory on this machine"
+
+
+def _explanation(error: BaseException, parser: argparse.ArgumentParser) -> str:
     if _lacks_memory(error):
-        return f"out of memory ({one_line(error)[:200]}); take smaller batches or a smaller --size"
+        return f"out of memory ({one_line(error)[:200]}); {_less_memory(parser)}"
     flag = "--" if isinstance(error, SettingError) else ""
     return flag + one_line(error) or type(error).__name__
 

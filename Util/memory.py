@@ -10,10 +10,13 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -39,10 +42,45 @@ def at_once(side: int, pixels: int, most: int | None = None) -> int:
     return images if most is None else min(images, most)
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Return what can still be allocated, or None where nothing tells."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    known = [_available(), _left_in_container()]
+    return min((free for free in known if free is not None), default=None)
+
+
+def _available() -> int | None:
+    """What Linux can give to processes, file caches included."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable")), None)
+
+
+def _left_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What is left of the limit of this container (cgroup v2, then v1), if it has one."""
+    for place, limit, used in (
+        (folder, "memory.max", "memory.current"),
+        (folder / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            left = int((place / limit).read_text()) - int((place / used).read_text())
+            entries = (line.split() for line in (place / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # no such file, or no limit: "max"
+            continue
+        caches = {name: int(value) for name, value in entries}
+        return left + caches.get("inactive_file", 0)
+    return None
+
+
 class Meter(TorchDispatchMode):
     """Counts what the tensors made inside its block take, as long as anything holds them.
 
-    Numbers that Python asks of a tensor (`Tensor.item`) are 1: inside `imagined` there are none.
+    Numbers that Python asks of a tensor (`Tensor.item`) are 1, and arrays hold zeros: inside
+    `imagined` there are no values.
 
     Attributes:
         held: bytes now.
@@ -64,17 +102,18 @@ class Meter(TorchDispatchMode):
         """Run an operator and count what it made."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1
+        for storage in _storages((args, kwargs)):
+            self._count(storage, 0)  # there before: a view of it is nothing new
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
+        for storage in _storages(result):
+            self._count(storage, storage.nbytes())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def _count(self, storage: torch.UntypedStorage, size: int) -> None:
         key = storage._cdata
         if key in self._sizes:
             return
-        self._sizes[key] = storage.nbytes()
+        self._sizes[key] = size
         self.held += self._sizes[key]
         self.peak = max(self.peak, self.held)
         # PyTorch keeps the Python object of a storage for as long as there is the storage.
@@ -82,6 +121,11 @@ class Meter(TorchDispatchMode):
 
     def _release(self, key: int) -> None:
         self.held -= self._sizes.pop(key)
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    """The memory of all tensors among arguments or results."""
+    return (x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor))
 
 
 Thing = TypeVar("Thing")
@@ -104,5 +148,20 @@ def imagined(thing: Thing) -> Iterator[tuple[Thing, Meter]]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(mode):
         copied = copy.deepcopy(thing)
-    with mode, Meter() as meter:
+    with mode, _NoArrays(), Meter() as meter:
         yield copied, meter
+
+
+class _NoArrays(TorchFunctionMode):
+    """Gives an array of zeros where one is asked for of a tensor that has no values."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.numpy:
+            return np.zeros(args[0].shape)
+        return func(*args, **(kwargs or {}))

@@ -101,7 +101,7 @@ class Progress:
                 dynamic_ncols=True,
                 file=sys.stderr,
             )
-        self._figures, self._told = "", False
+        self._figures = ""
         self._start = self._last = time.monotonic()
         self._last_done = done
 
@@ -110,7 +110,7 @@ class Progress:
         self.done += n
         if self._bar is not None:
             self._bar.update(n)
-        elif self._lines and time.monotonic() - self._last >= EVERY:
+        elif self._lines and self.done < self.total and time.monotonic() - self._last >= EVERY:
             self._print_line()
 
     def figures(self, text: str) -> None:
@@ -126,7 +126,7 @@ class Progress:
         words = [f"{self.what}: {self.done} of {self.total} {self.unit}", rate]
         words.append(f"{duration(each * (self.total - self.done))} left")
         warn(", ".join([*words, *([self._figures] if self._figures else [])]))
-        self._last, self._last_done, self._told = now, self.done, True
+        self._last, self._last_done = now, self.done
 
     def __enter__(self) -> Self:
         return self
@@ -140,7 +140,7 @@ class Progress:
         if self._bar is not None:
             self._bar.leave = self._bar.leave and kind is None
             self._bar.close()
-        elif self._told and kind is None:
+        elif self._lines and kind is None and time.monotonic() - self._start >= EVERY:
             taken = duration(time.monotonic() - self._start)
             warn(f"{self.what}: {self.done} of {self.total} {self.unit} in {taken}")
 

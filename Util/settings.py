@@ -102,20 +102,22 @@ class Settings:
                 _check(item.name, getattr(self, item.name), item.metadata)
 
 
-def check_files(settings: Any, *leave_out: str) -> None:
+def check_files(settings: Any, *leave_out: str, values: Any = None) -> None:
     """Refuse files and folders that are not there, before anything is loaded.
 
     Args:
-        settings: a dataclass of settings.
+        settings: a dataclass of settings; its class, where ``values`` has what is looked for.
         leave_out: names of settings that are not looked at.
+        values: of the settings; None takes them of ``settings``.
 
     Raises:
         SettingError: names the setting and the file.
     """
     for item in fields(settings):
-        kind, value = item.metadata.get("exists"), getattr(settings, item.name)
-        if not kind or not value or item.name in leave_out:
+        kind = item.metadata.get("exists")
+        if not kind or item.name in leave_out:
             continue
+        value = getattr(values or settings, item.name) or ()
         for path in value if isinstance(value, tuple) else (value,):
             is_name = kind == "parser" and (str(path) == "none" or ":" in str(path))
             if not is_name and not Path(path).exists():
@@ -272,7 +274,7 @@ def _text(value: Any) -> str:
 
 def command(script: str, settings: Settings) -> str:
     """The command line that means these settings: every one that is not the default."""
-    words_ = [script]
+    words_ = shlex.split(script)
     for item in fields(settings):
         value = getattr(settings, item.name)
         if "help" in item.metadata and value != item.default:

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.costs [--only JOB,...] [--sizes 64,256,1024]``. Networks of the published
 sizes with random weights, on one thread of a process of its own, after one image to warm up: time
-of the processor, which other processes hardly change, and the peak memory of the whole process.
+of the processor, which other processes hardly change, and peak memory of the whole process.
 """
 
 import sys

@@ -47,9 +47,8 @@ def narrow(network: nn.Module) -> nn.Module:
             if isinstance(layer, nn.Conv2d):
                 inputs = layer.in_channels if layer.in_channels == 3 else layer.in_channels // 16
                 outputs, bias = max(1, layer.out_channels // 16), layer.bias is not None
-                other = nn.Conv2d(
-                    inputs, outputs, layer.kernel_size, padding=layer.padding, bias=bias
-                )
+                side = layer.kernel_size[0]
+                other = nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=bias)
                 setattr(module, name, other)
     return network.eval().requires_grad_(False)
 
@@ -62,7 +61,7 @@ def make_trainer(size: int, amp: str) -> Trainer:
     student = Generator(size, channels=[max(1, w - int(0.7 * w)) for w in widths])
     parser = ContentParser(fold_batch_norm(BiSeNet(width=4)).requires_grad_(False))
     network = narrow(lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False))
-    network.net = Trunk(network.net, None)
+    network.net = Trunk(network.get_submodule("net"), None)
     terms = [Term("l1", 3.0, pixels.term()), Term("lpips", 3.0, perceptual.term(network))]
     settings = TrainConfig(batch_size=IMAGES, size=size, amp=amp)
     discriminator = Discriminator(size, channels=widths[1::2])

@@ -47,7 +47,7 @@ def static(source: Path, target: Path, method: str, latents: np.ndarray) -> None
 
     inputs = iter([{"w_plus": w[None], "psi": np.ones(1, np.float32)} for w in latents])
 
-    class Reader(q.CalibrationDataReader):  # type: ignore[misc]
+    class Reader(q.CalibrationDataReader):
         def get_next(self) -> Any:
             return next(inputs, None)
 

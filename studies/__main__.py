@@ -8,6 +8,7 @@ from pathlib import Path
 from studies.jobs import Places
 from studies.plan import FOLDER, Plan, read_plan
 from studies.runner import chosen_jobs, describe_jobs, run_study
+from studies.tables import overview, read_table
 from Util.cli import OneLineParser, run_script
 from Util.settings import at_least, file_path
 
@@ -71,7 +72,13 @@ def run(args: argparse.Namespace) -> int:
     places = Places(args.work, args.results)
     jobs = chosen_jobs(plan, args.only)
     print(describe_jobs(plan, jobs, places, args.jobs), flush=True)
-    return 0 if args.dry_run else run_study(args.plan, args.only, places, args.jobs)
+    if args.dry_run:
+        return 0
+    code = run_study(args.plan, args.only, places, args.jobs)
+    table = read_table(args.plan, args.results)
+    if table.rows:
+        print(f"\n{overview(table)}")
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

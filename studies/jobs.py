@@ -26,8 +26,8 @@ from studies.plan import Job, Plan, iterations, prune_settings, train_config
 from Util.files import atomic_path
 from Util.settings import plain
 
-REAL_START, REAL_PICTURES = 4_000_000, 2000
-"""Real pictures that generated ones are compared with; neither the judge nor a student saw them."""
+REAL_START = 4_000_000
+"""First of the real pictures that are compared with; neither the judge nor a student saw them."""
 
 
 class StoppedError(RuntimeError):
@@ -54,15 +54,14 @@ class Places:
         """Folder of the training pictures."""
         return self.work / f"toon_faces_64px_{plan.pictures}"
 
-    @property
-    def real(self) -> Path:
+    def real(self, plan: Plan) -> Path:
         """Folder of the real pictures that are measured against."""
-        return self.work / f"toon_faces_64px_held_out_{REAL_PICTURES}"
+        return self.work / f"toon_faces_64px_held_out_{plan.real_pictures}"
 
 
 def prepare(plan: Plan, places: Places, workers: int | None = None) -> None:
     """Render the pictures that are not there yet."""
-    sets = [(places.real, REAL_START, REAL_PICTURES)]
+    sets = [(places.real(plan), REAL_START, plan.real_pictures)]
     if plan.images:
         sets.append((places.data(plan), 0, plan.pictures))
     for out, start, n in sets:
@@ -98,10 +97,14 @@ class Clock:
             write_json(self.file, self.seconds)
 
 
-@cache
-def judge_for(teacher: Path, n: int, seed: int, places: Places) -> Judge:
-    """Make the judge of a seed once per process."""
-    return Judge(teacher, n, seed, places.real / "images", places.work / "cache")
+_make_judge = cache(Judge)
+"""One for each seed: it keeps what it has computed."""
+
+
+def judge_for(plan: Plan, seed: int, teacher: Path, places: Places) -> Judge:
+    """Give the judge of a seed, made once per process."""
+    real, cached = places.real(plan) / "images", places.work / "cache"
+    return _make_judge(teacher, plan.n_sample, seed, real, cached)
 
 
 def run_job(plan: Plan, job: Job, places: Places) -> dict[str, Any]:
@@ -116,6 +119,11 @@ def run_job(plan: Plan, job: Job, places: Places) -> dict[str, Any]:
     """
     folder = places.job(plan, job)
     folder.mkdir(parents=True, exist_ok=True)
+    begun = folder / "settings.json"
+    if begun.is_file():
+        check_unchanged(job, json.loads(begun.read_text()), settings_of(plan, job), str(folder))
+    else:
+        write_json(begun, settings_of(plan, job))
     clock, pruned, run = Clock(folder / "clock.json"), folder / "pruned.pt", folder / "run"
     pruning = prune_settings(job, pruned)
     if not pruned.is_file():
@@ -126,7 +134,7 @@ def run_job(plan: Plan, job: Job, places: Places) -> dict[str, Any]:
         with clock.phase("train"):
             if train(config).signal:
                 raise StoppedError(job.name)
-    judge = judge_for(pruning.ckpt, plan.n_sample, job.seed, places)
+    judge = judge_for(plan, job.seed, pruning.ckpt, places)
     points = []
     for iteration in iterations(plan, config.batch_size):
         file = folder / f"figures_{iteration:06d}.json"
@@ -148,7 +156,7 @@ def reference_figures(plan: Plan, seed: int, places: Places) -> dict[str, dict[s
     The teacher shows what cannot be surpassed, the bundled compressed model a longer retraining.
     """
     teacher = prune_settings(plan.jobs[0], Path("pruned.pt")).ckpt
-    judge = judge_for(teacher, plan.n_sample, seed, places)
+    judge = judge_for(plan, seed, teacher, places)
     files = {"teacher": teacher, "bundled compressed model": bundled.COMPRESSED}
     return {
         name: judge.measure(checkpoint.load_generator(file), plan.figures)
@@ -181,7 +189,6 @@ def _result(
     judge: Judge,
 ) -> dict[str, Any]:
     network = checkpoint.load_generator(student)
-    stand_in = Path("pruned.pt")
     return {
         "plan": plan.name,
         "job": job.name,
@@ -191,16 +198,45 @@ def _result(
         "seed": job.seed,
         "points": points,
         "floor": judge.floor(),
-        "n_sample": plan.n_sample,
         "macs": macs(network),
         "parameters": parameters(network),
         "channels": list(network.channels),
         "seconds": dict(seconds),
-        "settings": {
-            "prune": plain_settings(prune_settings(job, stand_in)),
-            "train": plain_settings(train_config(plan, job, Path("data"), stand_in, Path("run"))),
-        },
+        "settings": settings_of(plan, job),
     }
+
+
+def settings_of(plan: Plan, job: Job) -> dict[str, dict[str, Any]]:
+    """Everything that a plan says about a job, as JSON holds it."""
+    stand_in = Path("pruned.pt")
+    training = plain_settings(train_config(plan, job, Path("data"), stand_in, Path("no folder")))
+    names = ("images", "measure_at", "pictures", "figures", "n_sample", "real_pictures")
+    values = {name: getattr(plan, name) for name in names}
+    return {
+        "plan": {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
+        "prune": plain_settings(prune_settings(job, stand_in)),
+        "train": {k: v for k, v in training.items() if k not in ("out", "resume")},
+    }
+
+
+def check_unchanged(
+    job: Job, old: Mapping[str, Any], new: Mapping[str, Mapping[str, Any]], place: str
+) -> None:
+    """Refuse to go on with a job, or to count it as done, under other settings.
+
+    Settings that only one side knows are passed over: later versions may have more.
+
+    Raises:
+        ValueError: names a setting, and what to do.
+    """
+    for kind, values in new.items():
+        before = old.get(kind, {})
+        for name in sorted(before.keys() & values.keys()):
+            if before[name] != values[name]:
+                raise ValueError(
+                    f"{place}: {job.name} was begun with {name} {before[name]}, and the plan now"
+                    f" says {values[name]}; give the arm another name, or remove that"
+                )
 
 
 def plain_settings(settings: Any) -> dict[str, Any]:

@@ -15,7 +15,8 @@ arms are compared seed by seed.
     pictures = 10000                    # rendered for training
     [measure]
     figures = ["l1", "agreement"]       # of `studies.measuring.FIGURES`
-    n_sample = 2000
+    n_sample = 2000                     # latents
+    real_pictures = 2000                # that they are compared with; no training saw them
     [[arms]]                            # in the order in which they are run
     name = "cagc"
     group = "content"
@@ -124,6 +125,7 @@ class Plan:
     pictures: int
     figures: tuple[str, ...]
     n_sample: int
+    real_pictures: int
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...]
 
@@ -220,6 +222,7 @@ def parse_plan(content: Mapping[str, Any], name: str, place: str) -> Plan:
         pictures=budget.take("pictures", int, 10_000),
         figures=measure.several("figures", str),
         n_sample=measure.take("n_sample", int),
+        real_pictures=measure.take("real_pictures", int, 2000),
         arms=tuple(arms),
         claims=tuple(_claim(item, place) for item in top.take("claims", list, [])),
     )
@@ -260,8 +263,8 @@ def _check(plan: Plan, place: str) -> None:
     names = [arm.name for arm in plan.arms]
     if len(set(names)) < len(names):
         raise PlanError(f"{place}, arms: two have the same name")
-    if plan.images < 0 or plan.n_sample < 2 or plan.pictures < 1:
-        raise PlanError(f"{place}: images, n_sample or pictures is too low")
+    if plan.images < 0 or plan.pictures < 1 or min(plan.n_sample, plan.real_pictures) < 4:
+        raise PlanError(f"{place}: images, pictures, n_sample or real_pictures is too low")
     if not all(0 <= share <= 1 for share in plan.measure_at):
         raise PlanError(f"{place}, budget: measure_at holds shares of the budget, in [0, 1]")
     if unknown := set(plan.figures) - FIGURES.keys():

@@ -5,7 +5,6 @@ the page is written by hand.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from Model.checkpoint import load_attribute_classifier
 from studies import plots
 from studies.jobs import Places, prepare, reference_figures, write_json
 from studies.plan import FOLDER, read_plan
-from studies.results import read_results, references_file, results_file
+from studies.results import references_file
 from studies.statistics import half_width, mean_and_deviation
 from studies.tables import (
     TITLES,
@@ -26,6 +25,7 @@ from studies.tables import (
     markdown,
     means,
     number,
+    read_table,
     spread,
     verdicts,
 )
@@ -46,16 +46,6 @@ GROUPS = {
     "score": "How channels are scored",
     "ratio": "Other ratios",
 }
-
-
-def read_table(name: str, places: Places) -> Table:
-    """Read a plan, those of its results whose arms it still has, and the references' figures."""
-    plan = read_plan(name)
-    names = {job.name for job in plan.jobs}
-    rows = [r for r in read_results(results_file(places.results, name)) if r["job"] in names]
-    file = references_file(places.results, name)
-    references = list(json.loads(file.read_text()).values()) if file.is_file() else []
-    return Table(plan, rows, references)
 
 
 def measure_references(name: str, places: Places) -> None:
@@ -277,10 +267,10 @@ def run(args: argparse.Namespace) -> None:
     doc: Path = args.out.resolve().parent
     check_writable("out", doc / "study" / "x")
     places = Places(args.work, args.results)
-    if not read_table(MAIN, places).rows:
+    if not read_table(MAIN, args.results).rows:
         raise ValueError(f"{args.results}: no result of {MAIN} yet; run python -m studies {MAIN}")
     measure_references(MAIN, places)
-    tables = [read_table(name, places) for name in (MAIN, BEFORE)]
+    tables = [read_table(name, args.results) for name in (MAIN, BEFORE)]
     sections = filter(None, page(tables, places, doc))
     text = "\n\n".join(sections) + "\n"
     with atomic_path(args.out) as temporary:

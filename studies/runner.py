@@ -17,7 +17,15 @@ from typing import Any
 
 import torch
 
-from studies.jobs import Places, StoppedError, clean, prepare, run_job
+from studies.jobs import (
+    Places,
+    StoppedError,
+    check_unchanged,
+    clean,
+    prepare,
+    run_job,
+    settings_of,
+)
 from studies.plan import Job, Plan, read_plan
 from studies.results import append_result, read_results, results_file
 from Util.files import lock_folder
@@ -116,7 +124,10 @@ def run_jobs(plan: Plan, jobs: Sequence[Job], places: Places) -> int:
         if lock is None:
             continue
         try:
-            if job.name in progress(plan, places).done:
+            done = [row for row in read_results(file) if row["job"] == job.name]
+            if done:
+                check_unchanged(job, done[0]["settings"], settings_of(plan, job), str(file))
+                clean(plan, job, places)
                 continue
             result = run_job(plan, job, places)
             append_result(file, result | facts())

@@ -1,12 +1,14 @@
 """Results as tables in Markdown."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from studies.measuring import HIGHER_IS_BETTER
-from studies.plan import Claim, Plan
-from studies.results import Result
+from studies.plan import Claim, Plan, read_plan
+from studies.results import Result, read_results, references_file, results_file
 from studies.statistics import Interval, mean_and_deviation, paired_difference, verdict
 
 TITLES = {
@@ -64,6 +66,16 @@ class Table:
     def floor(self, group: str) -> float:
         """Mean agreement of the teacher's pictures of different latents."""
         return mean_and_deviation([row["floor"][group] for row in self.rows])[0]
+
+
+def read_table(name: str, results: Path) -> Table:
+    """Read a plan, those of its results whose arms it still has, and the references' figures."""
+    plan = read_plan(name)
+    names = {job.name for job in plan.jobs}
+    rows = [r for r in read_results(results_file(results, plan.name)) if r["job"] in names]
+    file = references_file(results, plan.name)
+    references = list(json.loads(file.read_text()).values()) if file.is_file() else []
+    return Table(plan, rows, references)
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -193,3 +205,19 @@ def verdicts(table: Table) -> str:
 def points_of(row: Result, figure: str) -> Mapping[int, float]:
     """Give a figure by images shown."""
     return {p["images"]: p["figures"][figure] for p in row["points"] if figure in p["figures"]}
+
+
+def overview(table: Table) -> str:
+    """Tabulate all arms, and their differences to the control."""
+    parts = [means(table, table.measured)]
+    compared = [
+        (arm, ratio)
+        for arm, ratio in table.measured
+        if arm != table.plan.control and table.of(table.plan.control, ratio)
+    ]
+    if compared:
+        parts += [f"Differences to {table.plan.control}, paired by seed, 95 % intervals:"]
+        parts += [differences(table, compared)]
+    if table.plan.claims:
+        parts.append(verdicts(table))
+    return "\n\n".join(parts)

@@ -24,7 +24,8 @@ SCRIPTS = {
     "prune": (prune, "--device cpu --ckpt model.pt --parser_ckpt parser.pt --out new"),
     "train": (
         train,
-        "--path data --iter 1 --batch_size 2 --workers 0 --device cpu --out new --ckpt model.pt",
+        "--path data --iter 1 --batch_size 2 --workers 0 --device cpu --out new --ckpt model.pt"
+        " --parser_ckpt parser.pt",
     ),
     "train_parser": (
         train_parser,

@@ -39,6 +39,27 @@ def test_lack_of_memory_is_one_line(capsys, error):
     assert ended(error) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("script: error: out of memory (")
+    assert line.endswith("); end what else takes memory on this machine")
+
+
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    [
+        ("batch_size fid_batch n_sample size", "--batch_size or --fid_batch"),
+        ("n_sample sizes", "--n_sample"),
+        ("size frames", "--size"),
+    ],
+)
+def test_lack_of_memory_names_flags_that_the_command_has(capsys, flags, remedy):
+    parser = OneLineParser(prog="script")
+    for name in flags.split():
+        parser.add_argument(f"--{name}")
+
+    def run(args):
+        raise MemoryError
+
+    assert run_script(parser, run, []) == 2
+    assert capsys.readouterr().err == f"script: error: out of memory (); lower {remedy}\n"
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ TRAIN = "--path {0}/data --iter 1 --batch_size 2 --workers 0 --device cpu --out 
 STUDENT = f"{TRAIN} --ckpt {{0}}/model.pt --perceptual parser --parser_ckpt {{0}}/parser.pt"
 MODEL = "--device cpu --ckpt {0}/model.pt"
 READERS = {
-    "prune --ckpt": (prune, "--device cpu --out {0}/new --ckpt"),
+    "prune --ckpt": (prune, "--device cpu --parser_ckpt {0}/parser.pt --out {0}/new --ckpt"),
     "prune --parser_ckpt": (prune, MODEL + " --out {0}/new --parser_ckpt"),
     "train --ckpt": (train, f"{TRAIN} --ckpt"),
     "train --teacher_ckpt": (train, f"{STUDENT} --teacher_ckpt"),
@@ -52,9 +52,15 @@ READERS = {
         train_parser,
         "--path {0}/pairs --device cpu --workers 0 --eval_only",
     ),
-    "get_fid --ckpt": (get_fid, "--device cpu --ckpt"),
-    "get_fid --parser_ckpt": (get_fid, MODEL + " --features parser --parser_ckpt"),
-    "get_fid --inception_ckpt": (get_fid, MODEL + " --features inception --inception_ckpt"),
+    "get_fid --ckpt": (get_fid, "--device cpu --path {0}/data --ckpt"),
+    "get_fid --parser_ckpt": (
+        get_fid,
+        MODEL + " --path {0}/data --features parser --parser_ckpt",
+    ),
+    "get_fid --inception_ckpt": (
+        get_fid,
+        MODEL + " --path {0}/data --features inception --inception_ckpt",
+    ),
     "get_fid --stats": (
         get_fid,
         MODEL + " --features parser --parser_ckpt {0}/parser.pt --stats",
@@ -62,7 +68,10 @@ READERS = {
     "get_ppl --ckpt": (get_ppl, "--device cpu --ckpt"),
     "get_ppl --perceptual_ckpt": (get_ppl, MODEL + " --perceptual squeeze --perceptual_ckpt"),
     "get_generated_image --ckpt": (get_generated_image, "--device cpu --out {0}/new --ckpt"),
-    "get_edited_image --ckpt": (get_edited_image, "--device cpu --out {0}/new --ckpt"),
+    "get_edited_image --ckpt": (
+        get_edited_image,
+        "--device cpu --parser_ckpt {0}/parser.pt --out {0}/new --ckpt",
+    ),
     "get_edited_image --projection_a": (
         get_edited_image,
         MODEL + " --parser_ckpt {0}/parser.pt --out {0}/new --projection_a",

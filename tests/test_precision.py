@@ -87,6 +87,7 @@ def test_training_in_half_precision_follows_float32(amp):
     trainers = [make_trainer(config(amp=kind)) for kind in ("none", amp)]
     metrics = []
     for trainer in trainers:
+        trainer.scaler.value.fill_(256)  # where it settles here; more, and R1 overflows at first
         torch.manual_seed(3)
         metrics.append([trainer.iterate(real) for real in images(3)])
     for full, half in zip(*metrics, strict=True):
@@ -181,11 +182,10 @@ def test_all_convolutions_of_a_phase_have_one_layout(layout, monkeypatch):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function._schema.name == "aten::convolution":
                 x = args[0]
-                # Of one channel or pixel, both layouts are the same.
-                self.total += 1
-                self.wrong += x.is_contiguous(memory_format=other) and not x.is_contiguous(
-                    memory_format=layout
-                )
+                # The RGB sums and the discriminator's last map stay in float32, and so in planes.
+                self.total += x.shape[1] > 3 and x.shape[2] > 4
+                if x.shape[1] > 3 and x.shape[2] > 4 and x.is_contiguous(memory_format=other):
+                    self.wrong += not x.is_contiguous(memory_format=layout)
             return function(*args, **(kwargs or {}))
 
     with Layouts() as layouts:
@@ -194,5 +194,5 @@ def test_all_convolutions_of_a_phase_have_one_layout(layout, monkeypatch):
         trainer.discriminator.requires_grad_(False)
         trainer._g_phase(4)
         trainer._path_phase(2)
-    assert layouts.total > 100
+    assert layouts.total > 50
     assert layouts.wrong == 0

@@ -108,6 +108,8 @@ def test_prune_and_two_iterations_of_every_recipe(folder, tmp_path, name):
     flags = f"--recipe {name} --n_sample 2 --batch_size 2 --device cpu --noise_prob 1"
     if name in ("dcp", "svs"):
         flags += " --dcp_directions 2 --dcp_latents 200"
+    if name == "ours":
+        flags += " --init_n_sample 2"
     flags += f" --ckpt {teacher} --parser_ckpt {bundled.PARSER} --out {pruned}"
     assert prune.main(flags.split()) == 0
     config = checkpoint.read(pruned)["config"]

@@ -2,6 +2,12 @@
 
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,13 +133,11 @@ def test_command_line(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Pictures of the smoke plan; few real ones, of which features are made quickly."""
+    """Pictures of the smoke plan."""
     folder = tmp_path_factory.mktemp("study")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "REAL_PICTURES", 12)
-        found = Places(folder / "work", folder / "results")
-        jobs.prepare(read_plan("smoke"), found, workers=1)
-        yield found
+    found = Places(folder / "work", folder / "results")
+    jobs.prepare(read_plan("smoke"), found, workers=1)
+    return found
 
 
 def test_a_stopped_study_goes_on_to_the_same_result(places, tmp_path, monkeypatch):
@@ -157,8 +161,37 @@ def test_a_stopped_study_goes_on_to_the_same_result(places, tmp_path, monkeypatc
     resumed = run_job(other, job, again)
     assert resumed["points"] == whole["points"]
     assert [p["images"] for p in whole["points"]] == [0, 8, 16]
+    with pytest.raises(ValueError, match="begun with images 16, and the plan now says 32"):
+        run_job(replace(other, images=32), job, again)
     monkeypatch.setattr(jobs, "train", None)  # what is there is not made again
     assert run_job(other, job, again)["points"] == whole["points"]
+
+
+@pytest.mark.slow
+def test_a_killed_study_of_two_processes_ends_as_one_that_was_not(tmp_path):
+    def run(results, *flags):
+        flags = (*flags, "--work", str(results), "--results", str(results))
+        arguments = [sys.executable, "-m", "studies", "smoke", *flags]
+        return subprocess.Popen(arguments, cwd=FOLDER.parents[1], start_new_session=True)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(whole).wait() == 0
+    killed.mkdir()
+    for folder in whole.glob("toon_faces_*"):
+        shutil.copytree(folder, killed / folder.name)
+    process = run(killed, "--jobs", "2")
+    while process.poll() is None and not list(killed.glob("smoke/*/run/checkpoints/*.pt")):
+        time.sleep(0.05)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert run(killed, "--jobs", "2").wait() == 0
+    expected, found = (
+        {row["job"]: row["points"] for row in read_results(f / "smoke.jsonl")}
+        for f in (whole, killed)
+    )
+    assert len(expected) == 4
+    assert found == expected
 
 
 def test_results_are_written_once_and_students_stay(places, monkeypatch, capsys):
@@ -170,6 +203,9 @@ def test_results_are_written_once_and_students_stay(places, monkeypatch, capsys)
     assert not (folder / "run").exists()
     monkeypatch.setattr(runner, "run_job", None)
     assert runner.run_jobs(plan, plan.jobs[:1], places) == 0
+    longer = replace(plan, n_sample=30)
+    assert runner.run_jobs(longer, plan.jobs[:1], places) == 1
+    assert "was begun with n_sample 20, and the plan now says 30" in capsys.readouterr().err
     (row,) = read_results(places.results / "smoke.jsonl")
     assert row["settings"]["train"]["seed"] == 0
     assert row["versions"]

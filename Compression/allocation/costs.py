@@ -5,16 +5,16 @@ multiply-accumulates and the parameters of a generator with widths c are
 
     cost(c) = constant + sum_i own_i c_i + sum_i shared_i c_i c_{i+1}
 
-The coefficients are read off a few generators without values, by `Model.complexity`, which
-stays the one place that knows how to count.
+The coefficients are read off the layers of four generators without values, by `Model.complexity`,
+which stays the one place that knows how to count.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from Model import complexity
+from Model.complexity import LayerCost, layer_costs
 from Model.generator import Generator
 
 
@@ -41,23 +41,38 @@ def costs_like(generator: Generator) -> tuple[Cost, Cost]:
     """
     groups = len(generator.channels)
 
-    def made(*twice: int) -> Generator:
-        widths = [2 if i in twice else 1 for i in range(groups)]
+    def layers(even: int, odd: int) -> list[LayerCost]:
+        widths = [odd if i % 2 else even for i in range(groups)]
         with torch.device("meta"):
-            return Generator(generator.size, generator.style_dim, generator.n_mlp, widths)
+            made = Generator(generator.size, generator.style_dim, generator.n_mlp, widths)
+        return layer_costs(made)
 
-    ones = made()
-    single = [made(i) for i in range(groups)]
-    pairs = [made(i, i + 1) for i in range(groups - 1)]
+    # Of two groups that follow one another, one is even and one is odd.
+    probes = list(zip(layers(1, 1), layers(2, 1), layers(1, 2), layers(2, 2), strict=True))
+    macs, parameters = (
+        _cost(groups, [(p[0].name, *(getattr(layer, what) for layer in p)) for p in probes])
+        for what in ("macs", "parameters")
+    )
+    return macs, parameters
 
-    def cost(count: Callable[[Generator], int]) -> Cost:
-        base, first = count(ones), [count(g) for g in single]
-        shared = [
-            count(g) - first[i] - first[i + 1] + base  # 4 - 2 - 2 + 1 = 1 of the product
-            for i, g in enumerate(pairs)
-        ]
-        around = [a + b for a, b in zip([0, *shared], [*shared, 0], strict=True)]
-        own = [f - base - b for f, b in zip(first, around, strict=True)]
-        return Cost(base - sum(own) - sum(shared), tuple(own), tuple(shared))
 
-    return cost(complexity.macs), cost(complexity.parameters)
+def _cost(groups: int, probes: Sequence[tuple[str, int, int, int, int]]) -> Cost:
+    """Solve for the coefficients.
+
+    Args:
+        groups: channel groups.
+        probes: name and costs of every layer in the order of computation, with widths of 1 and 1,
+            2 and 1, 1 and 2, and 2 and 2 channels in groups of even and of odd number.
+    """
+    constant, own, shared, last = 0, [0] * groups, [0] * (groups - 1), 0
+    for name, one, even, odd, two in probes:
+        both = two - even - odd + one
+        if both:  # a convolution from the last group to the next
+            shared[last] += both
+            last += 1
+        by_parity = (even - one - both, odd - one - both)
+        own[last] += by_parity[last % 2]
+        if last and not name.startswith("to_rgb"):
+            own[last - 1] += by_parity[(last - 1) % 2]
+        constant += one - both - sum(by_parity)
+    return Cost(constant, tuple(own), tuple(shared))

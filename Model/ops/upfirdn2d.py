@@ -93,7 +93,8 @@ class _Filter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (kernel,) = ctx.saved_tensors
-        dx = upfirdn2d(gradients[0], kernel.flip((0, 1)), *ctx.turned, impl="reference")
+        up, down, pad = ctx.turned
+        dx = upfirdn2d(gradients[0], kernel.flip((0, 1)), up, down, pad, impl="reference")
         # One side may have had more samples that the last filter did not reach.
         return dx[:, :, : ctx.size[0], : ctx.size[1]], None, None, None, None
 
