@@ -57,7 +57,8 @@ def load_distance(
     else:
         with blame("perceptual_ckpt"):
             network = load_lpips(name, trunk).to(device)
-            network.net = Trunk(network.get_submodule("net"), half)
+            if half:
+                network.net = Trunk(network.get_submodule("net"), half)
     if compiling:
         compile_method(network, "forward")
     return lambda a, b: network(at_most(a, 256), at_most(b, 256)).flatten()

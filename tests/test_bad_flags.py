@@ -236,7 +236,7 @@ MORE = [
     ("train", "--content_aware_KD maybe", "neither True nor False"),
     ("train", "--out run", "holds a run already"),
     ("train", "--out model.pt", "model.pt"),
-    ("train", "--resume run --size 16", "--size 16 contradicts"),
+    ("train", "--resume run --iter 99 --size 16", "--size 16 contradicts"),
     ("train", "--resume data", "no config.json"),
     ("train", "--gpu_device_ids x", "integers separated by commas"),
     ("train_parser", "--batch_size 1", "--batch_size must be at least 2, not 1"),

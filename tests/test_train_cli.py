@@ -408,13 +408,13 @@ def test_a_finished_run_is_not_overwritten(folder, capsys):
 
 @pytest.mark.parametrize(("text", "value"), [("", True), ("False", False), ("true", True)])
 def test_flags_of_type_bool_are_what_they_say(text, value):
-    argv = f"--path x --content_aware_KD {text}".split()
+    argv = f"--path . --content_aware_KD {text}".split()
     assert train.parse_config(argv).content_aware_KD is value
 
 
 def test_every_setting_has_a_flag_and_the_papers_defaults_hold():
-    config = train.parse_config(["--path", "x"])
-    assert replace(config, options=()) == TrainConfig(path="x")
+    config = train.parse_config(["--path", "."])
+    assert replace(config, options=()) == TrainConfig(path=".")
     assert config.options == tuple(kind() for kind in training_run.option_kinds())
     assert (config.lr, config.r1, config.path_regularize, config.mixing) == (0.002, 10, 2, 0.9)
     assert (config.kd_l1_lambda, config.kd_lpips_lambda, config.batch_size) == (3, 3, 16)
@@ -479,7 +479,7 @@ def test_a_pruned_checkpoint_asks_for_its_teacher(folder, capsys):
 
 
 def test_flags_of_the_original_code_are_known():
-    config = train.parse_config(["--path", "x", "--latent", "64", "--channel_multiplier", "1"])
+    config = train.parse_config(["--path", ".", "--latent", "64", "--channel_multiplier", "1"])
     assert (config.style_dim, config.channel_multiplier) == (64, 1)
     assert train.parse_config(["--batch", "7"]).batch_size == 7
 
