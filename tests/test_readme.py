@@ -24,7 +24,7 @@ SCRIPTS = {
     "prune.py": (prune, "--n_sample 4 --batch_size 2"),
     # LPIPS and Inception would be downloaded.
     "train.py": (train, "--iter 2 --batch_size 2 --workers 0 --perceptual parser --device cpu"),
-    "get_fid.py": (get_fid, "--features parser --n_sample 8 --workers 0"),
+    "get_fid.py": (get_fid, "--features parser --parser parser.pt --n_sample 8 --workers 0"),
 }
 """What runs a line, and the flags after its own that make it small."""
 
