@@ -17,6 +17,7 @@ from torch import Tensor
 
 from Compression.content import load_content_parser
 from Dataset.images import Images
+from Dataset.toon_attributes import ATTRIBUTES
 from Evaluation import attributes, feature_statistics, fid, precision_recall, sampling
 from Evaluation.distances import load_distance
 from Evaluation.feature_statistics import Statistics
@@ -45,6 +46,7 @@ HIGHER_IS_BETTER = {
     "precision": True,
     "recall": True,
     "ppl": False,
+    **{f"agreement:{name}": True for name in ATTRIBUTES},
 }
 """Every figure, and which way it improves."""
 

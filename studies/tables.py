@@ -197,7 +197,8 @@ def verdicts(table: Table) -> str:
     for claim in table.plan.claims:
         found, difference = decided(table, claim)
         better = "higher" if HIGHER_IS_BETTER[claim.figure] else "lower"
-        compared = f"{claim.arm} - {claim.than}, {TITLES[claim.figure]} ({better} is better)"
+        figure = TITLES.get(claim.figure, claim.figure.replace(":", " of "))
+        compared = f"{claim.arm} - {claim.than}, {figure} ({better} is better)"
         rows.append([claim.text, claim.source, compared, signed(difference), f"*{found}*"])
     return markdown(["claim", "whose", "compared", "difference [95 %]", "verdict"], rows)
 

@@ -270,7 +270,7 @@ def test_verdicts_follow_the_interval(values, higher, expected):
 def fake_results(folder, name, jobs_done, value):
     plan = read_plan(name)
     for job in plan.jobs[:jobs_done]:
-        figures = {f: value(job, f) for f in [*HIGHER_IS_BETTER, "agreement:hair"]}
+        figures = {f: value(job, f) for f in HIGHER_IS_BETTER}
         points = [{"images": int(s * plan.images), "figures": figures} for s in plan.measure_at]
         append_result(
             folder / f"{name}.jsonl",
