@@ -7,10 +7,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -26,13 +27,18 @@ from Model.checkpoint import load_generator
 from Model.complexity import macs, parameters
 from Model.generator import Generator
 from train_hyperparams import TrainConfig
+from Util import progress
 from Util.cli import check_writable, run_settings
 from Util.files import atomic_path
 from Util.pictures import save_png, side_by_side
 from Util.plot_log import plot
+from Util.run_log import TIMING
 from Util.settings import Settings, command, setting
 
 TEACHER = os.path.relpath(bundled.MODEL)
+EXAMPLE = """example: python3 demo.py --out longer --iter 9000
+    retrains five times as long as make demo does
+"""
 LATENTS = 64
 SHOWN = 8
 
@@ -41,7 +47,7 @@ SHOWN = 8
 class DemoSettings(Settings):
     """Settings of the demo; one flag each."""
 
-    out: Path = setting(Path("demo"), "folder of the results")
+    out: Path = setting(Path("demo"), "folder of the results", metavar="DIR")
     n: int = setting(5000, "pictures to render", low=1)
     iter: int = setting(1800, "retraining iterations", low=1)
 
@@ -82,6 +88,42 @@ def retraining(data: Path, pruned: Path, iterations: int, run: Path) -> TrainCon
     )
 
 
+def rehearse(settings: DemoSettings) -> dict[str, float]:
+    """Do a little of each step in a temporary folder; returns the seconds that the whole takes."""
+    with TemporaryDirectory() as folder, progress.quietly():
+        place, cores, few = Path(folder), os.cpu_count() or 1, 16
+        start = time.perf_counter()
+        for i in range(few):
+            picture, _ = toon_faces.render(i, labels=False)
+            save_png(place / f"data/images/{i}.png", picture)
+        rendering = (time.perf_counter() - start) / few / cores * settings.n
+
+        taken = []
+        for n in (10, 30):  # their difference leaves out the loading of networks
+            start = time.perf_counter()
+            small = prune(PruneSettings(n_sample=n, out=place / "pruned.pt"))
+            taken.append(time.perf_counter() - start)
+        pruning = max(taken[1] - taken[0], 0) / 20 * PruneSettings.n_sample
+
+        config = retraining(place / "data", small.path, 9, place / "run")
+        rows = train(replace(config, log_freq=3, val_sample_freq=0)).rows
+        per_second = max(row[TIMING[0]] for row in rows[1:])  # the first ones warm up
+        training = config.batch_size * settings.iter / per_second
+    return {"rendering": rendering, "pruning": pruning, "retraining": training}
+
+
+def announcement(settings: DemoSettings, seconds: Mapping[str, float]) -> str:
+    """What will happen, and how long it takes here."""
+    render, pruned, trained = map(progress.duration, seconds.values())
+    return (
+        f"This renders {settings.n:,} pictures of toon faces ({render}), prunes the bundled teacher"
+        f" to an eleventh of its cost ({pruned}),\nretrains it for {settings.iter:,} iterations"
+        f" ({trained}) and compares the three. On this machine, as busy as it is now, all of it"
+        f" takes about\n{progress.duration(sum(seconds.values()))}, by a little of each that was"
+        f" done just now. The results go to {settings.out}; Ctrl-C ends it."
+    )
+
+
 def compare(networks: dict[str, Generator], out: Path) -> str:
     """Write the pictures; return the table."""
     z = torch.randn(LATENTS, 128, generator=torch.Generator().manual_seed(7))
@@ -99,10 +141,11 @@ def compare(networks: dict[str, Generator], out: Path) -> str:
     return "\n".join(lines)
 
 
-def run(settings: DemoSettings) -> None:
-    """Run all steps and print the result."""
+def run(settings: DemoSettings) -> int:
+    """Run all steps and print the result; returns the exit code."""
     out, start = settings.out, time.perf_counter()
     check_writable("out", out / "table.txt")
+    print(announcement(settings, rehearse(settings)), flush=True)
     data, run = out / "toon_faces_64px", out / "run"
 
     faces = toon_faces.ToonFacesSettings(out=data, n=settings.n, no_labels=True)
@@ -117,7 +160,10 @@ def run(settings: DemoSettings) -> None:
     shutil.rmtree(run, ignore_errors=True)
     config = retraining(data, small.path, settings.iter, run)
     with step(command("python3 train.py", config)):
-        trained = train(config, print).checkpoint
+        result = train(config, progress.show)
+    if result.signal:
+        return 128 + result.signal
+    trained = result.checkpoint
 
     files: dict[str, str | Path] = {"teacher": TEACHER, "pruned": small.path, "retrained": trained}
     table = compare({name: load_generator(file) for name, file in files.items()}, out)
@@ -134,11 +180,14 @@ def run(settings: DemoSettings) -> None:
     }
     for name, what in made.items():
         print(f"  {out / name}: {what}")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
-    return run_settings(DemoSettings, run, argv, prog="demo.py", description=__doc__)
+    return run_settings(
+        DemoSettings, run, argv, prog="demo.py", description=__doc__, epilog=EXAMPLE
+    )
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ class ExportSettings(Form):
         "generator checkpoints; their g_ema is taken (default: bundled)",
         nargs="+",
         metavar="FILE",
+        exists="file",
     )
     out: Path | None = setting(
         None,

@@ -23,17 +23,14 @@ def run(settings: MeasureSettings) -> None:
     """Measure and print."""
     result = measure(settings, load_content_parser)
     if distributed.rank() == 0:
-        print(result.output)
+        result.show()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    try:
-        return run_settings(
-            MeasureSettings, run, argv, prog="get_fid.py", description=__doc__, epilog=EXAMPLES
-        )
-    finally:
-        distributed.leave()
+    return run_settings(
+        MeasureSettings, run, argv, prog="get_fid.py", description=__doc__, epilog=EXAMPLES
+    )
 
 
 if __name__ == "__main__":

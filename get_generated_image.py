@@ -17,7 +17,7 @@ EXAMPLES = """examples:
 
 def run(settings: GeneratedSettings) -> None:
     """Make the pictures and print."""
-    print(show_generated(settings).output)
+    show_generated(settings).show()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,17 +18,14 @@ def run(settings: PathSettings) -> None:
     """Measure and print."""
     result = measure(settings)
     if distributed.rank() == 0:
-        print(result.output)
+        result.show()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    try:
-        return run_settings(
-            PathSettings, run, argv, prog="get_ppl.py", description=__doc__, epilog=EXAMPLES
-        )
-    finally:
-        distributed.leave()
+    return run_settings(
+        PathSettings, run, argv, prog="get_ppl.py", description=__doc__, epilog=EXAMPLES
+    )
 
 
 if __name__ == "__main__":

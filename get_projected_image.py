@@ -22,7 +22,7 @@ examples:
 
 def run(settings: ProjectionSettings) -> None:
     """Project and print."""
-    print(project_pictures(settings, load_content_parser).output)
+    project_pictures(settings, load_content_parser).show()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from Compression import recipes
+from Compression.allocation import ALLOCATIONS
 from Compression.channel_pictures import save_channel_pictures
 from Compression.initialisation import INITIALISATIONS
 from Compression.parsers import PARSERS
@@ -11,9 +12,13 @@ from Compression.pruning import PruneSettings, option_kinds, prune
 from Compression.report import details, score_table, summary
 from Compression.scores import SCORES
 from Util.cli import listed, run_settings
+from Util.progress import warn
 
 EPILOG = """metrics (--metric; higher scores stay):
 {metrics}
+
+allocations (--allocation; widths for --macs):
+{allocations}
 
 initialisations (--init):
 {initialisations}
@@ -29,6 +34,8 @@ examples:
       prunes the bundled 64 px model
   python3 prune.py --generated_img_size 256 --ckpt FILE --remove_ratio 0.7 --info_print
       prunes a 256 px generator of human faces, prints the details of every layer
+  python3 prune.py --ckpt FILE --macs 4.12e9 --round_to 8
+      chooses every layer's width for this many multiply-accumulates
   python3 prune.py --ckpt FILE --recipe dcp --n_sample 1000
       prunes as a paper did, but scores by fewer images
   python3 prune.py --ckpt FILE --content skin,hair,eyes
@@ -44,15 +51,19 @@ def run(settings: PruneSettings) -> None:
         print(recipes.table())
         return
     result = prune(settings)
+    saved = [result.path]
+    if settings.info_pictures:
+        saved.append(save_channel_pictures(result.path, result.full, result.scores, settings.seed))
     if settings.info_print:
         print(f"{details(result.full, result.pruned)}\n")
         print(f"{score_table(result.scores, result.keep)}\n")
-    print(f"{summary(result.full, result.pruned)}\nsaved {result.path}")
-    if settings.info_pictures:
-        file = save_channel_pictures(result.path, result.full, result.scores, settings.seed)
+        if result.initialised:
+            print("\n".join([*result.initialised, ""]))
+    print(summary(result.full, result.pruned))
+    for file in saved:
         print(f"saved {file}")
-    if result.warning:
-        print(f"prune.py: warning: {result.warning}", file=sys.stderr)
+    for warning in result.warnings:
+        warn(f"prune.py: warning: {warning}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         " and save what remains to Model/pruned_model/. Retrain it with train.py.",
         epilog=EPILOG.format(
             metrics=listed(SCORES),
+            allocations=listed(ALLOCATIONS),
             initialisations=listed(INITIALISATIONS),
             recipes=listed(recipes.RECIPES),
             parsers=listed(PARSERS),

@@ -11,12 +11,22 @@ import torch
 
 from Compression import recipes
 from Compression.distillation import TERMS
-from Compression.run import TrainResult, check, option_kinds, train
+from Compression.run import TrainResult, check, option_kinds, reached, train
 from train_hyperparams import TrainConfig
 from Util import distributed
 from Util.cli import OneLineParser, listed, run_script
-from Util.run_log import TIMING, read_config
-from Util.settings import SettingError, add_flags, blame, from_flags, known_settings
+from Util.progress import show
+from Util.run_log import CONFIG, TIMING, read_config
+from Util.settings import (
+    SettingError,
+    add_flags,
+    blame,
+    check_files,
+    from_flags,
+    known_settings,
+)
+
+AUTO = "auto"
 
 EPILOG = """distillation terms (--kd):
 {terms}
@@ -54,20 +64,35 @@ def parse_config(argv: Sequence[str] | None) -> TrainConfig:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.resume:
-        if args.recipe:
+    resume = run_to_resume(args)
+    if resume:
+        if args.recipe and args.resume != AUTO:
             raise SettingError("recipe", "is for a new run; a resumed one keeps its settings")
-        folder = run_folder(args.resume)
+        folder = run_folder(resume)
         with blame("resume"):
             # Runs from before this setting had that filter.
             stored = {"resample": "lanczos"} | read_config(folder)
             defaults = known_settings(stored, TrainConfig, *option_kinds())
         defaults["out"] = str(folder)
     else:
+        check_files(TrainConfig, "resume", values=args)
         defaults = recipes.train_values(args.recipe, args.ckpt)
     parser.set_defaults(**defaults)
     values = vars(parser.parse_args(argv)) | {"recipe": defaults.get("recipe", "")}
-    return from_flags(TrainConfig, values, option_kinds())
+    return from_flags(TrainConfig, values | {"resume": resume}, option_kinds())
+
+
+def run_to_resume(args: argparse.Namespace) -> str:
+    """Run folder or checkpoint to go on with, empty for a new run; --resume auto finds out which.
+
+    Raises:
+        SettingError: auto without a folder to look into.
+    """
+    if args.resume != AUTO:
+        return str(args.resume)
+    if not args.out:
+        raise SettingError("resume", f"{AUTO} looks into the run's folder; name it by out")
+    return args.out if (Path(args.out) / CONFIG).exists() else ""
 
 
 def run_folder(resume: str) -> Path:
@@ -83,15 +108,21 @@ def run(argv: Sequence[str] | None) -> int:
         return 0
     config = parse_config(argv)
     check(config)
+    if iteration := reached(config):
+        print(
+            f"{config.resume or config.ckpt}: already at iteration {iteration}, and --iter is"
+            f" {config.iter}: nothing to train, nothing changed; a larger --iter trains on"
+        )
+        return 0
     several = len(config.gpu_device_ids) > 1 and config.device == "auto"
     if several and not distributed.launched() and torch.cuda.is_available():
         flags = sys.argv[1:] if argv is None else argv
-        distributed.relaunch(__file__, flags, config.gpu_device_ids)
+        distributed.relaunch(__file__, flags, len(config.gpu_device_ids))
     if config.dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            print_dry_run(train(replace(config, out=folder), print))
+            print_dry_run(train(replace(config, out=folder, wandb=""), show), config)
         return 0
-    result = train(config, print)
+    result = train(config, show)
     if result.signal:
         return 128 + result.signal
     if distributed.rank() == 0:
@@ -99,23 +130,36 @@ def run(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def print_dry_run(result: TrainResult) -> None:
-    """Print what two iterations tell; from scratch, the first has all regularisers."""
+def print_dry_run(result: TrainResult, config: TrainConfig) -> None:
+    """Print what two iterations tell."""
     if not result.rows:
         return
-    first, second = result.rows[-2:]
-    losses = {k: round(v, 4) for k, v in first.items() if k not in ("iteration", *TIMING)}
-    speed, memory = TIMING
+    rows = result.rows[-2:]
+    losses = {k: round(v, 4) for k, v in rows[0].items() if k not in ("iteration", *TIMING)}
+    speed, memory = TIMING[:2]
     print(f"dry run: all is well; losses of the first iteration: {losses}")
-    print(f"{first[speed]:.1f}, then {second[speed]:.1f} images/s; peak {second[memory]:.2f} GiB")
+    for which, row in zip(("first, warming up and", "second,"), rows, strict=True):
+        parts = regularisers(config, int(row["iteration"]) - 1)
+        print(f"{row[speed]:.1f} images/s in the {which} {parts}")
+    print(f"peak memory {rows[-1][memory]:.2f} GiB")
+
+
+def regularisers(config: TrainConfig, iteration: int) -> str:
+    """Which lazy regularisers an iteration has, counted from 0, in words."""
+    found = [
+        name
+        for name, weight, every in (
+            ("R1", config.r1, config.d_reg_every),
+            ("path length", config.path_regularize, config.g_reg_every),
+        )
+        if weight and iteration % every == 0
+    ]
+    return f"with {' and '.join(found)}" if found else "without R1 and path length"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    try:
-        return run_script(build_parser(), lambda _: run(argv), argv)
-    finally:
-        distributed.leave()
+    return run_script(build_parser(), lambda _: run(argv), argv)
 
 
 if __name__ == "__main__":

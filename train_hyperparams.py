@@ -19,16 +19,22 @@ class TrainConfig(Settings):
     """
 
     # What is trained on what.
-    path: str = setting("", "training images: a folder, or an LMDB with keys like 256-00000")
+    path: str = setting(
+        "", "training images: a folder, or an LMDB with keys like 256-00000", exists="folder"
+    )
     size: int = setting(0, "image side in px; 0: as the checkpoint has it (64 without one)", low=0)
-    ckpt: str = setting("", "checkpoint to start from, e.g. a pruned one; empty: from scratch")
+    ckpt: str = setting(
+        "", "checkpoint to start from, e.g. a pruned one; empty: from scratch", exists="file"
+    )
     teacher_ckpt: str = setting(
         "",
         "full-size checkpoint to distil from; empty or none: GAN loss only, which a pruned --ckpt"
         " asks to be said by none",
     )
     resume: str = setting(
-        "", "go on with a run: its folder (newest checkpoint), or one of its checkpoints"
+        "",
+        "go on with a run: its folder (newest checkpoint), or one of its checkpoints; auto: with"
+        " that in --out if there is one, else start it",
     )
     load_train_state: bool = setting(
         False, "also take optimisers, iteration and random state from --ckpt"
@@ -59,7 +65,15 @@ class TrainConfig(Settings):
 
     # Length and batch. The paper: 450,000 iterations of 16 images at 256 px.
     iter: int = setting(450_000, "train up to this iteration", low=1)
-    batch_size: int = setting(16, "images per iteration, over all processes", low=1)
+    batch_size: int = setting(
+        16, "images per iteration, over all processes", low=1, aliases=("batch",)
+    )
+    batch_gpu: int = setting(
+        0,
+        "images that pass through the networks at a time in each process, a multiple of 4; the"
+        " gradients of a batch add up over such parts. 0: all, which takes the most memory",
+        low=0,
+    )
     resample: str = setting(
         "bilinear",
         "filter that resizes pictures of a folder; an LMDB has been resized by its own",
@@ -125,6 +139,7 @@ class TrainConfig(Settings):
         "parser that makes the mask: a file, or a name as prune.py has it; empty: the bundled one"
         " for the bundled teacher, else Model/parser_model/79999_iter.pth",
         aliases=("parser",),
+        exists="parser",
     )
     content: tuple[str, ...] = setting(
         (),
@@ -143,18 +158,26 @@ class TrainConfig(Settings):
         choices=("vgg", "alex", "squeeze", "parser"),
     )
     perceptual_ckpt: str = setting(
-        "", "torchvision weights of the LPIPS trunk (vgg16, alexnet or squeezenet1_1), no download"
+        "",
+        "torchvision weights of the LPIPS trunk (vgg16, alexnet or squeezenet1_1), no download",
+        exists="file",
     )
 
     # Precision. float32 is what the paper trained in.
     amp: str = setting(
         "none",
-        "precision of generator, teacher and discriminator: none (float32), bf16, or fp16 with"
-        " scaled losses; R1 and path length stay in float32",
+        "precision of all networks: none (float32), bf16, or fp16 with scaled losses; path length"
+        " stays in float32",
         choices=("none", "bf16", "fp16"),
     )
     tf32: bool = setting(
         False, "round the factors of float32 products to TensorFloat-32 (Ampere and newer GPUs)"
+    )
+
+    compile: bool = setting(
+        False,
+        "compile teacher, parser and perceptual network by torch.compile: minutes at the start, and"
+        " results that differ by rounding",
     )
 
     # What is written, and when.
@@ -174,8 +197,10 @@ class TrainConfig(Settings):
         "what is measured then: of fid,kid,pr; the first that is a distance chooses best.pt",
     )
     fid_stats: str = setting("", "statistics of the real images; empty: those of --path")
-    fid_batch: int = setting(64, "images evaluated at a time, in each process", low=1)
-    inception_ckpt: str = setting("", "FID Inception weights, no download")
+    fid_batch: int = setting(
+        64, "images evaluated at a time in each process, fewer where they are large", low=1
+    )
+    inception_ckpt: str = setting("", "FID Inception weights, no download", exists="file")
     n_sample: int = setting(25, "images in a sample grid", low=1)
     val_sample_freq: int = setting(1000, "iterations between sample grids; 0: only the last", low=0)
     model_save_freq: int = setting(
@@ -185,21 +210,42 @@ class TrainConfig(Settings):
     dry_run: bool = setting(
         False, "check everything, train two iterations, print speed and memory, keep nothing"
     )
+    wandb: str = setting(
+        "",
+        "project of Weights & Biases that gets the log too (pip install wandb;"
+        " WANDB_MODE=offline keeps it in the run's folder); empty: none",
+        metavar="PROJECT",
+    )
     log_freq: int = setting(50, "iterations between lines of metrics.jsonl", low=1)
 
     # Where it runs.
-    device: str = setting("auto", "auto (primary_device if CUDA is there, else cpu), cpu, cuda:N")
+    device: str = setting("auto", "auto (a GPU if CUDA is there, else cpu), cpu, cuda:N")
     gpu_device_ids: tuple[int, ...] = setting(
-        (0,), "GPUs of a run, by index; several start one process on each"
+        (0,),
+        "GPUs of a run, by index among those that CUDA_VISIBLE_DEVICES leaves; several start one"
+        " process on each",
     )
-    primary_device: str = setting("cuda:0", "the GPU that auto takes")
+    primary_device: str = setting(
+        "cuda:0", "the GPU that auto takes (default: the first of gpu_device_ids)"
+    )
+    dist_timeout: float = setting(
+        600.0,
+        "seconds after which several processes give up on one that does not answer; waiting for one"
+        " that writes, measures or downloads does not count",
+        above=0,
+    )
+    workers: int | None = setting(
+        None,
+        "data loading processes of each training process; 0: load in it (default: its share of the"
+        " CPU cores, 4 at most)",
+        low=0,
+    )
     threads: int = setting(
         0,
         "CPU threads of PyTorch in each process; 0: OMP_NUM_THREADS, or as many as there are idle"
         " cores at the start. A resumed run keeps its number: the last bits depend on it",
         low=0,
     )
-    workers: int = setting(2, "data loading processes; 0: load in the training process", low=0)
     seed: int = setting(0, "seed of networks, latents and data order")
     options: tuple[Settings, ...] = ()
 

@@ -2,13 +2,12 @@
 
 import sys
 from collections.abc import Sequence
-from functools import partial
-
-from tqdm import tqdm
+from pathlib import Path
 
 from Compression.parser_scores import Scores
 from Compression.parser_training import ParserSettings, score_parser, train_parser
 from Util.cli import check_writable, run_settings
+from Util.progress import Progress, show
 from Util.settings import SettingError
 
 DESCRIPTION = """Train a BiSeNet parser on a folder with images/NAME.png (or .jpg) and
@@ -32,33 +31,40 @@ def table(scores: Scores) -> str:
     return "\n".join(lines)
 
 
+def _check_target(name: str, file: Path) -> None:
+    """Find out before any work that a file cannot be written."""
+    if file.is_dir():
+        raise SettingError(name, f"{file} is a folder; name a file in it")
+    check_writable(name, file)
+
+
 def train(settings: ParserSettings) -> None:
     """Train under a progress bar and print the scores."""
-    if settings.out.is_dir():
-        raise SettingError("out", f"{settings.out} is a folder; name a file in it")
-    check_writable("out", settings.out)
-    with tqdm(total=settings.iter, desc="training", mininterval=1) as bar:
+    with Progress(settings.iter, "training") as bar:
 
         def after_step(step: int, loss: float) -> None:
             bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.figures(f"loss {loss:.3f}")
 
         def after_evaluation(step: int, loss: float, scores: Scores) -> None:
-            bar.write(
+            show(
                 f"iteration {step}: loss {loss:.4f}, mean IoU {scores.mean_iou:.4f}, "
                 f"content-mask IoU {scores.content_iou:.4f}"
             )
 
-        bar.write(table(train_parser(settings, after_step, after_evaluation)))
+        show(table(train_parser(settings, after_step, after_evaluation)))
     print(f"wrote {settings.out}")
 
 
 def run(settings: ParserSettings) -> None:
     """Train or score a parser."""
+    for name, file in (("out", settings.out), ("report", settings.report)):
+        if file and not (name == "out" and settings.eval_only):
+            _check_target(name, file)
     if settings.eval_only is None:
         train(settings)
     else:
-        print(table(score_parser(settings, partial(tqdm, desc="evaluating"))))
+        print(table(score_parser(settings)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -62,7 +62,7 @@ def channel_pictures(
     Returns:
         (H, W, 3) bytes: a row of images, then two rows of heat maps for each resolution.
     """
-    scale = PICTURE_SIDE / generator.size
+    scale = max(1, PICTURE_SIDE / generator.size)
     latents = sampling.from_z(generator, sampling.draw_z(generator, range(n), seed))
     images = sampling.render(generator, latents)
 

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from Compression.parsers import Parser, load_parser
 from Model import bundled
+from Model.layers import fast_layout
+from Model.precision import HALVES
+from Util import memory
 from Util.settings import blame
 
 GROUPS = {
@@ -87,8 +90,7 @@ class ContentParser(nn.Module):
         classes_excluded: classes that are not content. None takes those of the network, which are
             CelebAMask-HQ's background and cloth, (0, 16), unless it was trained for others.
         chunk: images parsed at a time. It bounds the memory and does not change the result. None
-            takes as many as have half a million pixels on a CPU, where more gain little, and four
-            million on a GPU.
+            takes as many as `Util.memory` allows.
         name: what a checkpoint remembers of the parser.
         identity: kind and weights of the parser in words.
 
@@ -122,8 +124,8 @@ class ContentParser(nn.Module):
             )
         device = _device_of(network)
         if chunk is None:
-            pixels = 2**19 if device.type == "cpu" else 2**22
-            chunk = max(1, pixels // network.input_size**2)
+            pixels = memory.PARSING.get(device.type, memory.PARSING["cpu"])
+            chunk = memory.at_once(network.input_size, pixels)
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; at least one image is parsed at a time")
         is_content = torch.ones(count)
@@ -145,10 +147,11 @@ class ContentParser(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images (N, 3, H, W), got {tuple(images.shape)}")
         for part in images.split(self.chunk):
-            # Channels last from the start: the convolutions are faster on it, and the maximum over
-            # classes is then taken over contiguous values, several times faster than over planes.
-            part = part.float().contiguous(memory_format=torch.channels_last)
-            yield self.network.classify(part)
+            # On a CPU this is channels last from the start: the convolutions are faster on it, and
+            # the maximum over classes is then taken over contiguous values, several times faster.
+            found = self.network.classify(fast_layout(part.float()))
+            # Where autocast ran the network in half precision, classes still must not tie.
+            yield found.float() if found.dtype in HALVES.values() else found
 
     def _class_map(self, found: Tensor) -> Tensor:
         # PyTorch's argmax takes twice as long as its max.

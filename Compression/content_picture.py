@@ -1,6 +1,5 @@
 """Show what a parser finds in a model's pictures, and which part of it is the content."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,12 @@ from Dataset.images import Images
 from Evaluation import sampling
 from Model import bundled
 from Model.checkpoint import load_generator
+from Util import memory
 from Util.cli import check_writable, listed, run_settings
-from Util.device import pick_device
+from Util.device import DeviceSettings
 from Util.pictures import captioned, grid, rescale, save_png
-from Util.settings import Settings, blame, setting, some_words
+from Util.progress import warn
+from Util.settings import blame, setting, some_words
 
 SIDE = 128
 """Side in px of a picture that is shown, about."""
@@ -39,14 +40,20 @@ examples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShowSettings(Settings):
+class ShowSettings(DeviceSettings):
     """Settings of the picture; one flag each."""
 
     ckpt: Path = setting(
-        bundled.MODEL, "generator whose pictures are parsed (default: bundled)", metavar="FILE"
+        bundled.MODEL,
+        "generator whose pictures are parsed (default: bundled)",
+        metavar="FILE",
+        exists="file",
     )
     path: Path | None = setting(
-        None, "pictures to parse in place of the model's, of its size", metavar="DIR"
+        None,
+        "pictures to parse in place of the model's, of its size",
+        metavar="DIR",
+        exists="folder",
     )
     parser_ckpt: Path | None = setting(
         None,
@@ -64,7 +71,6 @@ class ShowSettings(Settings):
     n_sample: int = setting(64, "pictures for the shares", low=1)
     shown: int = setting(8, "pictures that are shown", low=1)
     seed: int = setting(0, "seed of the pictures", low=0)
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     out: Path = setting(Path("content.png"), "picture to write", metavar="FILE")
 
 
@@ -111,7 +117,7 @@ def observe(settings: ShowSettings, parser: ContentParser, device: torch.device)
         with blame("path"):
             images = Images(settings.path, generator.size)
             n = min(n, len(images))
-    for part in sampling.shares(n, 8):
+    for part in sampling.shares(n, memory.at_once(generator.size, memory.INFERENCE, 8)):
         if images is None:
             made = sampling.images(generator, part, settings.seed)
         else:
@@ -187,7 +193,7 @@ def _legend(shown: Shown, parser: ContentParser, palette: np.ndarray, width: int
 
 def run(settings: ShowSettings) -> None:
     """Parse, print the shares, and draw."""
-    device = pick_device(settings.device)
+    device = settings.pick_device()
     if settings.out.is_dir():
         raise IsADirectoryError(f"{settings.out} is a folder; name a file in it")
     check_writable("out", settings.out)
@@ -196,7 +202,7 @@ def run(settings: ShowSettings) -> None:
     save_png(settings.out, picture(shown, parser))
     print(table(shown, parser))
     if warning := share_warning(shown.inside, parser):
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(f"warning: {warning}")
     print(f"saved {settings.out}")
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from Compression.parser_scores import Scores, evaluate, worst_cases
 from Dataset.label_maps import LabelMapDataset
 from Model import checkpoint
 from Model.face_parser import CELEBAMASK_NAMES, BiSeNet
-from Util.device import pick_device
+from Util.device import DeviceSettings
 from Util.pictures import save_png
-from Util.settings import SettingError, Settings, blame, integers, setting
+from Util.progress import track
+from Util.settings import SettingError, blame, integers, setting
 
 WARM_UP = 0.05
 """Part of the iterations in which the learning rate rises linearly."""
@@ -39,19 +40,25 @@ def class_pair(text: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParserSettings(Settings):
+class ParserSettings(DeviceSettings):
     """A run of `train_parser`, or the evaluation of a parser by `score_parser`."""
 
-    path: Path = setting(..., "folder with images/ and labels/", metavar="DIR")
+    path: Path = setting(..., "folder with images/ and labels/", metavar="DIR", exists="folder")
     val_path: Path | None = setting(
-        None, "held-out pictures, same layout (default: a part of --path)", metavar="DIR"
+        None,
+        "held-out pictures, same layout (default: a part of --path)",
+        metavar="DIR",
+        exists="folder",
     )
     val_fraction: float = setting(
         0.1, "part of --path held out without --val_path", above=0, below=1, metavar="X"
     )
     out: Path = setting(Path("Model/parser_model/parser.pt"), "file to write", metavar="FILE")
     eval_only: Path | None = setting(
-        None, "only score this parser, on --val_path or else on all of --path", metavar="CKPT"
+        None,
+        "only score this parser, on --val_path or else on all of --path",
+        metavar="CKPT",
+        exists="file",
     )
     size: int = setting(128, "side of the parser's input in pixels", low=1, metavar="PX")
     image_size: int | None = setting(
@@ -110,9 +117,6 @@ class ParserSettings(Settings):
         metavar="PNG",
     )
     seed: int = setting(0, "random seed", metavar="N")
-    device: str = setting(
-        "auto", "auto (a GPU if there is one), cpu, cuda or cuda:N", metavar="DEV"
-    )
     workers: int = setting(0, "processes that read pictures; 0: the main one", low=0, metavar="N")
 
     def __post_init__(self) -> None:
@@ -168,8 +172,8 @@ def train_parser(
         FloatingPointError: the loss is no longer finite.
     """
     if settings.resume and not settings.state_file.is_file():
-        raise SettingError("resume", f": {settings.state_file} is missing; train without it")
-    device = pick_device(settings.device)
+        raise SettingError("resume", f"{settings.state_file} is missing; train without it")
+    device = settings.pick_device()
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
 
@@ -219,22 +223,18 @@ def _class_weights(dataset: Dataset[Batch], settings: ParserSettings) -> Tensor 
     return torch.where(shares > 0, weights, 1).float()
 
 
-def score_parser(
-    settings: ParserSettings,
-    shown: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
-) -> Scores:
+def score_parser(settings: ParserSettings) -> Scores:
     """Score the parser of ``settings.eval_only``.
 
     Args:
         settings: name the parser and the pictures; its file decides the number of classes, and all
             else of the classes that the settings leave open.
-        shown: wraps the batches, to show the progress.
 
     Raises:
         SettingError: a file, a folder or a setting cannot be used.
         LabelMapError: a picture or its label map cannot.
     """
-    device = pick_device(settings.device)
+    device = settings.pick_device()
     with blame("eval_only"):
         network = checkpoint.load_face_parser(settings.eval_only or "", device)
     settings.check_classes(network.n_classes)
@@ -245,7 +245,8 @@ def score_parser(
     parser = ContentParser(network, settings.classes_excluded)
     if settings.report:
         save_png(settings.report, worst_cases(parser, batches, settings.image_size))
-    return evaluate(parser, shown(batches), settings.image_size)
+    shown = track(batches, len(batches), "evaluating", "batch")
+    return evaluate(parser, shown, settings.image_size)
 
 
 def _network(settings: ParserSettings) -> BiSeNet:
@@ -421,7 +422,7 @@ class ParserRun:
         with blame("resume"):
             saved = checkpoint.read(file)
             if saved.get("config") != self.network.config:
-                raise ValueError(f": {file} is of a parser with other sizes or classes")
+                raise ValueError(f"{file} is of a parser with other sizes or classes")
             try:
                 checkpoint.load_strict(self.network, saved["parser"], str(file))
                 self.optimiser.load_state_dict(saved["optimiser"])
@@ -431,5 +432,5 @@ class ParserRun:
                 self._best = float(progress["best"])
                 self.generator.set_state(saved["augmentation"])
             except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-                raise ValueError(f": {file} is damaged ({error})".splitlines()[0]) from None
+                raise ValueError(f"{file} is damaged ({error})".splitlines()[0]) from None
         torch.manual_seed(self.settings.seed + self.step)

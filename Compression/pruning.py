@@ -1,42 +1,56 @@
 """One pruning job: score the channels, remove the lowest, initialise and save what remains.
 
-    content mask -> scores -> keep masks -> surgery -> initialisation -> checkpoint
+    content mask -> scores -> widths -> keep masks -> surgery -> initialisation -> checkpoint
 
 Liu et al., "Content-Aware GAN Compression", CVPR 2021, section 3.2.
 """
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from Compression import recipes
+from Compression.allocation import (
+    ALLOCATIONS,
+    BEST,
+    Allocation,
+    AllocationSettings,
+    Budget,
+    Problem,
+    Widths,
+)
+from Compression.allocation.costs import costs_like
 from Compression.content import ContentParser, Metered, parser_for, share_warning
 from Compression.initialisation import INITIALISATIONS, Initialisation
 from Compression.scores import SCORES, EmptyContentError, Score
 from Compression.scores.sampling import Sampling, Scores, draw_sampling
-from Compression.selection import select_channels
+from Compression.selection import kept_count, select_channels, select_widths
 from Compression.surgery import prune_generator
+from Evaluation.settings import check_size
 from Model import bundled, checkpoint
 from Model.generator import Generator
 from Util.cli import check_writable
-from Util.device import pick_device
+from Util.device import DeviceSettings
 from Util.files import folder_lock
+from Util.progress import Progress
 from Util.settings import SettingError, Settings, blame, chosen, plain, setting, some_words
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneSettings(Settings):
+class PruneSettings(DeviceSettings):
     """Settings of a pruning job; one flag of prune.py each.
 
     Attributes:
-        options: settings of the score and of the initialisation, where they have any.
+        options: settings of the score, the allocation and the initialisation that have any.
     """
 
     generated_img_size: int | None = setting(
@@ -49,6 +63,7 @@ class PruneSettings(Settings):
         bundled.MODEL,
         "full-size checkpoint (default: Model/full_size_model/toon_faces_64px.pt)",
         metavar="FILE",
+        exists="file",
     )
     recipe: str = setting(
         "",
@@ -56,8 +71,27 @@ class PruneSettings(Settings):
         " print them",
         metavar="NAME",
     )
-    remove_ratio: float = setting(
-        0.7, "fraction of every layer's channels to remove, in [0, 1)", low=0, below=1, metavar="R"
+    remove_ratio: float | None = setting(
+        None,
+        "fraction of every layer's channels to remove, in [0, 1) (default: 0.7, unless --macs is"
+        " given)",
+        low=0,
+        below=1,
+        metavar="R",
+    )
+    macs: float | None = setting(
+        None,
+        "in place of remove_ratio: most multiply-accumulates per image that the result may have,"
+        " such as 4.12e9",
+        above=0,
+        metavar="N",
+    )
+    allocation: str = setting(
+        AUTO,
+        "how widths are chosen for these multiply-accumulates, or for those that remove_ratio would"
+        f" leave, see below; auto: {BEST} with macs, else uniform",
+        choices=(AUTO, *ALLOCATIONS),
+        metavar="NAME",
     )
     info_print: bool = setting(False, "print the details of every layer")
     info_pictures: bool = setting(
@@ -92,6 +126,7 @@ class PruneSettings(Settings):
         " Model/parser_model/79999_iter.pth)",
         metavar="FILE",
         aliases=("parser",),
+        exists="parser",
     )
     content: tuple[str, ...] = setting(
         (),
@@ -107,9 +142,6 @@ class PruneSettings(Settings):
         metavar="NAME",
     )
     seed: int = setting(0, "seed of latents and noise, at least 0", low=0, metavar="N")
-    device: str = setting(
-        "auto", "auto, cpu, cuda or cuda:N; auto takes the GPU if there is one", metavar="NAME"
-    )
     out: Path | None = setting(
         None,
         "checkpoint to write, or a folder for it (default:"
@@ -118,11 +150,51 @@ class PruneSettings(Settings):
     )
     options: tuple[Settings, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse two answers to one question."""
+        super().__post_init__()
+        if self.macs is not None and self.remove_ratio is not None:
+            raise SettingError(
+                "macs",
+                f"{self.macs:,.0f} and remove_ratio {self.remove_ratio:g} both say how much stays;"
+                " leave one out",
+            )
+        limits, none = chosen(self.options, AllocationSettings), AllocationSettings()
+        for name, value in plain(limits).items():
+            if value != getattr(none, name) and not self.has_budget:
+                raise SettingError(
+                    name,
+                    "goes with macs, or with an allocation other than uniform; here remove_ratio"
+                    " alone decides the widths",
+                )
+
+    @property
+    def ratio(self) -> float | None:
+        """Fraction to remove; None where multiply-accumulates are given instead."""
+        return 0.7 if self.remove_ratio is None and self.macs is None else self.remove_ratio
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether widths are chosen for a number of multiply-accumulates."""
+        return self.macs is not None or self.allocation not in (AUTO, "uniform")
+
+    @property
+    def allocation_name(self) -> str:
+        """The allocation in force."""
+        if self.allocation != AUTO:
+            return self.allocation
+        return "uniform" if self.macs is None else BEST
+
 
 def option_kinds() -> list[type[Settings]]:
-    """The settings of all scores and initialisations that have any."""
-    entries: list[Score | Initialisation] = [*SCORES.values(), *INITIALISATIONS.values()]
-    return [entry.options for entry in entries if entry.options is not None]
+    """The settings of all scores, allocations and initialisations that have any."""
+    entries: list[Score | Allocation | Initialisation] = [
+        *SCORES.values(),
+        *ALLOCATIONS.values(),
+        *INITIALISATIONS.values(),
+    ]
+    kinds = [entry.options for entry in entries if entry.options is not None]
+    return list(dict.fromkeys([AllocationSettings, *kinds]))
 
 
 @dataclass(frozen=True)
@@ -135,7 +207,8 @@ class PruneResult:
         pruned: the generator after.
         scores: one 1-D tensor per channel group.
         keep: one bool tensor per channel group.
-        warning: what to look at before training, or empty.
+        initialised: what the initialisation reports, as lines.
+        warnings: what to look at before training.
     """
 
     path: Path
@@ -143,7 +216,8 @@ class PruneResult:
     pruned: Generator
     scores: Scores
     keep: Sequence[Tensor]
-    warning: str = ""
+    initialised: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
 
 def prune(settings: PruneSettings) -> PruneResult:
@@ -154,10 +228,11 @@ def prune(settings: PruneSettings) -> PruneResult:
     """
     if settings.recipe:
         recipes.named(settings.recipe)
-    device = pick_device(settings.device)
+    device = settings.pick_device()
+    parser = _parser(settings, device)  # before what takes longer: the default one may be missing
     full, others = _load_full_size(settings, device)
     target = _target(settings, full.size)
-    parser = _parser(settings, device)
+    budget = _budget(settings, full)
     metered = Metered(parser) if parser else None
     sampling = draw_sampling(
         full,
@@ -168,11 +243,14 @@ def prune(settings: PruneSettings) -> PruneResult:
         seed=settings.seed,
     )
     scores = _score(settings, full, sampling)
-    keep = select_channels(scores, settings.remove_ratio)
+    if budget is None:
+        keep = select_channels(scores, settings.ratio or 0.0)
+    else:
+        keep = select_widths(scores, _allocate(settings, Problem(full, scores, sampling, budget)))
     pruned = prune_generator(full, keep)
     initialisation = INITIALISATIONS[settings.init]
     own = replace(sampling, options=chosen(settings.options, initialisation.options))
-    initialisation.function(pruned, full, keep, own)
+    lines = initialisation.function(pruned, full, keep, own) or ()
     content = {
         "g": pruned,
         "g_ema": pruned,
@@ -180,8 +258,19 @@ def prune(settings: PruneSettings) -> PruneResult:
         "config": _config(settings, full, pruned, parser),
     }
     path = _save(target, content, overwrite=target == settings.out)
-    warning = share_warning(metered.share, parser) if metered and parser else ""
-    return PruneResult(path, full, pruned, scores, keep, warning)
+    share = share_warning(metered.share, parser) if metered and parser else ""
+    warnings = [text for text in (share, _lacking(settings, others)) if text]
+    return PruneResult(path, full, pruned, scores, keep, lines, warnings)
+
+
+def _lacking(settings: PruneSettings, others: Mapping[str, Any]) -> str:
+    """What retraining will ask for because the full-size checkpoint does not have it, or empty."""
+    if "d" in others:
+        return ""
+    return (
+        f"{settings.ckpt} holds no discriminator (d); to retrain, give train.py a --teacher_ckpt"
+        " that has one, or --discriminator scratch"
+    )
 
 
 def _load_full_size(
@@ -191,18 +280,52 @@ def _load_full_size(
     with blame("ckpt"):
         content = checkpoint.read(settings.ckpt)
         generator = checkpoint.load_generator(settings.ckpt, device=device)
-    if settings.generated_img_size not in (None, generator.size):
-        raise SettingError(
-            "generated_img_size",
-            f"{settings.generated_img_size} contradicts {settings.ckpt}, whose images are"
-            f" {generator.size} px; leave it out or give {generator.size}",
-        )
+    check_size("generated_img_size", settings.generated_img_size, settings.ckpt, generator)
     return generator, {"d": content["d"]} if "d" in content else {}
 
 
+def _budget(settings: PruneSettings, full: Generator) -> Budget | None:
+    """The budget that widths are chosen for, None where remove_ratio decides them.
+
+    Raises:
+        SettingError: a limit is out of reach.
+    """
+    if not settings.has_budget:
+        return None
+    macs, parameters = costs_like(full)
+    limits = chosen(settings.options, AllocationSettings)
+    assert isinstance(limits, AllocationSettings)
+    if settings.macs is None:
+        uniform = [kept_count(width, settings.ratio or 0.0) for width in full.channels]
+        name, most = "remove_ratio", macs(uniform)
+    else:
+        name, most = "macs", int(settings.macs)
+    budget = Budget(full.channels, macs, parameters, most, limits)
+    budget.check(name)
+    return budget
+
+
+def _allocate(settings: PruneSettings, problem: Problem) -> Widths:
+    """Choose the widths under a progress bar."""
+    name = settings.allocation_name
+    allocation = ALLOCATIONS[name]
+    options = chosen(settings.options, allocation.options)
+    images = allocation.images(options, settings.n_sample)
+    with Progress(images, f"widths ({name})", "img", shown=images > 0) as bar:
+        sampling = replace(problem.sampling, options=options, progress=bar.update)
+        with _content_found(settings):
+            return allocation.function(replace(problem, sampling=sampling))
+
+
 def _parser(settings: PruneSettings, device: torch.device) -> ContentParser | None:
-    """The face parser, if the score needs one."""
-    if not SCORES[settings.metric].needs_parser:
+    """The face parser, if score, allocation or initialisation needs one."""
+    options = chosen(settings.options, INITIALISATIONS[settings.init].options)
+    needed = (
+        SCORES[settings.metric].needs_parser
+        or (settings.has_budget and ALLOCATIONS[settings.allocation_name].needs_parser)
+        or INITIALISATIONS[settings.init].needs_parser(options)
+    )
+    if not needed:
         return None
     return parser_for(settings.parser_ckpt, settings.ckpt, device, settings.content)
 
@@ -210,7 +333,8 @@ def _parser(settings: PruneSettings, device: torch.device) -> ContentParser | No
 def _target(settings: PruneSettings, size: int) -> Path:
     """Where the result goes; found out early that it cannot."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{settings.metric}_{settings.remove_ratio:g}_{size}px_{stamp}.pt"
+    much = f"{settings.macs:.4g}macs" if settings.ratio is None else f"{settings.ratio:g}"
+    name = f"{settings.metric}_{much}_{size}px_{stamp}.pt"
     target = settings.out or bundled.PRUNED_FOLDER / name
     if target.is_dir():
         target = target / name
@@ -223,16 +347,22 @@ def _target(settings: PruneSettings, size: int) -> Path:
 def _score(settings: PruneSettings, generator: Generator, sampling: Sampling) -> Scores:
     """Score the channels under a progress bar."""
     score = SCORES[settings.metric]
-    with tqdm(total=settings.n_sample, desc=f"scoring ({settings.metric})", unit="img") as bar:
+    with Progress(settings.n_sample, f"scoring ({settings.metric})", "img") as bar:
         own = replace(
             sampling, progress=bar.update, options=chosen(settings.options, score.options)
         )
-        try:
+        with _content_found(settings):
             return score.compute(generator, own)
-        except EmptyContentError as error:
-            bar.leave = False
-            file = settings.parser_ckpt or bundled.default_parser(settings.ckpt)
-            raise SettingError("parser_ckpt", f"{file}: {error}") from None
+
+
+@contextmanager
+def _content_found(settings: PruneSettings) -> Iterator[None]:
+    """Blame the parser's file where there is no content."""
+    try:
+        yield
+    except EmptyContentError as error:
+        file = settings.parser_ckpt or bundled.default_parser(settings.ckpt)
+        raise SettingError("parser_ckpt", f"{file}: {error}") from None
 
 
 def _config(
@@ -242,7 +372,6 @@ def _config(
     names = (
         "recipe",
         "metric",
-        "remove_ratio",
         "seed",
         "n_sample",
         "batch_size",
@@ -250,7 +379,12 @@ def _config(
         "init",
     )
     config = {name: getattr(settings, name) for name in names}
-    for kind in (SCORES[settings.metric].options, INITIALISATIONS[settings.init].options):
+    config |= {"remove_ratio": settings.ratio, "macs": settings.macs}
+    config |= {"allocation": settings.allocation_name}
+    kinds = [SCORES[settings.metric].options, INITIALISATIONS[settings.init].options]
+    if settings.has_budget:
+        kinds += [AllocationSettings, ALLOCATIONS[settings.allocation_name].options]
+    for kind in kinds:
         if kind is not None:
             config |= plain(chosen(settings.options, kind))
     return config | {

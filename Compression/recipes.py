@@ -138,7 +138,17 @@ RECIPES = {
             "high_band_side": 64,
         },
     ),
-    "ours": Recipe("this project's choice; so far the same as cagc", _CONTENT_AWARE, _CAGC),
+    "ours": Recipe(
+        "this project's choice: cagc with widths chosen for the budget",
+        _CONTENT_AWARE
+        | {
+            "allocation": "greedy",
+            "allocation_tie": True,
+            "allocation_rounds": 1,
+            "min_channels": 4,
+        },
+        _CAGC,
+    ),
 }
 NONE, LIST = "none", "list"
 

@@ -6,23 +6,37 @@ path length penalty. Each computes a loss, and `Trainer._step` does the rest.
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Adam
 
 from Compression import losses
 from Compression.averages import Averages
 from Compression.distillation import Pass, Term
+from Compression.optimisation import (
+    Judge,
+    LossScale,
+    NonFiniteError,
+    Part,
+    Update,
+    accumulate,
+    divide,
+    lazy_adam,
+    restore,
+)
+from Evaluation.features import masks_of
 from Model.checkpoint import load_discriminator
-from Model.discriminator import Discriminator
+from Model.discriminator import GROUP, Discriminator
 from Model.generator import Generator
+from Model.precision import HALVES
 from train_hyperparams import TrainConfig
 from Util import distributed
+from Util.clock import Clock
 
 
 @dataclass(frozen=True)
@@ -40,18 +54,27 @@ class Teacher:
     terms: Sequence[Term] = ()
 
 
-class NonFiniteError(RuntimeError):
-    """A loss became NaN or infinite; the message names the loss and the iteration."""
+PartNoise = Mapping[Part, list[Tensor] | None]
+"""Layer noise of a batch's parts; None is drawn layer by layer."""
+
+CriticTerms = Callable[[Part], list[tuple[str, float, Tensor]]]
+"""A batch's part -> names, weights and values of the terms that train the discriminator."""
 
 
-def lazy_adam(parameters: Iterator[nn.Parameter], lr: float, every: int) -> Adam:
-    """Adam with betas (0, 0.99), corrected for a regulariser of its own step every k iterations.
+class Sums:
+    """Metrics of a batch, added up over its parts.
 
-    StyleGAN2, appendix B: with c = k / (k + 1), the learning rate is lr * c and the betas are to
-    the power of c. ``every`` 0 means no such regulariser.
+    Attributes:
+        values: means over the parts so far.
     """
-    ratio = every / (every + 1) if every else 1.0
-    return Adam(parameters, lr=lr * ratio, betas=(0.0, 0.99**ratio))
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, part: Part, name: str, mean: Tensor) -> None:
+        """Take a part's mean."""
+        value = part.weigh(mean.detach())
+        self.values[name] = self.values[name] + value if name in self.values else value
 
 
 class Draws:
@@ -70,23 +93,17 @@ class Draws:
 
     def styles(self, n: int) -> list[Tensor]:
         """One z (n, style_dim), or two where styles are mixed."""
-        count = 2 if self.mixing > 0 and torch.rand(()).item() < self.mixing else 1
+        # Read as an array: of a tensor, the host would ask an operator for the number.
+        count = 2 if self.mixing > 0 and torch.rand(1).numpy()[0] < self.mixing else 1
         return list(torch.randn(count, n, self.style_dim, device=self.device).unbind(0))
 
     def layer(self, n_latent: int) -> int:
         """Layer at which the second style takes over, in [1, n_latent - 1]."""
-        return int(torch.randint(1, n_latent, ()))
+        return int(torch.randint(1, n_latent, (1,)).numpy()[0])
 
     def image_noise(self, images: Tensor) -> Tensor:
         """Standard normal direction of the path length, like the images."""
         return torch.randn_like(images)
-
-
-@torch.no_grad()
-def accumulate(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """Move an exponential moving average towards a network's parameters."""
-    old: list[Tensor] = list(average.parameters())
-    torch._foreach_lerp_(old, list(network.parameters()), 1 - decay)
 
 
 class Trainer:
@@ -117,45 +134,84 @@ class Trainer:
         if settings.freeze_noise:
             for layer in generator.styled_convs:
                 layer.noise.weight.requires_grad_(False)
+        self.draws = Draws(generator.style_dim, settings.mixing, device)
+        self.half = HALVES.get(settings.amp)
+        self.judge = Judge(device)
+        self.scaler = LossScale(device, settings.amp == "fp16")
         path_every = settings.g_reg_every if settings.path_regularize else 0
-        self.g_optim = lazy_adam(generator.parameters(), settings.lr, path_every)
-        r1_every = settings.d_reg_every if settings.r1 else 0
-        self.d_optim = lazy_adam(discriminator.parameters(), settings.lr, r1_every)
-        self.further = {
-            term.name: (network, lazy_adam(network.parameters(), settings.lr, r1_every))
+        self._g = self._update_of(generator, path_every, generator.backward_order())
+        networks = {"": discriminator} | {
+            f"_{term.name}": network
             for term in self._terms
             if (network := term.parts.network) is not None
         }
-        self.draws = Draws(generator.style_dim, settings.mixing, device)
-        self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.amp)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
-        self.averages = Averages()
+        for network in networks.values():
+            network.requires_grad_(True)
+            network.batch_over_processes = True
+        r1_every = settings.d_reg_every if settings.r1 else 0
+        self._discriminators = {
+            suffix: self._update_of(network, r1_every) for suffix, network in networks.items()
+        }
+        self.averages, self.clock = Averages(), Clock(device)
         self.iteration = self.images_seen = 0
         self.mean_path_length = torch.zeros((), device=device)
+
+    def _update_of(
+        self, network: nn.Module, every: int, order: Iterable[nn.Parameter] | None = None
+    ) -> Update:
+        s = self.settings
+        adam = lazy_adam(network.parameters(), s.lr, every)
+        return Update(network, adam, self.judge, self.scaler, s.grad_clip, order)
+
+    @property
+    def g_optim(self) -> Adam:
+        """The generator's optimiser."""
+        return self._g.adam
+
+    @property
+    def d_optim(self) -> Adam:
+        """The discriminator's optimiser."""
+        return self._discriminators[""].adam
+
+    @property
+    def further(self) -> dict[str, tuple[nn.Module, Adam]]:
+        """Further discriminators and their optimisers, by the names of their terms."""
+        updates = {name[1:]: update for name, update in self._discriminators.items() if name}
+        return {name: (update.network, update.adam) for name, update in updates.items()}
 
     def iterate(self, real: Tensor) -> dict[str, Tensor]:
         """Run one iteration on real images (N, 3, size, size) in [-1, 1].
 
         Returns:
             Scalars of the phases that ran, detached, still on the device.
+
+        Raises:
+            NonFiniteError: a loss or a gradient was not finite; the networks are as before it.
         """
         s = self.settings
-        for network, _ in self._discriminators.values():
-            network.requires_grad_(True)
+        # Of the iterations before a line of the log, as many as have one of each phase.
+        self.clock.running = -(self.iteration + 1) % s.log_freq < max(s.d_reg_every, s.g_reg_every)
+        for update in self._discriminators.values():
+            update.network.requires_grad_(True)
         # 1. Discriminator: softplus(-D(x)) + softplus(D(G(z))) (Goodfellow et al., 2014).
-        metrics = self._d_phase(real)
+        with self.clock.part("discriminator"):
+            metrics = self._d_phase(real)
         # 2. Every 16 iterations, R1: 16 * r1 / 2 * |dD/dx|^2 (Mescheder et al., 2018, eq. 9).
         if s.r1 and self.iteration % s.d_reg_every == 0:
-            metrics |= self._r1_phase(real)
-        for network, _ in self._discriminators.values():
-            network.requires_grad_(False)
+            with self.clock.part("r1"):
+                metrics |= self._r1_phase(real)
+        for update in self._discriminators.values():
+            update.network.requires_grad_(False)
         # 3. Generator: softplus(-D(G(z))) + distillation inside the content (paper, eq. 4).
-        metrics |= self._g_phase(real.shape[0])
+        with self.clock.part("generator"):
+            metrics |= self._g_phase(real.shape[0])
         # 4. Every 4 iterations, path length: 4 * weight * (|J^T y| - a)^2 (StyleGAN2, eq. 4).
         if s.path_regularize and self.iteration % s.g_reg_every == 0:
-            metrics |= self._path_phase(max(1, real.shape[0] // s.path_batch_shrink))
+            with self.clock.part("path"):
+                metrics |= self._path_phase(max(1, real.shape[0] // s.path_batch_shrink))
         # The average of the generators of some hundred iterations is what is kept and measured.
         accumulate(self.g_ema, self.generator, s.ema_decay)
+        self._look(now=(self.iteration + 1) % s.log_freq == 0)
         self.iteration += 1
         self.images_seen += s.batch_size
         self.averages.add(metrics, s.batch_size)
@@ -164,12 +220,6 @@ class Trainer:
     @property
     def _terms(self) -> Sequence[Term]:
         return self.teacher.terms if self.teacher else ()
-
-    @property
-    def _discriminators(self) -> dict[str, tuple[Discriminator, Adam]]:
-        """Give all discriminators and optimisers, by what follows their metrics' names."""
-        further = {f"_{name}": pair for name, pair in self.further.items()}
-        return {"": (self.discriminator, self.d_optim), **further}
 
     @property
     def _gan_weight(self) -> float:
@@ -184,113 +234,196 @@ class Trainer:
         """
         return torch.autocast(self.device.type, self.half, enabled=self.half is not None)
 
-    def _step(self, optimizer: Optimizer, phase: str, loss: Tensor) -> None:
-        """Back-propagate, average the gradients over the processes, and update.
-
-        In float16 the loss is scaled up, so that small gradients do not vanish, and a step whose
-        gradients overflowed is left out and lowers the scale.
+    def _look(self, now: bool) -> None:
+        """Ask for the verdict on the last iteration, and on this one if it is to be logged.
 
         Raises:
-            NonFiniteError: the loss is NaN or infinite; nothing has been updated.
+            NonFiniteError: as in `iterate`; the counts are those of the good iterations.
         """
-        if not torch.isfinite(loss):
-            raise NonFiniteError(
-                f"the {phase} loss is {loss.item()} in iteration {self.iteration + 1}; lower lr,"
-                " set grad_clip, or look at the data"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        _fill_gradients(optimizer)
-        for group in optimizer.param_groups:
-            # Before they are unscaled, so that all processes leave out the same steps.
-            distributed.average_gradients(group["params"])
-        if self.settings.grad_clip:
-            self.scaler.unscale_(optimizer)
-            for group in optimizer.param_groups:
-                nn.utils.clip_grad_norm_(group["params"], self.settings.grad_clip)
-        self.scaler.step(optimizer)
-        self.scaler.update()
+        late = self.judge.posted()
+        self.judge.post()
+        if late or (now and self.judge.posted()):
+            self._fail(self.iteration - late)
 
-    def _latents(self, n: int) -> Tensor:
-        """Draw w+ (n, n_latent, style_dim) of the generator, mixed as configured."""
-        g = self.generator
-        return g.w_plus(self.draws.styles(n), inject_index=self.draws.layer(g.n_latent))
+    def _fail(self, good: int) -> NoReturn:
+        self.images_seen -= (self.iteration - good) * self.settings.batch_size
+        self.iteration = good
+        self.averages = Averages()  # those of the log so far hold what was not finite
+        raise NonFiniteError(
+            f"{self.judge.reason()} in iteration {good + 1}; lower lr, set grad_clip, or look at"
+            " the data"
+        )
+
+    def _step(
+        self,
+        update: Update,
+        phase: str,
+        parts: Sequence[Part],
+        loss_of: Callable[[Part], Tensor],
+    ) -> dict[str, Tensor]:
+        """Update a network; see `Update.step`.
+
+        Returns:
+            What it tells, named by the phase.
+
+        Raises:
+            NonFiniteError: on a CPU, at once.
+        """
+        found = update.step(phase, parts, loss_of)
+        if self.judge.at_once:
+            self.judge.post()
+            if self.judge.posted():
+                self._fail(self.iteration)
+        name = phase.replace(" ", "_").lower()
+        metrics = {f"grad_norm_{name}": found["norm"]}
+        if self.scaler.enabled:
+            metrics |= {f"amp_skipped_{name}": found["skipped"], "amp_scale": self.scaler.value + 0}
+        return metrics
+
+    def _parts(self, n: int, groups: int = GROUP) -> list[Part]:
+        """Divide a batch as --batch_gpu says; by whole groups where a discriminator sees it."""
+        return divide(n, self.settings.batch_gpu, groups)
+
+    def _noise(self, generator: Generator, parts: Sequence[Part], n: int) -> PartNoise:
+        """Draw each part's layer noise, that of the undivided batch of n; None: layer by layer."""
+        if len(parts) == 1:
+            return {parts[0]: None}
+        maps = generator.make_noise(n)
+        return {part: [part.of(noise) for noise in maps] for part in parts}
 
     def _d_phase(self, real: Tensor) -> dict[str, Tensor]:
         """Discriminators' losses on equal fakes, and the terms that train the first one."""
         g, n = self.generator, real.shape[0]
         z, layer = self.draws.styles(n), self.draws.layer(g.n_latent)
+        parts = self._parts(n)
+        fakes = {}
         with torch.no_grad(), self._autocast():
-            fake = g.synthesis(g.w_plus(z, inject_index=layer)).image
+            for part, noise in self._noise(g, parts, n).items():
+                w_plus = g.w_plus([part.of(rows) for rows in z], inject_index=layer)
+                fakes[part] = g.synthesis(w_plus, noise).image
         metrics: dict[str, Tensor] = {}
-        for suffix, (network, optimizer) in self._discriminators.items():
-            with self._autocast():
-                fake_logits, real_logits = network(fake), network(real)
-            loss = losses.d_logistic_loss(real_logits, fake_logits)
-            metrics |= {
-                f"d_loss{suffix}": loss.detach(),
-                f"real_score{suffix}": real_logits.detach().mean(),
-                f"fake_score{suffix}": fake_logits.detach().mean(),
-            }
-            if not suffix:
-                distances = self._critic_terms(z, layer)
-                loss = loss + sum(weight * distance for weight, distance in distances.values())
-                metrics |= {f"kd_{name}": d.detach() for name, (_, d) in distances.items()}
-            self._step(optimizer, f"discriminator{suffix}", loss)
+        for suffix in self._discriminators:
+            critics = None if suffix else self._critic_terms(z, layer, parts)
+            metrics |= self._d_update(suffix, fakes, real, critics)
         return metrics
 
-    def _critic_terms(self, z: list[Tensor], layer: int) -> dict[str, tuple[float, Tensor]]:
-        """Compute weights and values of the terms that train the discriminator, by name."""
-        calls = {t.name: (t.weight, t.parts.critic) for t in self._terms if t.parts.critic}
-        if not calls:
-            return {}
-        assert self.teacher is not None
-        target = self._pass(
-            self.teacher.generator, z, layer, None, self._without_gradients, features=True
-        )
-        with self._autocast():
-            return {
-                name: (weight, call(self.discriminator, target))
-                for name, (weight, call) in calls.items()
-            }
+    def _d_update(
+        self,
+        suffix: str,
+        fakes: Mapping[Part, Tensor],
+        real: Tensor,
+        critics: CriticTerms | None,
+    ) -> dict[str, Tensor]:
+        """Update one discriminator: mean softplus(-D(x)) + mean softplus(D(G(z))) and terms."""
+        update, sums = self._discriminators[suffix], Sums()
+
+        def loss_of(part: Part) -> Tensor:
+            both = torch.cat([fakes[part], part.of(real)])
+            with self._autocast():
+                fake_logits, real_logits = update.network(both, batches=2).chunk(2)
+            loss = losses.d_logistic_loss(real_logits, fake_logits)
+            sums.add(part, f"d_loss{suffix}", loss)
+            sums.add(part, f"real_score{suffix}", real_logits.detach().mean())
+            sums.add(part, f"fake_score{suffix}", fake_logits.detach().mean())
+            for name, weight, distance in critics(part) if critics else ():
+                sums.add(part, f"kd_{name}", distance)
+                loss = loss + weight * distance
+            return part.weigh(loss)
+
+        found = self._step(update, f"discriminator{suffix}", list(fakes), loss_of)
+        return sums.values | found
+
+    def _critic_terms(
+        self, z: list[Tensor], layer: int, parts: Sequence[Part]
+    ) -> CriticTerms | None:
+        """Find the terms that train the discriminator: a part -> names, weights and values."""
+        calls = [(t.name, t.weight, t.parts.critic) for t in self._terms if t.parts.critic]
+        if self.teacher is None or not calls:
+            return None
+        teacher = self.teacher.generator
+        noise = self._noise(teacher, parts, len(z[0]))
+
+        def terms(part: Part) -> list[tuple[str, float, Tensor]]:
+            rows = [part.of(row) for row in z]
+            target = self._pass(
+                teacher, rows, layer, noise[part], self._without_gradients, features=True
+            )
+            with self._autocast():
+                return [(name, w, call(self.discriminator, target)) for name, w, call in calls]
+
+        return terms
 
     def _r1_phase(self, real: Tensor) -> dict[str, Tensor]:
-        real = real.detach().requires_grad_()
+        real = real.detach()
         weight = self.settings.r1 / 2 * self.settings.d_reg_every
         metrics: dict[str, Tensor] = {}
-        for suffix, (network, optimizer) in self._discriminators.items():
-            penalty = losses.r1_penalty(network(real), real)
-            self._step(optimizer, f"R1{suffix}", penalty * weight)
-            metrics[f"r1{suffix}"] = penalty.detach()
+        for suffix, update in self._discriminators.items():
+            metrics |= self._r1_update(suffix, update, real, weight)
         return metrics
+
+    def _r1_update(
+        self, suffix: str, update: Update, real: Tensor, weight: float
+    ) -> dict[str, Tensor]:
+        """Update one discriminator by its penalty: weight * mean |dD/dx|^2."""
+        sums = Sums()
+
+        def loss_of(part: Part) -> Tensor:
+            images = part.of(real).detach().requires_grad_()
+            with self._autocast():
+                logits = update.network(images)
+            # The first derivative passes through half precision as the second does: scaled.
+            scale = self.scaler.value if self.scaler.enabled else None
+            penalty = losses.r1_penalty(logits, images, scale)
+            sums.add(part, f"r1{suffix}", penalty)
+            return part.weigh(penalty * weight)
+
+        found = self._step(update, f"R1{suffix}", self._parts(len(real)), loss_of)
+        return sums.values | found
 
     def _g_phase(self, n: int) -> dict[str, Tensor]:
         """Generator loss, and distillation: mean softplus(-D(G(z))) + sum of weighted terms."""
         g, teacher = self.generator, self.teacher
         z, layer = self.draws.styles(n), self.draws.layer(g.n_latent)
-        noise = g.make_noise(n) if self.settings.kd_shared_noise and teacher else None
+        parts, sums = self._parts(n), Sums()
+        shared = self.settings.kd_shared_noise and teacher is not None
+        noise = self._noise(g, parts, n)
+        if shared and len(parts) == 1:
+            noise = {parts[0]: g.make_noise(n)}
+        other = noise if shared or teacher is None else self._noise(teacher.generator, parts, n)
         features = any(term.features for term in self._terms)
-        student = self._pass(g, z, layer, noise, self._autocast, features)
-        with self._autocast():
-            logits = self.discriminator(student.made.image)
-        gan_loss = losses.g_nonsaturating_loss(logits)
-        metrics = {"g_loss": gan_loss.detach()}
-        loss = self._gan_weight * gan_loss
-        if teacher is not None:
-            target = self._pass(
-                teacher.generator, z, layer, noise, self._without_gradients, features
-            )
-            # The mask is the teacher's: what the student should keep (section 3.3).
-            mask = teacher.content_mask(target.made.image) if teacher.content_mask else None
-            for term in teacher.terms:
-                if term.parts.call is None:
-                    continue
-                distance = term.parts.call(student, target, mask)
+
+        def loss_of(part: Part) -> Tensor:
+            rows = [part.of(row) for row in z]
+            student = self._pass(g, rows, layer, noise[part], self._autocast, features)
+            with self._autocast():
+                logits = self.discriminator(student.made.image)
+            loss = losses.g_nonsaturating_loss(logits)
+            sums.add(part, "g_loss", loss)
+            loss = self._gan_weight * loss
+            if teacher is not None:
+                target = self._pass(
+                    teacher.generator, rows, layer, other[part], self._without_gradients, features
+                )
+                for name, weight, distance in self._distances(teacher, student, target):
+                    sums.add(part, f"kd_{name}", distance)
+                    loss = loss + weight * distance
+            return part.weigh(loss)
+
+        return self._step(self._g, "generator", parts, loss_of) | sums.values
+
+    def _distances(
+        self, teacher: Teacher, student: Pass, target: Pass
+    ) -> Iterator[tuple[str, float, Tensor]]:
+        """Compute name, weight and value of every term of the generator's loss."""
+        # The mask is the teacher's: what the student should keep (section 3.3).
+        mask = None
+        if teacher.content_mask:
+            with self._autocast():
+                mask = masks_of(teacher.content_mask, target.made.image)
+        for term in teacher.terms:
+            if term.parts.call is not None:
                 weight = term.weight * (self._gan_weight if term.parts.network else 1)
-                loss = loss + weight * distance
-                metrics[f"kd_{term.name}"] = distance.detach()
-        self._step(self.g_optim, "generator", loss)
-        return metrics
+                yield term.name, weight, term.parts.call(student, target, mask)
 
     def _pass(
         self,
@@ -302,6 +435,8 @@ class Trainer:
         features: bool,
     ) -> Pass:
         """Run student or teacher on the latents of a batch."""
+        if noise is None and self.settings.compile and generator is not self.generator:
+            noise = generator.make_noise(len(z[0]))  # compiled code would draw other numbers
         with context():
             w_plus = generator.w_plus(z, inject_index=layer)
             made = generator.synthesis(w_plus, noise, features=features)
@@ -313,29 +448,64 @@ class Trainer:
             yield
 
     def _path_phase(self, n: int) -> dict[str, Tensor]:
-        w_plus = self._latents(n)
-        images = self.generator.synthesis(w_plus).image
-        penalty, mean_length, lengths = losses.path_length_penalty(
-            images,
-            w_plus,
-            self.mean_path_length,
-            noise=self.draws.image_noise(images),
-            average=distributed.average,
-        )
+        """Update the generator by the path length penalty, 4 * weight * mean (|J^T y| - a)^2."""
+        g, parts = self.generator, self._parts(n, groups=1)
+        z, layer = self.draws.styles(n), self.draws.layer(g.n_latent)
+        noise = self._noise(g, parts, n)
         weight = self.settings.path_regularize * self.settings.g_reg_every
-        self._step(self.g_optim, "path length", penalty * weight)
-        self.mean_path_length = mean_length
-        return {"path_penalty": penalty.detach(), "path_length": lengths.mean()}
+        directions: dict[Part, Tensor] = {}
+
+        def lengths_of(part: Part, again: bool = True) -> Tensor:
+            w_plus = g.w_plus([part.of(row) for row in z], inject_index=layer)
+            images = g.synthesis(w_plus, noise[part]).image
+            if part not in directions:
+                whole = self.draws.image_noise(_batch_like(images, n))
+                directions.update({each: each.of(whole) for each in parts})
+            return losses.path_lengths(images, w_plus, directions[part], again)
+
+        if len(parts) == 1:
+            made: list[Tensor] = []
+
+            def loss_of(part: Part) -> Tensor:
+                made.extend(self._length_penalty(lengths_of(part)))
+                return made[0] * weight
+        else:
+            # The running mean ties all lengths to each other: they are computed once for the
+            # penalty's slopes by them, and again, part by part, to be followed back from there.
+            lengths = torch.cat([lengths_of(part, False) for part in parts]).requires_grad_()
+            made = self._length_penalty(lengths)
+            (slopes,) = torch.autograd.grad(made[0] * weight, lengths)
+
+            def loss_of(part: Part) -> Tensor:
+                return (part.of(slopes) * lengths_of(part)).sum()
+
+        found = self._step(self._g, "path length", parts, loss_of)
+        penalty, mean, lengths = (tensor.detach() for tensor in made)
+        # Not that of a step that is left out because something was not finite.
+        self.mean_path_length = torch.where(mean.isfinite(), mean, self.mean_path_length)
+        return {"path_penalty": penalty, "path_length": lengths.mean()} | found
+
+    def _length_penalty(self, lengths: Tensor) -> list[Tensor]:
+        """Compute the penalty, the updated mean and the lengths themselves."""
+        penalty, mean = losses.length_penalty(
+            lengths, self.mean_path_length, average=distributed.average
+        )
+        return [penalty, mean, lengths]
 
     def state(self, together: bool = True) -> dict[str, Any]:
         """Everything a run needs to go on, in the layout of `Model.checkpoint`.
 
         Args:
             together: take the random states of all processes, which must all make this call.
+
+        Raises:
+            NonFiniteError: the last iteration's losses or gradients were not finite.
         """
         own = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             own["cuda"] = torch.cuda.get_rng_state(self.device)
+        if together and self.judge.posted():
+            self._fail(self.iteration - 1)
         further: dict[str, Any] = {}
         for name, (network, optimizer) in self.further.items():
             further |= {name: network, f"{name}_optim": optimizer.state_dict()}
@@ -380,7 +550,7 @@ class Trainer:
             for name, (network, _) in self.further.items():
                 network.load_state_dict(load_discriminator(content, name).state_dict())
             for name, optimizer in optimizers.items():
-                _restore(optimizer, content[name])
+                restore(optimizer, content[name])
             if "train_state" in content:
                 self._load_progress(content["train_state"])
             else:
@@ -407,34 +577,13 @@ class Trainer:
                 torch.cuda.set_rng_state(streams["cuda"], self.device)
 
 
-def _fill_gradients(optimizer: Optimizer) -> None:
-    """Give every trained parameter that the loss did not reach a gradient of zero.
-
-    The regularisers do not reach the last biases. Adam passes over parameters without a gradient;
-    with a zero one their averages decay and the step counts, as in the original.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-
-
-def _restore(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Load an optimiser's state, but for the options, which are those of the settings.
-
-    Raises:
-        ValueError: a moment is not finite or not of its parameter's shape.
-    """
-    options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for group, own in zip(optimizer.param_groups, options, strict=True):
-        group.update(own)
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            for key, value in state.items():
-                shape = torch.Size() if key == "step" else parameter.shape
-                if value.shape != shape or not value.isfinite().all():
-                    raise ValueError(f"the optimiser's {key} does not fit")
+def _batch_like(images: Tensor, n: int) -> Tensor:
+    """An empty batch of n images in the layout of others, since numbers are drawn in its order."""
+    if len(images) == n:
+        return images
+    last = images.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return images.new_empty((n, *images.shape[1:])).to(memory_format=layout)
 
 
 @dataclass(frozen=True)
@@ -455,27 +604,26 @@ def iterate(
     batches: Iterator[Tensor],
     iterations: int,
     events: Sequence[Event],
-    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Iterate up to iteration ``iterations``.
 
     Args:
         trainer: goes on at its own iteration.
-        batches: real images (N, 3, size, size) in [-1, 1], this process's share of every batch.
+        batches: real images (N, 3, size, size) in [-1, 1], this process's share of every batch;
+            where they end, training does.
         iterations: where to end.
         events: those that are due are called after an iteration, in this order; all at the end.
-        stop: asked after every iteration; when true in any process, all stop there.
 
     Raises:
         NonFiniteError: a loss became NaN or infinite.
     """
-    # Agreeing costs a transfer, so several processes ask each other only now and then.
-    patience = 1 if distributed.world_size() == 1 else 10
     while trainer.iteration < iterations:
-        trainer.iterate(next(batches).to(trainer.device, non_blocking=True))
+        with trainer.clock.part("data"):
+            real = next(batches, None)
+        if real is None:
+            break
+        trainer.iterate(real.to(trainer.device, non_blocking=True))
         end = trainer.iteration == iterations
         for event in events:
             if end or (event.every and trainer.iteration % event.every == 0):
                 event.action()
-        if trainer.iteration % patience == 0 and distributed.any_process(stop(), trainer.device):
-            break

@@ -11,12 +11,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
-from tqdm import tqdm
 
 from Dataset import DatasetError
 from Dataset.batches import Item
 from Dataset.pictures import Resizing, UnreadableImageError, fit_square
 from Dataset.sources import open_source
+from Util.progress import warn
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """Bytes to floats in [-1, 1], of the same shape, on the device where they are."""
+    return pixels.float().div_(127.5).sub_(1)
 
 
 class Images(Dataset[Tensor]):
@@ -55,12 +60,15 @@ class Images(Dataset[Tensor]):
         return len(self.source)
 
     def __getitem__(self, item: Item) -> Tensor:
+        return to_float(self.pixels(item))
+
+    def pixels(self, item: Item) -> Tensor:
+        """Give an item as bytes (3, size, size), a quarter of its floats."""
         index, mirror = item
         pixels = np.asarray(self._readable(index))
         if mirror:
             pixels = pixels[:, ::-1]
-        tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        return tensor.float().div_(127.5).sub_(1)
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
     @cached_property
     def resizing(self) -> Resizing:
@@ -86,8 +94,7 @@ class Images(Dataset[Tensor]):
         self.bad[name] = reason
         # What a worker meets is reported by the main process, or each worker would repeat it.
         if get_worker_info() is None:
-            line = f"warning: {name}: {reason}; the next readable image takes its place"
-            tqdm.write(line, file=sys.stderr)
+            warn(f"warning: {name}: {reason}; the next readable image takes its place")
         if len(self.bad) > self.max_bad:
             raise self._too_many(f"more than {self.max_bad} unreadable images")
 

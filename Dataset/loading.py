@@ -25,32 +25,44 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from Dataset import DatasetError
 from Dataset.batches import EndlessBatches, Item
-from Dataset.images import Images
+from Dataset.images import Images, to_float
+from Util import distributed
 from Util.cli import run_settings
 from Util.settings import Settings, blame, setting
 
+CPU = torch.device("cpu")
+
+DEAF_TO = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals to the main process that schedulers send to its children too."""
+
 
 def load_batches(
-    dataset: Images, batches: Iterable[list[Item]], workers: int = 0, pin_memory: bool = False
+    dataset: Images,
+    batches: Iterable[list[Item]],
+    workers: int | None = 0,
+    device: torch.device = CPU,
 ) -> Generator[Tensor, None, None]:
     """Iterate over image batches (N, 3, size, size) in [-1, 1].
+
+    They travel as bytes, from the loading processes through shared memory and on to the device.
 
     Args:
         dataset: the images.
         batches: which of them, in which order: `EndlessBatches` or `in_order`.
-        workers: processes that load; 0 loads in this one. They start at once, and end with the
-            iterator.
-        pin_memory: put batches where a GPU copies from fastest.
+        workers: processes that load; 0 loads in this one, None is `default_workers`. They start at
+            once, and end with the iterator.
+        device: where the batches are wanted.
 
     Returns:
         The iterator; raises `DatasetError` when too many images are unreadable.
     """
+    workers = default_workers() if workers is None else workers
     loader = DataLoader(
         _Batches(dataset),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_as_is,
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
         worker_init_fn=_start_worker,
         multiprocessing_context=_worker_context() if workers else None,
         # At least four batches ahead: iterations differ in time, as most do without regularisation.
@@ -64,7 +76,12 @@ def load_batches(
     # Whatever still holds the iterator at the exit (the traceback of an error, say): there, Python
     # ends remaining processes by the signal that these ignore, and waits for them.
     atexit.register(_kill, [weakref.ref(p) for p in set(active_children()) - before])
-    return _reported(messages, dataset)
+    return _reported(messages, dataset, device)
+
+
+def default_workers() -> int:
+    """Loading processes of one training process: its share of the CPU cores, 1 to 4."""
+    return max(1, min(4, len(os.sched_getaffinity(0)) // distributed.local_processes()))
 
 
 class _Batches(Dataset[Any]):
@@ -79,7 +96,7 @@ class _Batches(Dataset[Any]):
     def __getitems__(self, items: list[Item]) -> tuple[Tensor, dict[str, str]] | DatasetError:
         known = len(self.images.bad)
         try:
-            batch = default_collate([self.images[item] for item in items])
+            batch = default_collate([self.images.pixels(item) for item in items])
         except DatasetError as error:
             return error
         return batch, dict(list(self.images.bad.items())[known:])
@@ -90,10 +107,10 @@ def _as_is(batch: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C and torchrun's SIGTERM reach the whole process group; the main process alone deals with
-    # them, and may need batches until it has.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C and schedulers' signals reach the whole process group; the main process alone deals
+    # with them, and may need batches until it has.
+    for number in (signal.SIGINT, *DEAF_TO):
+        signal.signal(number, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
 
@@ -117,18 +134,21 @@ def _worker_context() -> BaseContext:
 
 @contextmanager
 def _deaf_to_termination() -> Iterator[None]:
-    """Let processes started in the block ignore SIGTERM; the fork server cannot be told later."""
+    """Let processes started in the block ignore signals; the fork server cannot be told later."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in DEAF_TO}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def _reported(messages: Iterator[Any], images: Images) -> Generator[Tensor, None, None]:
+def _reported(
+    messages: Iterator[Any], images: Images, device: torch.device = CPU
+) -> Generator[Tensor, None, None]:
     try:
         while (message := _next_message(messages, images)) is not None:
             if isinstance(message, DatasetError):
@@ -136,7 +156,7 @@ def _reported(messages: Iterator[Any], images: Images) -> Generator[Tensor, None
             batch, bad = message
             for name, reason in bad.items():
                 images.note_bad(name, reason)
-            yield batch
+            yield to_float(batch.to(device, non_blocking=True))
     finally:
         # An error's traceback holds this frame; the workers end when nothing holds their iterator.
         del messages
@@ -206,5 +226,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     prog = "python -m Dataset.images"
     return run_settings(
-        LoadingSettings, _measure, argv, prog=prog, description="Measure the loader."
+        LoadingSettings,
+        _measure,
+        argv,
+        prog=prog,
+        description="Measure how many images a second are loaded, from one place or several.",
+        epilog=f"example: {prog} --path FFHQ FFHQ_LMDB --size 256 --workers 4",
     )

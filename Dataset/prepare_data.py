@@ -21,13 +21,13 @@ from typing import Any
 
 import lmdb
 from PIL import Image
-from tqdm import tqdm
 
 from Dataset import DatasetError
 from Dataset.pictures import FILTERS, UnreadableImageError, fit_square, read_image
 from Dataset.sources.folder import Folder
 from Dataset.sources.lmdb import LENGTH_KEY, STATE_KEY, State, image_key, open_environment
-from Util.cli import check_writable, run_settings
+from Util.cli import check_writable, if_interrupted, run_settings
+from Util.progress import Progress, warn
 from Util.settings import SettingError, Settings, blame, setting
 
 MAP_SIZE = 2**30
@@ -44,7 +44,9 @@ Encoded = tuple[int, list[bytes]] | str
 class PrepareSettings(Settings):
     """What goes into an LMDB, and how it is stored."""
 
-    path: Path = setting(..., "folder of images, searched recursively", metavar="DIR")
+    path: Path = setting(
+        ..., "folder of images, searched recursively", metavar="DIR", exists="folder"
+    )
     out: Path = setting(..., "folder of the LMDB, new or unfinished", metavar="LMDB")
     size: tuple[int, ...] = setting(..., "sides in pixels: 128,256", metavar="N,...")
     resample: str = setting(
@@ -209,9 +211,7 @@ def _write_missing(
     step = min(max(CHUNK_PIXELS // pixels, 1), 256)
     chunks = [names[i : i + step] for i in range(state.done, len(names), step)]
     workers = min(settings.workers or os.cpu_count() or 1, len(chunks))
-    bar = tqdm(
-        total=len(names), initial=state.done, unit="img", desc="encoding", disable=not progress
-    )
+    bar = Progress(len(names), "encoding", "img", done=state.done, shown=progress)
     # Closed by hand, so that an error here stops the processes at once.
     with bar, closing(_encoded(settings, chunks, workers)) as encoded:
         for results in encoded:
@@ -288,18 +288,14 @@ def _commit(env: lmdb.Environment, items: Sequence[tuple[bytes, bytes]]) -> None
             env.set_mapsize(2 * env.info()["map_size"])
 
 
-def _run(settings: PrepareSettings) -> int:
+def _run(settings: PrepareSettings) -> None:
     check_writable("out", settings.out / "data.mdb")
-    try:
+    with if_interrupted(lambda: "the same command goes on from here"):
         state = prepare(settings)
-    except KeyboardInterrupt:
-        print("prepare_data: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
     for name, reason in state.bad:
-        print(f"prepare_data: warning: {name}: {reason}; left out", file=sys.stderr)
+        warn(f"prepare_data: warning: {name}: {reason}; left out")
     sizes = ", ".join(map(str, settings.sizes))
     print(f"{state.length} images of {sizes} px ({settings.format}) in {settings.out}")
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

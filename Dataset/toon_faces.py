@@ -18,12 +18,12 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from multiprocessing import get_context
 from os import cpu_count
@@ -33,10 +33,10 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 from PIL import Image
-from tqdm import tqdm
 
-from Util.cli import check_writable, run_settings
+from Util.cli import check_writable, if_interrupted, run_settings
 from Util.files import atomic_path
+from Util.progress import Progress
 from Util.settings import Settings, blame, setting
 
 VERSION = 1
@@ -127,10 +127,8 @@ def _style() -> Any:
     return Style(json.loads(text))
 
 
-def _avatar(rng: Generator) -> tuple[str, str]:
-    """Draw an avatar's parts and colours; return the parts' definitions and their placement."""
-    from dicebear import Avatar
-
+def _choices(rng: Generator) -> tuple[dict[str, Any], str]:
+    """Draw what an avatar looks like; return the style's options and the colour of the iris."""
     hair = _between(rng, NATURAL_HAIR) if rng.random() < 0.75 else _random_colour(rng, 0.4, 0.3)
     eyes, mouth = (rng.choice(list(c), p=list(c.values())) for c in (EYES, MOUTHS))
     options = {
@@ -143,9 +141,15 @@ def _avatar(rng: Generator) -> tuple[str, str]:
         "beardProbability": 30,
         "rearHairProbability": 50,
     }
+    return options, _between(rng, IRIS, 0.03)
+
+
+def _avatar(options: dict[str, Any], iris: str) -> tuple[str, str]:
+    """Draw an avatar; return the parts' definitions and their placement."""
+    from dicebear import Avatar
+
     svg = Avatar(_style(), options).to_string()
     definitions, uses = re.findall(r"<defs>(.*)</defs><g[^>]*>(.*)</g></svg>", svg, re.S)[0]
-    iris = _between(rng, IRIS, 0.03)
     return re.sub(r'(<circle[^>]*fill=")#4B2422', rf"\g<1>{iris}", definitions), uses
 
 
@@ -264,6 +268,35 @@ def _label_map(flat: Image.Image, tilt: float, eyes: np.ndarray) -> np.ndarray:
     return labels
 
 
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows.
+
+    Attributes:
+        options: of the avatar style, with the colours of skin, hair and clothes.
+        definitions: of the avatar's parts, SVG.
+        uses: their placement.
+        transform: of the whole face.
+        tilt: of the face, in radians.
+        background: definitions and drawing.
+    """
+
+    options: Mapping[str, Any]
+    definitions: str
+    uses: str
+    transform: str
+    tilt: float
+    background: tuple[str, str]
+
+
+@lru_cache(maxsize=1)  # a picture that is drawn and described in turn is made up once
+def scene(index: int, seed: int) -> Scene:
+    """Make up a portrait; a pure function of its arguments."""
+    rng = np.random.default_rng((seed, index))
+    options, iris = _choices(rng)
+    return Scene(options, *_avatar(options, iris), *_placement(rng), _background(rng))
+
+
 def render(
     index: int, size: int = 64, seed: int = 0, labels: bool = True
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -281,19 +314,24 @@ def render(
     Raises:
         ToonFacesError: a package is missing.
     """
-    rng = np.random.default_rng((seed, index))
-    definitions, uses = _avatar(rng)
-    transform, tilt = _placement(rng)
-    back_definitions, back = _background(rng)
-    face = f'<g transform="{transform}">{uses}</g>'
-    svg = _document(back_definitions + definitions, back + face, "geometricPrecision")
+    made = scene(index, seed)
+    back_definitions, back = made.background
+    face = f'<g transform="{made.transform}">{made.uses}</g>'
+    svg = _document(back_definitions + made.definitions, back + face, "geometricPrecision")
     # Twice the size, then averaged: resvg's own edges are too coarse for small pictures.
     picture = np.asarray(_rasterise(svg, 2 * size).reduce(2))
     if not labels:
         return picture, None
-    flat = _rasterise(_document(_flat(definitions), face, "crispEdges"), size)
-    centre = np.array(re.findall(r"translate\(([\d.]+) ([\d.]+)\)", transform)[0], dtype=float)
-    return picture, _label_map(flat, tilt, centre * size / CANVAS)
+    flat = _rasterise(_document(_flat(made.definitions), face, "crispEdges"), size)
+    place = re.findall(r"translate\(([\d.]+) ([\d.]+)\)", made.transform)[0]
+    return picture, _label_map(flat, made.tilt, np.array(place, dtype=float) * size / CANVAS)
+
+
+def render_background(index: int, size: int, seed: int = 0) -> np.ndarray:
+    """Render what lies behind the face of a picture: (size, size, 3) RGB bytes."""
+    definitions, drawing = scene(index, seed).background
+    svg = _document(definitions, drawing, "geometricPrecision")
+    return np.asarray(_rasterise(svg, 2 * size).reduce(2))
 
 
 def _render_files(settings: ToonFacesSettings, indices: Sequence[int]) -> int:
@@ -369,7 +407,7 @@ def render_dataset(settings: ToonFacesSettings, progress: bool = True) -> None:
         return
     chunks = [missing[i : i + 64] for i in range(0, len(missing), 64)]
     done, workers = settings.n - len(missing), settings.workers or cpu_count() or 1
-    bar = tqdm(total=settings.n, initial=done, unit="img", desc="rendering", disable=not progress)
+    bar = Progress(settings.n, "rendering", "img", done=done, shown=progress)
     # Spawned, not forked: a fork of a process that has used PyTorch's threads may hang.
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool, bar:
         try:
@@ -388,7 +426,8 @@ def render_dataset(settings: ToonFacesSettings, progress: bool = True) -> None:
 
 def _run(settings: ToonFacesSettings) -> None:
     check_writable("out", settings.out / "images")
-    render_dataset(settings)
+    with if_interrupted(lambda: "the same command goes on from here"):
+        render_dataset(settings)
     print(f"{settings.n} pictures of {settings.size} px in {settings.out}")
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -15,6 +15,8 @@ from Evaluation.features import trunk_parser
 from Model.checkpoint import CheckpointError, load_strict, read
 from Model.downloads import downloaded
 from Model.face_parser import BiSeNet
+from Model.layers import fast_layout
+from Util.compiling import compile_method
 from Util.settings import blame
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -28,6 +30,8 @@ def load_distance(
     trunk: str | Path | None,
     parser: Callable[[], str | Path],
     device: torch.device,
+    half: torch.dtype | None = None,
+    compiling: bool = False,
 ) -> Distance:
     """Load a perceptual distance.
 
@@ -36,6 +40,9 @@ def load_distance(
         trunk: see `load_lpips`.
         parser: names the face parser's file; asked only where it is needed.
         device: where it runs.
+        half: type of the trunk's convolutions. What follows them stays in float32: the squared
+            differences of normalised features are too small for float16.
+        compiling: compile it when it is first called.
 
     Returns:
         See `Distance`; larger images are reduced to 256 px first, as LPIPS is meant to be used.
@@ -46,11 +53,39 @@ def load_distance(
     network: nn.Module
     if name == "parser":
         with blame("parser_ckpt"):
-            network = ParserDistance(trunk_parser(parser(), device))
+            network = ParserDistance(trunk_parser(parser(), device), half)
     else:
         with blame("perceptual_ckpt"):
             network = load_lpips(name, trunk).to(device)
+            network.net = Trunk(network.get_submodule("net"), half)
+    if compiling:
+        compile_method(network, "forward")
     return lambda a, b: network(at_most(a, 256), at_most(b, 256)).flatten()
+
+
+class Trunk(nn.Module):
+    """A convolutional trunk, maybe in half precision, with float32 features.
+
+    Args:
+        network: images (N, 3, H, W) -> feature maps.
+        half: type of its convolutions; None leaves it as it is.
+    """
+
+    def __init__(self, network: nn.Module, half: torch.dtype | None) -> None:
+        super().__init__()
+        self.network, self.precision = network, half
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Compute the features."""
+        return _features(self.network, fast_layout(images), self.precision)
+
+
+def _features(
+    trunk: Callable[[Tensor], Iterable[Tensor]], images: Tensor, half: torch.dtype | None
+) -> list[Tensor]:
+    with torch.autocast(images.device.type, half, enabled=half is not None):
+        found = trunk(images)
+    return [features.float() if half else features for features in found]
 
 
 class ParserDistance(nn.Module):
@@ -62,14 +97,17 @@ class ParserDistance(nn.Module):
 
     Args:
         parser: a face parser; frozen.
+        half: see `Trunk`.
     """
 
-    def __init__(self, parser: BiSeNet) -> None:
+    def __init__(self, parser: BiSeNet, half: torch.dtype | None = None) -> None:
         super().__init__()
         self.parser = parser.eval().requires_grad_(False)
+        self.precision = half
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        features = self.parser.trunk_features(self.parser.prepare(images))
+        prepared = self.parser.prepare(images)
+        features = _features(self.parser.trunk_features, prepared, self.precision)
         return [F.normalize(f, dim=1) for f in features]
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Show faces of several models edited (style mixing, morphing), and measure what survives."""
+"""Show faces of several models edited (mixed, morphed, moved), and measure what survives."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,20 +9,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from Evaluation import editing, sampling
 from Evaluation.distances import Distance
+from Evaluation.features import masks_of
 from Evaluation.projection import load_projection
 from Evaluation.sampling import Latents
 from Evaluation.settings import ContentSettings, LoadMask, PictureSettings, Result
 from Evaluation.side_by_side import load_models, save_pictures, sizes, stacked, target_stem
+from Evaluation.walking import KINDS, Walk, find_walks, walking_distances
 from Model.generator import Generator
-from Util.device import pick_device
-from Util.pictures import framed, grid, rescale
+from Util.pictures import captioned, framed, grid, headed, rescale, text_size, with_text
+from Util.progress import track
 from Util.settings import SettingError, blame, setting
 
-STEMS = {"mixing": "style_mixing", "morphing": "morphing"}
+STEMS = {"mixing": "style_mixing", "morphing": "morphing", "directions": "directions"}
 Numbers = tuple[int, ...] | None
 Files = tuple[Path, ...] | None
 
@@ -38,16 +39,21 @@ class EditedSettings(ContentSettings, PictureSettings):
     """Settings of `show_edited`."""
 
     mode: str = setting("mixing", "what to do", choices=tuple(STEMS))
-    a: Numbers = setting(None, FACES.format("A", "0,1,2", "a"))
-    projection_a: Files = setting(None, PROJECTION.format("A"), nargs="+", metavar="NPZ")
+    a: Numbers = setting(None, FACES.format("A", "0,1,2, to walk 0", "a"))
+    projection_a: Files = setting(
+        None, PROJECTION.format("A"), nargs="+", metavar="NPZ", exists="file"
+    )
     b: Numbers = setting(
         None, FACES.format("B", "3,4,5,6,7, to morph as many as in A from 3 on", "b")
     )
-    projection_b: Files = setting(None, PROJECTION.format("B"), nargs="+", metavar="NPZ")
-    layers: str = setting(
-        "coarse",
-        "mixing: layers of w+ that come from B: coarse (0-3), middle (4-7), fine (8 and on), or a"
-        " range such as 2-5",
+    projection_b: Files = setting(
+        None, PROJECTION.format("B"), nargs="+", metavar="NPZ", exists="file"
+    )
+    layers: str | None = setting(
+        None,
+        "mixing: layers of w+ that come from B; directions: those that move. coarse (0-3), middle"
+        " (4-7), fine (8 and on), all, or a range such as 2-5 (default: coarse to mix, all to"
+        " move)",
     )
     mix_noise: bool = setting(
         False,
@@ -55,11 +61,26 @@ class EditedSettings(ContentSettings, PictureSettings):
         " of its own in place of the stored maps",
     )
     space: str = setting("w", "morphing: linear in w, or spherical in z", choices=("w", "z"))
-    steps: int = setting(7, "morphing: pictures from A to B, with both, at least 3", low=3)
+    steps: int = setting(
+        7,
+        "pictures of a row, at least 3: morphing from A to B with both, directions from one end to"
+        " the other",
+        low=3,
+    )
+    directions: str = setting(
+        "principal",
+        "directions: the principal components of w, or the eigenvectors of the modulations, five a"
+        " block; those of the first checkpoint serve all",
+        choices=KINDS,
+    )
+    direction: tuple[int, ...] = setting((0, 1, 2), "directions: their numbers, from 0 on")
+    strength: float = setting(
+        2.0, "directions: how far, in standard deviations of w along them", above=0
+    )
     out: Path | None = setting(
         None,
-        "the picture is OUT.png, the animation of a morph OUT.gif; or a folder for them (default:"
-        " style_mixing or morphing)",
+        "the picture is OUT.png, the animation OUT.gif; or a folder for them (default:"
+        " style_mixing, morphing or directions)",
     )
 
 
@@ -86,6 +107,9 @@ Content = Callable[[Tensor], Tensor]
 Edit = tuple[np.ndarray, dict[str, float]]
 """The picture of one model, and its distances."""
 
+Moment = Callable[[Faces, float], tuple[Latents, int]]
+"""Faces of a model, t in [0, 1] -> latents of an animation at t, and how many are in a row."""
+
 
 def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
     """Edit, measure, and write the picture and the animation.
@@ -97,26 +121,26 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
     Raises:
         SettingError: names the setting and what to do.
     """
-    device, first, mode = pick_device(settings.device), settings.checkpoints[0], settings.mode
+    device, first, mode = settings.pick_device(), settings.checkpoints[0], settings.mode
+    settings.parser_file(first)
     stem = target_stem(settings.out or Path(STEMS[mode]), STEMS[mode])
     models = load_models(settings, device)
     faces = _load_faces(settings, models)
     generator = next(iter(models.values()))
     scale = settings.scale_of(generator.size)
-    edit: Callable[..., Edit] = partial(_morph, n=settings.steps)
-    if mode == "mixing":
-        with blame("layers"):
-            layers = editing.style_layers(settings.layers, generator.n_latent)
-        edit = partial(_mix, layers=layers, noise=settings.mix_noise)
+    edit, moment = _edit_of(settings, generator)
     mask = settings.load_mask(load_mask, first, device)
     distance = settings.load_distance(first, device)
     with torch.no_grad():
         edits = {
-            name: edit(own, scale, lambda x: x * mask(x), distance)
-            for name, own in tqdm(faces.items(), desc=mode, unit="model")
+            name: edit(own, scale, lambda x: x * masks_of(mask, x), distance)
+            for name, own in track(faces.items(), len(faces), mode, "model")
         }
-    picture = stacked(models, {name: shown for name, (shown, _) in edits.items()}, gap=24)
-    frames = _frames(models, faces, scale, settings.frames if mode == "morphing" else 0)
+    picture = stacked(models, {name: shown for name, (shown, _) in edits.items()}, scale, gap=24)
+    size = text_size(round(generator.size * scale))
+    picture = with_text(picture, _caption(settings, generator.n_latent), size)
+    frame_scale = settings.scale_of(generator.size, animated=True)
+    frames = _frames(models, faces, frame_scale, moment, settings.frames)
     files = save_pictures(settings, stem, picture, frames)
     distances = {name: found for name, (_, found) in edits.items()}
     lines = [*sizes(settings, models), f"content-aware {settings.distance_name(first)}"]
@@ -126,11 +150,39 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
     return Result(figures, _protocol(settings, mask.chosen), lines, settings, chosen)
 
 
+def _edit_of(
+    settings: EditedSettings, generator: Generator
+) -> tuple[Callable[..., Edit], Moment | None]:
+    """What the mode does to the faces of a model, and what moves in the animation if any does."""
+    if settings.mode == "morphing":
+        return partial(_morph, n=settings.steps), lambda faces, t: (faces.between(t), len(faces.a))
+    with blame("layers"):
+        named = settings.layers
+        if named is None:
+            named = "coarse" if settings.mode == "mixing" else "all"
+        layers = editing.style_layers(named, generator.n_latent)
+    if settings.mode == "mixing":
+        return partial(_mix, layers=layers, noise=settings.mix_noise), None
+    with blame("direction"):
+        walks = find_walks(
+            generator, settings.directions, settings.direction, layers, settings.seed
+        )
+    last = settings.steps - 1
+    strengths = [settings.strength * (2 * i - last) / last for i in range(settings.steps)]
+
+    def moment(faces: Faces, t: float) -> tuple[Latents, int]:
+        moved = [walk.to(faces.a, (2 * t - 1) * settings.strength).w_plus for walk in walks]
+        noise = [maps.repeat(len(walks) if len(maps) > 1 else 1, 1, 1, 1) for maps in faces.a.noise]
+        return Latents(torch.cat(moved), noise), len(faces.a)
+
+    return partial(_walk, walks=walks, strengths=strengths), moment
+
+
 def _load_faces(settings: EditedSettings, models: Mapping[str, Generator]) -> dict[str, Faces]:
     """Find the faces A and B of every model."""
     projected = [_projected(settings, side, models) for side in "ab"]
-    a = _numbers("a", settings.a, projected[0], range(3))
-    n = len(a) if settings.mode == "morphing" else 5
+    a = _numbers("a", settings.a, projected[0], range(1 if settings.mode == "directions" else 3))
+    n = 5 if settings.mode == "mixing" else len(a)
     b = _numbers("b", settings.b, projected[1], range(3, 3 + n))
     if settings.mode == "morphing":
         if len(a) != len(b):
@@ -216,7 +268,8 @@ def _mix(
     def shown(images: Tensor, columns: int) -> np.ndarray:
         return grid(rescale(images, scale), columns, gap=4)
 
-    return framed(shown(left, 1), shown(top, len(b)), shown(mixed, len(b))), distances
+    grids = (shown(left, 1), shown(top, len(b)), shown(mixed, len(b)))
+    return framed(*grids, names=("A", "B")), distances
 
 
 def _morph(faces: Faces, scale: float, content: Content, distance: Distance, n: int) -> Edit:
@@ -225,20 +278,82 @@ def _morph(faces: Faces, scale: float, content: Content, distance: Distance, n: 
     frames = [sampling.render(faces.generator, faces.between(t)) for t in steps]
     rows = rescale(torch.stack(frames, dim=1).flatten(0, 1), scale)
     distances = editing.morphing_distances([content(frame) for frame in frames], distance)
-    return grid(rows, columns=n, gap=4), distances
+    side = rows.shape[-1]
+    heads = ["A", *(f"{k}/{n - 1}" for k in range(1, n - 1)), "B"]
+    shown = grid(rows, columns=n, gap=4)
+    if side >= 2 * text_size(side):
+        shown = np.concatenate([shown, headed(heads, shown.shape[1], 4, text_size(side))])
+    return shown, distances
+
+
+def _caption(settings: EditedSettings, n_latent: int) -> str:
+    """What the picture shows, in words."""
+    psi = f"Truncation {settings.truncation:g}."
+    if settings.mode == "morphing":
+        way = "linearly in w" if settings.space == "w" else "along the arc in z"
+        return f"Morphing from A to B, {way}; numbers: the share of the way. {psi}"
+    if settings.mode == "directions":
+        return (
+            "Walks along directions of w from the face in the middle (0): standard deviations of w"
+            f" along each. {psi}"
+        )
+    chosen = settings.layers or "coarse"
+    layers = editing.style_layers(chosen, n_latent)
+    last = layers.stop - 1
+    which = f"layer {last}" if len(layers) == 1 else f"layers {layers.start} to {last}"
+    # Layer 0 of w+ is that of the convolution at 4 px, two each are those of every further size;
+    # the last one is a ToRGB's alone.
+    low, high = (2 ** (2 + (min(i, n_latent - 2) + 1) // 2) for i in (layers.start, last))
+    pixels = f"{low} px" if low == high else f"{low} to {high} px"
+    named = f"{chosen}, " if chosen in editing.STYLE_LAYERS else ""
+    noise = " and the noise" if settings.mix_noise else ""
+    return (
+        f"Style mixing: the face A of the row, with the styles{noise} of the face B of the column"
+        f" in {which} ({named}{pixels}) of 0 to {n_latent - 1}. {psi}"
+    )
+
+
+def _walk(
+    faces: Faces,
+    scale: float,
+    content: Content,
+    distance: Distance,
+    walks: Sequence[Walk],
+    strengths: Sequence[float],
+) -> Edit:
+    """Walk along directions: one block of rows each, one row a face, one column a strength."""
+    unedited = content(sampling.render(faces.generator, faces.a))
+    blocks, distances = {}, []
+    for walk in walks:
+        frames = [sampling.render(faces.generator, walk.to(faces.a, s)) for s in strengths]
+        rows = rescale(torch.stack(frames, dim=1).flatten(0, 1), scale)
+        blocks[walk.name] = grid(rows, columns=len(strengths), gap=4)
+        masked = [content(frame) for frame in frames]
+        distances.append(walking_distances(unedited, masked, distance))
+    width = next(iter(blocks.values())).shape[1]
+    head = headed([f"{s:+.2g} sd" if s else "0" for s in strengths], width, gap=4)
+    means = {key: sum(d[key] for d in distances) / len(distances) for key in distances[0]}
+    return captioned({"": head, **blocks}, gap=8), means
 
 
 def _frames(
-    models: Mapping[str, Generator], faces: Mapping[str, Faces], scale: float, n: int
+    models: Mapping[str, Generator],
+    faces: Mapping[str, Faces],
+    scale: float,
+    moment: Moment | None,
+    n: int,
 ) -> Iterator[np.ndarray]:
-    """Render an animation that goes from A to B and back, slowly at both."""
-    for k in tqdm(range(n), desc="morphing", unit="frame", disable=not n):
+    """Render an animation that goes from one end to the other and back, slowly at both."""
+    if moment is None:
+        return
+    for k in track(range(n), n, "animation", "frame"):
         t = (1 - math.cos(2 * math.pi * k / n)) / 2
         blocks = {}
         for name, own in faces.items():
-            images = rescale(sampling.render(own.generator, own.between(t)), scale)
-            blocks[name] = grid(images, columns=len(images), gap=4)
-        yield stacked(models, blocks)
+            latents, columns = moment(own, t)
+            images = rescale(sampling.render(own.generator, latents), scale)
+            blocks[name] = grid(images, columns, gap=4)
+        yield stacked(models, blocks, scale)
 
 
 def _table(figures: Mapping[str, Mapping[str, float]]) -> str:
@@ -254,7 +369,7 @@ def _table(figures: Mapping[str, Mapping[str, float]]) -> str:
 def _protocol(settings: EditedSettings, content: str) -> dict[str, str]:
     """Say what the distances mean."""
     what = "means over all pairs of A and B"
-    if settings.mode == "morphing":
+    if settings.mode != "mixing":
         what = f"means over the {settings.steps} pictures of each row and over the rows"
     name = settings.distance_name(settings.checkpoints[0])
     mask = f"content mask of {content}" if content else "content mask"

@@ -64,12 +64,12 @@ def morph(a: Latents, b: Latents, t: float) -> Latents:
 
 
 def style_layers(text: str, n_latent: int) -> range:
-    """Find the layers of w+ of a text: coarse, middle, fine, ``3``, or ``0-3`` with both ends.
+    """Find the layers of w+ of a text: coarse, middle, fine, all, ``3``, or ``0-3`` with both ends.
 
     Raises:
         ValueError: it names none of the ``n_latent`` layers, or one that does not exist.
     """
-    layers = range(0)
+    layers = range(n_latent if text == "all" else 0)
     if text in STYLE_LAYERS:
         named = STYLE_LAYERS[text]
         layers = range(named.start, min(named.stop, n_latent))
@@ -78,7 +78,7 @@ def style_layers(text: str, n_latent: int) -> range:
         layers = range(int(first), int(last or first) + 1)
     if not layers or layers.stop > n_latent:
         raise ValueError(
-            f"{text}: expected coarse, middle, fine or a range such as 0-3 within this model's"
+            f"{text}: expected coarse, middle, fine, all or a range such as 0-3 within this model's"
             f" layers 0-{n_latent - 1}"
         )
     return layers

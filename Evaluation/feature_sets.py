@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from Dataset.batches import in_order
 from Dataset.images import Images
@@ -19,18 +17,33 @@ from Evaluation import feature_statistics, sampling
 from Evaluation.feature_statistics import Features, Statistics, statistics_of
 from Evaluation.features import Extractor
 from Model.generator import Generator
-from Util import distributed
+from Util import distributed, memory
+from Util.progress import Progress, warn
+from Util.stopping import StoppedError
 
 
 def all_features(
-    extractor: Extractor, batches: Iterable[Tensor], device: torch.device, n: int, what: str
+    extractor: Extractor,
+    batches: Iterable[Tensor],
+    device: torch.device,
+    n: int,
+    what: str,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Features:
-    """Compute features (n, D) of all processes' batches, in order, under a progress bar."""
-    quiet, step, own = distributed.rank() != 0, distributed.world_size(), []
-    with tqdm(total=n, desc=what, unit="img", leave=False, disable=quiet) as bar:
+    """Compute features (n, D) of all processes' batches, in order, under a progress bar.
+
+    Raises:
+        StoppedError: in all processes, if ``stop()`` was true between two batches of one.
+    """
+    first, step, own = distributed.rank() == 0, distributed.world_size(), []
+    with Progress(n, what, "img", shown=first, leave=False) as bar:
         for images in batches:
+            if stop():
+                break
             own.append(extractor(images.to(device)).cpu())
-            bar.update(min(len(images) * step, n - bar.n))
+            bar.update(min(len(images) * step, n - bar.done))
+    if distributed.any_process(stop()):
+        raise StoppedError
     return torch.cat(distributed.gather_in_turn(own)).numpy()
 
 
@@ -41,21 +54,28 @@ def sampled_features(
     batch_size: int,
     seed: int,
     truncation: float = 1.0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Features:
-    """Compute features (n, D) of a generator's images 0 to n - 1; the processes share them."""
+    """Compute features (n, D) of a generator's images 0 to n - 1; the processes share them.
+
+    Raises:
+        StoppedError: see `all_features`.
+    """
     centre = sampling.mean_latent(generator, seed) if truncation < 1 else None
+    batch_size = memory.at_once(generator.size, memory.INFERENCE, batch_size)
     shares = sampling.shares(n, batch_size, distributed.rank(), distributed.world_size())
     batches = (sampling.images(generator, s, seed, truncation, centre) for s in shares)
     device = generator.device
-    return all_features(extractor, batches, device, n, "generated images")
+    return all_features(extractor, batches, device, n, "generated images", stop)
 
 
 def image_features(
-    images: Images, extractor: Extractor, batch_size: int, workers: int, device: torch.device
+    images: Images, extractor: Extractor, batch_size: int, workers: int | None, device: torch.device
 ) -> Features:
     """Compute features (N, D) of all images of a data set; the processes share them."""
+    batch_size = memory.at_once(images.size, memory.INFERENCE, batch_size)
     own = in_order(len(images), batch_size, distributed.rank(), distributed.world_size())
-    batches = load_batches(images, own, workers, device.type == "cuda")
+    batches = load_batches(images, own, workers, device)
     return all_features(extractor, batches, device, len(images), f"images of {images.path}")
 
 
@@ -109,7 +129,7 @@ def real_statistics(
     extractor: Extractor,
     device: torch.device,
     batch_size: int = 64,
-    workers: int = 0,
+    workers: int | None = 0,
     need_features: bool = False,
 ) -> Statistics:
     """Make statistics of real images once and keep them; all processes take part.
@@ -120,14 +140,14 @@ def real_statistics(
             again when these have changed.
         extractor: the features.
         device: where the features are computed.
-        batch_size: images at a time.
+        batch_size: images at a time, fewer where they are large (`Util.memory`).
         workers: processes that load the images.
         need_features: the features themselves are needed, not only their mean and covariance.
 
     Raises:
         ValueError: see `read_statistics`; non-finite features.
     """
-    if file is not None and not distributed.any_process(not file.is_file(), device):
+    if file is not None and not distributed.any_process(not file.is_file()):
         return read_statistics(file, extractor, need_features, images.resizing)
     record: dict[str, Any] = {
         "images": str(images.path),
@@ -144,7 +164,7 @@ def real_statistics(
         digest = hashlib.sha256(json.dumps(record_named).encode()).hexdigest()[:8]
         file = images.path.with_name(f"{images.path.name}_{images.size}px_statistics_{digest}.npz")
     found = feature_statistics.find(file, (record, old), need_features)
-    if not distributed.any_process(found is None, device):
+    if not distributed.any_process(found is None):
         assert found is not None
         return found
     features = image_features(images, extractor, batch_size, workers, device)
@@ -153,5 +173,5 @@ def real_statistics(
         try:
             feature_statistics.save(file, made)
         except OSError as error:
-            print(f"warning: {file} could not be written ({error})", file=sys.stderr)
+            warn(f"warning: {file} could not be written ({error})")
     return made

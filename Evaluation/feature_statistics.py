@@ -90,7 +90,8 @@ def notes_on_few(n: int, real: Statistics) -> list[str]:
     return [
         f"warning: only {count} {what} images for {len(real.mean)} features raise a Frechet"
         f" distance, here by roughly {expected_bias(real.cov, count):.3g}; compare it with those of"
-        " as many images only"
+        " as many images only, or take the kernel distance (metrics kid), which few images do not"
+        " bias"
         for what, count in counts.items()
         if isinstance(count, int) and 2 <= count <= len(real.mean)
     ]

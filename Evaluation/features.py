@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from Evaluation.inception import DIMENSIONS, URL, load_inception
-from Model.checkpoint import CheckpointError, load_face_parser
+from Model import bundled
+from Model.checkpoint import CheckpointError, load_attribute_classifier, load_face_parser
 from Model.downloads import download_path
 from Model.face_parser import BiSeNet, fold_batch_norm
+from Util.device import tf32_allowed
 from Util.settings import blame
 
 Mask = Callable[[Tensor], Tensor]
@@ -39,7 +41,22 @@ LoadMask = Callable[[Path, torch.device, Sequence[str]], ContentMask]
 """Makes the content mask of a parser, by its file or name, and of the classes that are content;
 without classes, they are the parser's own."""
 
-FEATURES = ("inception", "parser")
+FEATURES = ("inception", "parser", "attributes")
+
+
+def masks_of(mask: Mask, images: Tensor) -> Tensor:
+    """The content masks of images, which must be one value for each pixel.
+
+    Raises:
+        ValueError: they are not.
+    """
+    found, expected = mask(images), (len(images), 1, *images.shape[2:])
+    if not isinstance(found, Tensor) or found.shape != expected:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"the content mask makes {shape} of images {tuple(images.shape)}, not {expected}"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,7 @@ class Extractor:
     def __call__(self, images: Tensor) -> Tensor:
         """Compute features (N, D) in float32."""
         if self.mask is not None:
-            images = images * self.mask(images)
+            images = images * masks_of(self.mask, images)
         return self.network(images).float()
 
     def distance_name(self, abbreviation: str, kind: str) -> str:
@@ -129,6 +146,13 @@ def parser_extractor(file: Path, device: torch.device) -> Extractor:
     return Extractor(network, "parser", protocol)
 
 
+def attribute_extractor(file: Path, device: torch.device) -> Extractor:
+    """Extract the penultimate features of a classifier of attributes."""
+    network = load_attribute_classifier(file, device)
+    protocol = f"attribute classifier {fingerprint(file)}, penultimate features; images at 64 px"
+    return Extractor(network.features, "attribute", protocol)
+
+
 def make_extractor(
     features: str,
     inception_ckpt: Path | None,
@@ -140,7 +164,7 @@ def make_extractor(
     """Load the features that images are compared by.
 
     Args:
-        features: one of `FEATURES`.
+        features: one of `FEATURES`; attributes are those of the bundled classifier.
         inception_ckpt: Inception's weights, None for the downloaded ones.
         parser_ckpt: the face parser, for features of its trunk and for masks.
         load_mask: makes the mask that multiplies the images; None leaves them whole.
@@ -153,15 +177,19 @@ def make_extractor(
     if features == "inception":
         with blame("inception_ckpt"):
             extractor = _inception_extractor(inception_ckpt, device)
-        if load_mask is None:
-            return extractor
-    with blame("parser_ckpt"):
-        if parser_ckpt is None:
-            raise ValueError("is missing; name a face parser")
-        if features == "parser":
-            extractor = parser_extractor(parser_ckpt, device)
-        if load_mask is None:
-            return extractor
-        mask = load_mask(parser_ckpt, device, content)
-    protocol = f"{extractor.protocol}; images times {mask.protocol}"
-    return replace(extractor, protocol=protocol, mask=mask)
+    elif features == "attributes":
+        extractor = attribute_extractor(bundled.ATTRIBUTES, device)
+    if features == "parser" or load_mask is not None:
+        with blame("parser_ckpt"):
+            if parser_ckpt is None:
+                raise ValueError("is missing; name a face parser")
+            if features == "parser":
+                extractor = parser_extractor(parser_ckpt, device)
+            if load_mask is not None:
+                mask = load_mask(parser_ckpt, device, content)
+                protocol = f"{extractor.protocol}; images times {mask.protocol}"
+                extractor = replace(extractor, protocol=protocol, mask=mask)
+    if tf32_allowed(device):
+        # Its features are not those of float32, nor are the statistics that are kept of them.
+        extractor = replace(extractor, protocol=f"{extractor.protocol}; in TensorFloat-32")
+    return extractor

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from Evaluation import sampling
 from Evaluation.editing import circle
@@ -15,8 +14,9 @@ from Evaluation.settings import PictureSettings, PrecisionSettings, Result
 from Evaluation.side_by_side import load_models, save_pictures, sizes, stacked, target_stem
 from Model.complexity import macs
 from Model.generator import Generator
-from Util.device import pick_device
+from Util import memory
 from Util.pictures import grid, rescale, save_png, to_uint8
+from Util.progress import track
 from Util.settings import setting
 
 PROTOCOL = {
@@ -60,12 +60,13 @@ def show_generated(settings: GeneratedSettings) -> Result:
         SettingError: names the setting and what to do.
     """
     stem = target_stem(settings.out, "generated")
-    models = load_models(settings, pick_device(settings.device))
-    render, first = _renderer(settings, models), next(iter(models.values()))
+    models = load_models(settings, settings.pick_device())
+    first = next(iter(models.values()))
+    render, render_frame = (_renderer(settings, models, animated) for animated in (False, True))
     # The second latents are those of the next seed, so that a walk does not depend on n_sample.
     seeds = (settings.seed, settings.seed + 1)
     start, through = (sampling.draw_z(first, range(settings.n_sample), seed) for seed in seeds)
-    walk = _walk(settings.frames, render, start, through)
+    walk = _walk(settings.frames, render_frame, start, through)
     files = save_pictures(settings, stem, render(start), walk)
     if settings.files:
         files.append(str(_save_files(settings, models, stem)))
@@ -94,9 +95,11 @@ def grey_levels_off(model: Generator, latents: sampling.Latents) -> tuple[float,
     return difference.mean().item(), difference.max().item()
 
 
-def _renderer(settings: GeneratedSettings, models: Mapping[str, Generator]) -> Render:
+def _renderer(
+    settings: GeneratedSettings, models: Mapping[str, Generator], animated: bool
+) -> Render:
     """Put the models' pictures of shared latents under each other."""
-    scale = settings.scale_of(next(iter(models.values())).size)
+    scale = settings.scale_of(next(iter(models.values())).size, animated)
     # Retraining changes the mapping too, so w is truncated towards each model's own mean.
     centres = {name: sampling.mean_latent(model, settings.seed) for name, model in models.items()}
 
@@ -108,7 +111,7 @@ def _renderer(settings: GeneratedSettings, models: Mapping[str, Generator]) -> R
         images = rescale(sampling.render(model, latents), scale)
         return grid(images, columns=settings.columns or settings.n_sample, gap=4)
 
-    return lambda z: stacked(models, {name: block(name, z) for name in models})
+    return lambda z: stacked(models, {name: block(name, z) for name in models}, scale)
 
 
 def _save_files(settings: GeneratedSettings, models: Mapping[str, Generator], stem: Path) -> Path:
@@ -117,8 +120,9 @@ def _save_files(settings: GeneratedSettings, models: Mapping[str, Generator], st
     for name, model in models.items():
         centre = sampling.mean_latent(model, settings.seed)
         fixed = settings.noise == "fixed"
-        parts = sampling.shares(settings.files, 16)
-        for part in tqdm(parts, desc=name, total=-(-settings.files // 16), unit="batch"):
+        batch = memory.at_once(model.size, memory.INFERENCE, 16)
+        parts = list(sampling.shares(settings.files, batch))
+        for part in track(parts, len(parts), name, "batch"):
             images = sampling.images(model, part, settings.seed, settings.truncation, centre, fixed)
             for i, pixels in zip(part, to_uint8(images), strict=True):
                 save_png(folder / name / f"{i:06d}.png", pixels)
@@ -127,5 +131,5 @@ def _save_files(settings: GeneratedSettings, models: Mapping[str, Generator], st
 
 def _walk(n: int, render: Render, start: Tensor, through: Tensor) -> Iterator[np.ndarray]:
     """Render a closed walk; the first frame is the picture of ``start``."""
-    for k in tqdm(range(n), desc="walking", unit="frame", disable=not n):
+    for k in track(range(n), n, "walking", "frame"):
         yield render(circle(start, through, k / n))

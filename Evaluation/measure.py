@@ -7,6 +7,7 @@ import torch
 
 from Dataset.images import Images
 from Dataset.pictures import FILTERS, Resizing
+from Dataset.sources.folder import Folder
 from Evaluation import feature_statistics
 from Evaluation.feature_sets import (
     image_features,
@@ -16,12 +17,11 @@ from Evaluation.feature_sets import (
 )
 from Evaluation.feature_statistics import Features, Statistics
 from Evaluation.features import FEATURES, Extractor, make_extractor
-from Evaluation.metrics import METRICS, evaluate, need_features
+from Evaluation.metrics import METRICS, evaluate, need_features, too_few
 from Evaluation.settings import LoadMask, ModelSettings, PrecisionSettings, Result
 from Model import bundled
 from Model.generator import Generator
 from Util import distributed
-from Util.device import pick_device
 from Util.settings import SettingError, blame, setting, some_words
 
 
@@ -30,9 +30,17 @@ class MeasureSettings(PrecisionSettings, ModelSettings):
     """Settings of `measure`."""
 
     n_sample: int = setting(50_000, "generated images", low=2)
-    batch_size: int = setting(64, "images at a time", low=1)
-    images: Path | None = setting(None, "measured in place of the model's images", metavar="DIR")
-    path: Path | None = setting(None, "real images: a folder or an LMDB", metavar="DIR")
+    batch_size: int = setting(64, "images at a time, fewer where they are large", low=1)
+    images: Path | None = setting(
+        None,
+        "folder or LMDB that is measured in place of the model's images; their side in px is"
+        " --generated_img_size (default: that of the folder's images)",
+        metavar="DIR",
+        exists="folder",
+    )
+    path: Path | None = setting(
+        None, "real images: a folder or an LMDB", metavar="DIR", exists="folder"
+    )
     stats: Path | None = setting(
         None,
         "statistics of the real images (.npz, or a .pkl of mean and cov); with --path, made if"
@@ -40,15 +48,21 @@ class MeasureSettings(PrecisionSettings, ModelSettings):
         metavar="FILE",
     )
     features: str | None = setting(
-        None, "network (default: parser for the bundled models, else inception)", choices=FEATURES
+        None,
+        "network; attributes is for toon faces (default: parser for the bundled models, else"
+        " inception)",
+        choices=FEATURES,
     )
-    inception_ckpt: Path | None = setting(None, "Inception weights, no download", metavar="FILE")
+    inception_ckpt: Path | None = setting(
+        None, "Inception weights, no download", metavar="FILE", exists="file"
+    )
     parser_ckpt: Path | None = setting(
         None,
         "parser of masks, a file or a name as prune.py has it, and a face parser's file of features"
         " (default: that of the model)",
         metavar="FILE",
         aliases=("parser",),
+        exists="parser",
     )
     content: tuple[str, ...] = setting(
         (),
@@ -71,14 +85,16 @@ class MeasureSettings(PrecisionSettings, ModelSettings):
         choices=FILTERS,
     )
     truncation: float = setting(1.0, "psi in (0, 1]; the paper has 1", above=0, high=1)
-    workers: int = setting(2, "processes that load images", low=0)
+    workers: int | None = setting(
+        None, "processes that load images (default: the share of the CPU cores, 4 at most)", low=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.metrics:
             raise SettingError("metrics", f"is empty; take {', '.join(METRICS)}")
-        if self.images and not self.generated_img_size:
-            raise SettingError("generated_img_size", "is missing; images of a folder need it")
+        if not self.images and (problem := too_few(self.metrics, self.n_sample)):
+            raise SettingError("n_sample", f"{self.n_sample}: {problem}")
 
     @property
     def network(self) -> str:
@@ -109,13 +125,15 @@ def measure(settings: MeasureSettings, load_mask: LoadMask) -> Result:
         SettingError: names the setting and what to do.
         StatisticsError: the features cannot be compared.
     """
-    device = distributed.join(pick_device(settings.device))
+    device = distributed.join(settings.pick_device())
+    _check_real(settings)
+    parser, masked = settings.parser_file, load_mask if settings.content_aware else None
     generated = _generated(settings, device)
     size = generated.size
-    parser, masked = settings.parser_file, load_mask if settings.content_aware else None
     inception = settings.inception_ckpt
     how = (settings.network, inception, parser, masked, device, settings.content)
     extractor = make_extractor(*how)
+    distributed.meet()  # one that downloads takes its time
     real = _real(settings, size, extractor, device)
     made = _made(settings, extractor, generated, device)
     first = distributed.rank() == 0
@@ -144,7 +162,46 @@ def _generated(settings: MeasureSettings, device: torch.device) -> Generator | I
     if not settings.images:
         return settings.load(settings.ckpt, device)
     with blame("images"):
-        return Images(settings.images, settings.generated_img_size, resample=settings.resample)
+        size = settings.generated_img_size or _side(settings.images)
+        return Images(settings.images, size, resample=settings.resample)
+
+
+def _side(folder: Path) -> int:
+    """The side in px that all images of a folder have.
+
+    Raises:
+        SettingError: they differ, or it is no folder of images.
+    """
+    sides = Folder(folder).resizing(1, "bilinear").sides
+    if sides is None or sides[0] != sides[1]:
+        found = f"{sides[0]} to {sides[1]} px" if sides else "of unknown size"
+        raise SettingError(
+            "generated_img_size", f"is missing; the images of {folder} are {found}, name one side"
+        )
+    return sides[0]
+
+
+def _check_real(settings: MeasureSettings) -> None:
+    """Find out before anything is loaded that there is nothing to compare with.
+
+    Raises:
+        SettingError: names path or stats.
+    """
+    stats, whole = settings.stats, need_features(settings.metrics)
+    if stats and stats.is_dir():
+        raise SettingError("stats", f"{stats} is a folder; name a file")
+    if settings.path:
+        return
+    if stats and not stats.is_file():
+        raise SettingError("stats", f"{stats}: no such file; or give path to make it")
+    is_bundled = bundled.is_bundled(settings.ckpt)
+    if is_bundled and stats is None:
+        stats = bundled.statistics(settings.network, settings.content_aware)
+    if stats is None:
+        raise SettingError("path", "is missing; name the real images, or their statistics (stats)")
+    if settings.stats is None and whole:
+        named = ",".join(name for name in settings.metrics if METRICS[name].needs_features)
+        raise SettingError("path", f"is missing; {named} needs the real images themselves")
 
 
 def _made(
@@ -166,18 +223,14 @@ def _real(
 ) -> Statistics:
     """Find the statistics of the real images."""
     stats, whole = settings.stats, need_features(settings.metrics)
-    if stats and stats.is_dir():
-        raise SettingError("stats", f"{stats} is a folder; name a file")
     if settings.path:
         with blame("path"):
             images = Images(settings.path, size, resample=settings.resample)
         how = (device, settings.batch_size, settings.workers, whole)
         with blame("stats" if stats and stats.is_file() else "path"):
             return real_statistics(images, stats, extractor, *how)
-    if stats is None and bundled.is_bundled(settings.ckpt):
-        stats = bundled.CONTENT_STATISTICS if settings.content_aware else bundled.STATISTICS
-    if stats is None:
-        raise SettingError("path", "is missing; name the real images, or their statistics (stats)")
+    stats = stats or bundled.statistics(settings.network, settings.content_aware)
+    assert stats is not None  # `_check_real` has seen to it
     with blame("stats"):
         resizing = Resizing(size, settings.resample, None)
         return read_statistics(stats, extractor, whole, resizing)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from Evaluation import fid, kid, precision_recall
-from Evaluation.feature_statistics import Features, Statistics, check_features
+from Evaluation.feature_statistics import Features, Statistics, StatisticsError, check_features
 from Evaluation.features import Extractor
 
 
@@ -19,12 +19,14 @@ class Metric:
         description: one line for the command line's help.
         distance: what a distance is called, see `Extractor.distance_name`; None for other metrics.
         needs_features: mean and covariance of the real images are not enough.
+        fewest: generated, and real, images that it needs.
     """
 
     measure: Callable[[Features, Statistics, str, int], dict[str, float]]
     description: str
     distance: tuple[str, str] | None = None
     needs_features: bool = False
+    fewest: int = 2
 
     @property
     def is_distance(self) -> bool:
@@ -38,9 +40,19 @@ class Metric:
 
 METRICS = {
     "fid": Metric(fid.measure, "Frechet distance", distance=("FID", "Frechet")),
-    "kid": Metric(kid.measure, "kernel distance", ("KID", "kernel"), needs_features=True),
-    "pr": Metric(precision_recall.measure, "precision and recall", needs_features=True),
+    "kid": Metric(kid.measure, "kernel distance", ("KID", "kernel"), needs_features=True, fewest=4),
+    "pr": Metric(precision_recall.measure, "precision and recall", needs_features=True, fewest=4),
 }
+
+
+def too_few(metrics: Sequence[str], n: int) -> str:
+    """Say which metric needs more images than ``n``, and which do with them; else empty."""
+    lacking = [name for name in metrics if METRICS[name].fewest > n]
+    if not lacking:
+        return ""
+    others = [name for name, metric in METRICS.items() if metric.fewest <= n]
+    other = f", or metrics {','.join(others)}" if others else ""
+    return f"{lacking[0]} needs at least {METRICS[lacking[0]].fewest} images; take more{other}"
 
 
 def need_features(metrics: Sequence[str]) -> bool:
@@ -52,6 +64,11 @@ def distance_key(metrics: Sequence[str], extractor: Extractor) -> str | None:
     """Return the name of the first figure that is a distance, or None."""
     names = (METRICS[metric].name(extractor) for metric in metrics)
     return next(filter(None, names), None)
+
+
+def _count(real: Statistics) -> int | None:
+    """How many real images there are, if it is known."""
+    return None if real.features is None else len(real.features)
 
 
 def evaluate(
@@ -70,6 +87,9 @@ def evaluate(
         StatisticsError: too few generated images, non-finite features, or others than the real.
     """
     check_features(generated, real)
+    for n, what in ((len(generated), "generated"), (_count(real), "real")):
+        if n is not None and (problem := too_few(metrics, n)):
+            raise StatisticsError(f"{n} {what} images: {problem}")
     figures: dict[str, float] = {}
     for metric in metrics:
         name = METRICS[metric].name(extractor)

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from Evaluation.distances import Distance
 from Evaluation.sampling import POSITION, draw_noise, draw_z, shares, synthesise
 from Evaluation.settings import ModelSettings, PerceptualSettings, Result
 from Model.generator import Generator
-from Util import distributed
-from Util.device import pick_device
+from Util import distributed, memory
+from Util.progress import Progress
 from Util.settings import setting
 from Util.streams import stream
 
@@ -109,9 +108,10 @@ def path_length(
     """Measure a generator's path length over ``n`` `PathPairs`, which the processes share."""
     pairs = PathPairs(generator, eps, seed, shared_noise=protocol == "standard")
     rank, world = distributed.rank(), distributed.world_size()
+    batch_size = memory.at_once(generator.size, memory.INFERENCE // 2, batch_size)  # two a pair
     batches = list(shares(n, batch_size, rank, world))
     total = sum(map(len, batches))
-    with tqdm(total=total, desc=protocol, unit="pair", leave=False, disable=rank > 0) as bar:
+    with Progress(total, protocol, "pair", shown=rank == 0, leave=False) as bar:
         own = pair_distances(pairs, perceptual, batches, bar.update)
     distances = torch.cat(distributed.gather_in_turn(own)).numpy()
     return perceptual_path_length(distances, eps, protocol)
@@ -122,7 +122,7 @@ class PathSettings(PerceptualSettings, ModelSettings):
     """Settings of `measure`."""
 
     n_sample: int = setting(5000, "pairs of images", low=1)
-    batch_size: int = setting(50, "pairs at a time", low=1)
+    batch_size: int = setting(50, "pairs at a time, fewer where images are large", low=1)
     eps: float = setting(1e-4, "step along a line between two w, in (0, 1)", above=0, below=1)
 
 
@@ -134,10 +134,12 @@ def measure(settings: PathSettings) -> Result:
     Raises:
         SettingError: names the setting and what to do.
     """
-    device = distributed.join(pick_device(settings.device))
+    device = distributed.join(settings.pick_device())
+    settings.check_parser(settings.ckpt)
     generator = settings.load(settings.ckpt, device)
     perceptual = settings.load_distance(settings.ckpt, device)
     distance = settings.distance_name(settings.ckpt)
+    distributed.meet()  # one that downloads takes its time
     n, eps = settings.n_sample, settings.eps
     figures: dict[str, float] = {}
     lines = []

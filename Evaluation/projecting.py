@@ -1,34 +1,44 @@
 """Project many pictures: write what each is made of, and tables of how close they come."""
 
 import csv
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from Dataset.pictures import FILTERS, UnreadableImageError, fit_square, read_image
 from Dataset.sources.folder import SUFFIXES, image_files
 from Evaluation import sampling
 from Evaluation.comparison import fidelity, paper_fidelity
 from Evaluation.distances import Distance
-from Evaluation.features import Mask
-from Evaluation.projection import LEARNING_RATE, PROTOCOLS, Projection, project, save_projection
+from Evaluation.features import Mask, masks_of
+from Evaluation.projection import (
+    LEARNING_RATE,
+    PROTOCOLS,
+    Projection,
+    load_projection,
+    project,
+    save_projection,
+)
 from Evaluation.settings import ContentSettings, LoadMask, ModelSettings, Result
 from Model import bundled
 from Model.generator import Generator
-from Util.cli import check_writable
-from Util.device import pick_device
+from Util import memory
+from Util.cli import check_writable, if_interrupted
 from Util.files import atomic_path
 from Util.pictures import save_png, side_by_side
-from Util.settings import SettingError, blame, setting
+from Util.progress import Progress
+from Util.settings import SettingError, blame, plain, setting
 
 PICTURE = "Image_Projection_Visualization.png"
 TABLE = "projection.csv"
+RECORD = "projection.json"
 SEARCH = ("optimizer", "num_iters", "lr", "mse_weight", "seed", "protocol")
 FIGURES = {
     "psnr": "PSNR (dB)",
@@ -52,6 +62,7 @@ class ProjectionSettings(ContentSettings, ModelSettings):
         "a picture or a folder of pictures, cropped centrally to a square and resized to the"
         " model's size (default: pictures that the model makes of --seed)",
         metavar="PATH",
+        exists="file or folder",
     )
     n_sample: int | None = setting(
         None,
@@ -83,7 +94,8 @@ class ProjectionSettings(ContentSettings, ModelSettings):
     )
     batch_size: int = setting(
         8,
-        "pictures projected at once, each by a search of its own; equal digits need equal batches",
+        "pictures projected at once, fewer where they are large, each by a search of its own; equal"
+        " digits need equal batches",
         low=1,
     )
     mse_weight: float = setting(
@@ -96,6 +108,9 @@ class ProjectionSettings(ContentSettings, ModelSettings):
         low=0,
     )
     out: Path = setting(Path("projection"), "folder of the results", metavar="DIR")
+    resume: bool = setting(
+        False, "keep the pictures that --out holds of an interrupted run, project the others"
+    )
     shown: int = setting(8, f"pictures in {PICTURE} at most", low=1)
 
     @property
@@ -131,7 +146,8 @@ def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Resul
     Raises:
         SettingError: names the setting and what to do.
     """
-    device, model = pick_device(settings.device), settings.ckpt
+    device, model = settings.pick_device(), settings.ckpt
+    settings.check_parser(model)
     generator = settings.load(model, device)
     # Nothing but some figures needs a parser.
     named = settings.parser_ckpt or settings.content or bundled.is_bundled(model)
@@ -221,22 +237,28 @@ def _fit(file: Path, size: int, resample: str) -> str:
 
 
 def _project(
-    settings: ProjectionSettings, generator: Generator, targets: Targets, perceptual: Distance
+    settings: ProjectionSettings,
+    generator: Generator,
+    targets: Targets,
+    pending: Sequence[int],
+    perceptual: Distance,
 ) -> Iterator[tuple[list[str], Tensor, Projection]]:
-    """Project batch after batch under a progress bar: names, real pictures, what was found."""
+    """Project batch after batch under a progress bar: names, given pictures, what was found."""
     search = {name: getattr(settings, name) for name in SEARCH}
     search["perceptual_weight"] = settings.weight
-    batches = list(sampling.shares(len(targets.names), settings.batch_size))
-    with tqdm(total=len(batches) * settings.num_iters, desc="projecting", unit="it") as bar:
+    batch_size = memory.at_once(generator.size, memory.GRADIENTS, settings.batch_size)
+    batches = list(sampling.shares(len(pending), batch_size))
+    with Progress(len(batches) * settings.num_iters, "projecting") as bar:
 
         def progress(loss: Tensor) -> None:
-            bar.set_postfix(loss=f"{loss.mean():.4g}", refresh=False)
+            bar.figures(f"loss {loss.mean():.4g}")
             bar.update()
 
         for part in batches:
-            real = targets.load(part)
-            found = project(generator, real, perceptual, **search, progress=progress)
-            yield [targets.names[i] for i in part], real, found
+            numbers = [pending[i] for i in part]
+            given = targets.load(numbers)
+            found = project(generator, given, perceptual, **search, progress=progress)
+            yield [targets.names[i] for i in numbers], given, found
 
 
 def _project_and_save(
@@ -246,32 +268,119 @@ def _project_and_save(
     content: Mask | None,
     perceptual: Distance,
 ) -> list[Row]:
-    """Write the latents of every batch, the picture and the table; return a row per picture."""
-    rows: list[Row] = []
-    shown: dict[str, list[Tensor]] = {"real": [], "projected": [], "content": []}
-    if content is None:
-        del shown["content"]
-    for names, real, projection in _project(settings, generator, targets, perceptual):
-        with torch.no_grad():
-            made = sampling.synthesise(generator, projection.w_plus, projection.noise)
-        mask = content(real) if content else None
-        figures = fidelity(real, made, mask, perceptual)
-        if settings.protocol == "paper":
-            figures |= paper_fidelity(real, made, perceptual)
-        figures |= {"loss": projection.loss, "evaluations": projection.evaluations}
-        for i, name in enumerate(names):
-            file = (settings.out / name).with_suffix(".npz")
-            save_projection(file, projection.part(i), generator, settings.ckpt.name, [name])
-            rows.append({"picture": name} | {k: v[i].item() for k, v in figures.items()})
-        room = settings.shown - len(rows) + len(names)
-        for row, images in zip(shown.values(), (real, made, mask), strict=False):
-            assert images is not None
-            row.append(images[: max(room, 0)].cpu())
-    strips = {caption: torch.cat(images) for caption, images in shown.items()}
-    scale = max(1, 128 // generator.size)
-    save_png(settings.out / PICTURE, side_by_side(strips, scale))
+    """Write latents and table after every batch, the picture at the end; return a row each."""
+    done = _finished(settings, generator, targets) if settings.resume else {}
+    pending = [i for i, name in enumerate(targets.names) if name not in done]
+
+    def rows() -> list[Row]:
+        return [done[name] for name in targets.names if name in done]
+
+    def kept() -> str:
+        if not done:
+            return "no picture was finished"
+        files = f"{len(done)} of {len(targets.names)} pictures are in {settings.out}"
+        return f"{files}; the same command with --resume projects the others"
+
+    with if_interrupted(kept):
+        for names, given, found in _project(settings, generator, targets, pending, perceptual):
+            figures = _figures(settings, generator, given, found, content, perceptual)
+            for i, name in enumerate(names):
+                file = _latents_file(settings, name)
+                save_projection(file, found.part(i), generator, settings.ckpt.name, [name])
+                done[name] = {"picture": name} | {k: v[i].item() for k, v in figures.items()}
+            _save_rows(settings, rows())
+        save_png(settings.out / PICTURE, _picture(settings, generator, targets, content))
+    return rows()
+
+
+def _latents_file(settings: ProjectionSettings, name: str) -> Path:
+    """Where the latents of a picture are."""
+    return (settings.out / name).with_suffix(".npz")
+
+
+def _figures(
+    settings: ProjectionSettings,
+    generator: Generator,
+    given: Tensor,
+    found: Projection,
+    content: Mask | None,
+    perceptual: Distance,
+) -> dict[str, Tensor]:
+    """Measure projected pictures: one value each."""
+    with torch.no_grad():
+        made = sampling.synthesise(generator, found.w_plus, found.noise)
+    mask = masks_of(content, given) if content else None
+    figures = fidelity(given, made, mask, perceptual)
+    if settings.protocol == "paper":
+        figures |= paper_fidelity(given, made, perceptual)
+    return figures | {"loss": found.loss, "evaluations": found.evaluations}
+
+
+@torch.no_grad()
+def _picture(
+    settings: ProjectionSettings, generator: Generator, targets: Targets, content: Mask | None
+) -> np.ndarray:
+    """Show the first pictures, what was found of the files' latents, and the content."""
+    numbers = range(min(settings.shown, len(targets.names)))
+    given, made = targets.load(numbers), []
+    for i in numbers:
+        found = load_projection(_latents_file(settings, targets.names[i]), generator)
+        made.append(sampling.synthesise(generator, found.w_plus, found.noise))
+    rows = {"real" if settings.image_file else "given": given, "projected": torch.cat(made)}
+    if content:
+        rows["content"] = masks_of(content, given)
+    strips = {caption: images.cpu() for caption, images in rows.items()}
+    return side_by_side(strips, max(1, 128 // generator.size))
+
+
+def _common(settings: ProjectionSettings) -> dict[str, Any]:
+    """The settings that pictures of one folder have in common, as values that JSON holds."""
+    names = {*SEARCH, "ckpt", "image_file", "resample", "batch_size", "perceptual_ckpt"}
+    names |= {"parser_ckpt", "content"}
+    chosen = {"perceptual": settings.network(settings.ckpt), "perceptual_weight": settings.weight}
+    return {name: value for name, value in plain(settings).items() if name in names} | chosen
+
+
+def _save_rows(settings: ProjectionSettings, rows: Sequence[Row]) -> None:
+    """Write the table, and the record by which an interrupted run goes on."""
     _save_csv(settings.out / TABLE, rows)
-    return rows
+    record = {"settings": _common(settings), "pictures": [_finite(row) for row in rows]}
+    with atomic_path(settings.out / RECORD) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _finished(
+    settings: ProjectionSettings, generator: Generator, targets: Targets
+) -> dict[str, Row]:
+    """The rows of pictures that the folder holds already, by name.
+
+    Raises:
+        SettingError: the folder is of other settings or another model, or damaged.
+    """
+    file = settings.out / RECORD
+    if not file.is_file():
+        return {}
+    with blame("resume"):
+        try:
+            record = json.loads(file.read_text())
+            made, rows = (
+                dict(record["settings"]),
+                {row["picture"]: row for row in record["pictures"]},
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}: damaged ({error}); name another --out") from None
+        for name, value in _common(settings).items():
+            if made.get(name) != value:
+                raise ValueError(
+                    f"{settings.out}: made with {name} {made.get(name)}, not {value}; give the same"
+                    " settings, or name another --out"
+                )
+        done = {}
+        for name in targets.names:
+            if name in rows and (latents := _latents_file(settings, name)).is_file():
+                load_projection(latents, generator)  # of these weights, and whole
+                done[name] = {k: math.nan if v is None else v for k, v in rows[name].items()}
+        return done
 
 
 def _save_csv(path: Path, rows: Sequence[Row]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from Model.generator import Generator
+from Util import memory
 from Util.streams import stream
 
 LATENT, NOISE, MEAN, POSITION = range(4)
@@ -108,7 +109,8 @@ def synthesise(generator: Generator, w: Tensor, noise: Sequence[Tensor]) -> Tens
 
 @torch.no_grad()
 def render(generator: Generator, latents: Latents, batch: int = 16) -> Tensor:
-    """Make pictures (N, 3, size, size) of latents, ``batch`` at a time."""
+    """Make pictures (N, 3, size, size) of latents, at most ``batch`` at a time."""
+    batch = memory.at_once(generator.size, memory.INFERENCE, batch)
     parts = (latents[part] for part in shares(len(latents), batch))
     return torch.cat([synthesise(generator, part.w_plus, part.noise) for part in parts])
 

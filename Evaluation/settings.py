@@ -14,29 +14,51 @@ from Model import bundled
 from Model.checkpoint import load_generator
 from Model.generator import Generator
 from Model.precision import PRECISIONS
+from Util.device import DeviceSettings
+from Util.progress import tell
 from Util.settings import SettingError, Settings, blame, plain, setting, some_words
 
 PICTURE_SIDE = 128
-"""Side in px of a picture where the setting scale does not say otherwise."""
+"""Side in px that smaller pictures are enlarged to where the setting scale says nothing else."""
+FRAME_SIDE = 256
+"""Side in px that larger pictures of an animation are reduced to, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(Settings):
+class EvaluationSettings(DeviceSettings):
     """Settings of every evaluation."""
 
     generated_img_size: int = setting(
         0, "image side of the model in px; 0: as the checkpoint has it (default)", low=0
     )
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     seed: int = setting(0, "seed of all random draws", low=0)
     info_print: bool = setting(False, "print what is done, with which settings")
-    json: bool = setting(False, "end with one JSON line: figures, protocol, settings")
+    json: bool = setting(
+        False,
+        "print one JSON line (figures, protocol, settings) and nothing else; the text goes to"
+        " standard error",
+    )
 
     def load(self, path: Path, device: torch.device) -> Generator:
         """Load the frozen generator of a checkpoint, refused where its images have another size."""
         with blame("ckpt"):
-            generator = load_generator(path, device=device, size=self.generated_img_size or None)
+            generator = load_generator(path, device=device)
+        check_size("generated_img_size", self.generated_img_size, path, generator)
         return generator.eval().requires_grad_(False)
+
+
+def check_size(name: str, size: int | None, file: str | Path, generator: Generator) -> None:
+    """Refuse a setting that gives another image side than a checkpoint has; none and 0 go with any.
+
+    Raises:
+        SettingError: names the setting and the file.
+    """
+    if size and size != generator.size:
+        raise SettingError(
+            name,
+            f"{size} contradicts {file}, whose images are {generator.size} px; leave it out or give"
+            f" {generator.size}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +84,10 @@ class ModelSettings(EvaluationSettings):
     """Settings of an evaluation of one model."""
 
     ckpt: Path = setting(
-        bundled.MODEL, "generator checkpoint; its g_ema is taken (default: bundled)", metavar="FILE"
+        bundled.MODEL,
+        "generator checkpoint; its g_ema is taken (default: bundled)",
+        metavar="FILE",
+        exists="file",
     )
 
 
@@ -77,7 +102,10 @@ class PerceptualSettings(Settings):
         choices=(*LPIPS_TRUNKS, "parser"),
     )
     perceptual_ckpt: Path | None = setting(
-        None, "its torchvision weights (vgg16, alexnet or squeezenet1_1)", metavar="FILE"
+        None,
+        "its torchvision weights (vgg16, alexnet or squeezenet1_1)",
+        metavar="FILE",
+        exists="file",
     )
     parser_ckpt: Path | None = setting(
         None,
@@ -85,6 +113,7 @@ class PerceptualSettings(Settings):
         " one for the bundled models, else Model/parser_model/79999_iter.pth)",
         metavar="FILE",
         aliases=("parser",),
+        exists="parser",
     )
 
     def network(self, model: Path) -> str:
@@ -99,10 +128,21 @@ class PerceptualSettings(Settings):
     def load_distance(self, model: Path, device: torch.device) -> Distance:
         """Load the perceptual distance for a model; see `Evaluation.distances.load_distance`."""
         network, trunk = self.network(model), self.perceptual_ckpt
-        return load_distance(network, trunk, lambda: self._parser_file(model), device)
+        return load_distance(network, trunk, lambda: self.parser_file(model), device)
 
-    def _parser_file(self, model: Path) -> Path:
-        return self.parser_ckpt or bundled.default_parser(model)
+    def check_parser(self, model: Path) -> None:
+        """Find out before anything is loaded that the parser of the distance is missing."""
+        if self.network(model) == "parser":
+            self.parser_file(model)
+
+    def parser_file(self, model: Path) -> Path:
+        """The parser for a model.
+
+        Raises:
+            SettingError: there is none; says where to get it.
+        """
+        with blame("parser_ckpt"):
+            return self.parser_ckpt or bundled.default_parser(model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +160,7 @@ class ContentSettings(PerceptualSettings):
     def load_mask(self, load_mask: LoadMask, model: Path, device: torch.device) -> ContentMask:
         """Load the content mask for a model."""
         with blame("parser_ckpt"):
-            return load_mask(self._parser_file(model), device, self.content)
+            return load_mask(self.parser_file(model), device, self.content)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +172,7 @@ class PictureSettings(EvaluationSettings):
         "generator checkpoints; each one's g_ema is taken (default: the bundled ones)",
         metavar="FILE",
         nargs="+",
+        exists="file",
     )
     names: tuple[str, ...] | None = setting(
         None, "captions of the checkpoints (default: the files' names)", nargs="+"
@@ -141,8 +182,8 @@ class PictureSettings(EvaluationSettings):
     )
     scale: float = setting(
         0,
-        "enlarge pictures by a whole number, or reduce them by 0.5, 0.25, ...; 0: to"
-        f" {PICTURE_SIDE} px (default)",
+        "enlarge pictures by a whole number, or reduce them by 0.5, 0.25, ...; 0: as they are, but"
+        f" at least {PICTURE_SIDE} px, and in an animation at most {FRAME_SIDE} px (default)",
     )
     frames: int = setting(48, "frames of the animation; 0: no animation", low=0)
     fps: int = setting(12, "frames per second, at most 50", low=1)
@@ -162,9 +203,11 @@ class PictureSettings(EvaluationSettings):
         bundled_files = (bundled.MODEL, bundled.COMPRESSED)
         return self.ckpt or tuple(file for file in bundled_files if file.is_file())
 
-    def scale_of(self, size: int) -> float:
+    def scale_of(self, size: int, animated: bool = False) -> float:
         """Return the factor from the pictures of a model to those that are shown."""
-        scale = self.scale or PICTURE_SIDE / size
+        scale = self.scale or max(1, PICTURE_SIDE / size)
+        if animated and not self.scale:
+            scale = min(scale, FRAME_SIDE / size)
         if size * scale < 8:
             raise SettingError("scale", f"{scale:g} leaves less than 8 px of {size} px; take more")
         return scale
@@ -188,11 +231,20 @@ class Result:
     settings: EvaluationSettings
     chosen: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def output(self) -> str:
-        """What a script prints: the text and, where the settings ask for it, a line of JSON."""
+    def show(self) -> None:
+        """Print the text or, where the settings ask for it, one line of JSON.
+
+        The text then goes to standard error, so that what is piped on is JSON alone.
+        """
+        rounded = ["(tf32: products of float32 rounded to TensorFloat-32, where the GPU has it)"]
+        text = "\n".join([*self.lines, *(rounded if self.settings.tf32 else [])])
+        if self.settings.json:
+            tell(text)
+            text = self._json()
+        print(text)
+
+    def _json(self) -> str:
         settings = plain(self.settings) | dict(self.chosen)
         settings = {k: v for k, v in settings.items() if k not in ("json", "info_print")}
         content = {"figures": self.figures, "protocol": self.protocol, "settings": settings}
-        last = [json.dumps(content, default=str)] if self.settings.json else []
-        return "\n".join([*self.lines, *last])
+        return json.dumps(content, default=str)

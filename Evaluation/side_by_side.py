@@ -11,7 +11,7 @@ from Model.complexity import macs, parameters
 from Model.generator import Generator
 from Util.animation import save_gif
 from Util.cli import check_writable
-from Util.pictures import captioned, save_png
+from Util.pictures import captioned, save_png, text_size
 from Util.settings import SettingError
 
 
@@ -51,15 +51,16 @@ def sizes(settings: PictureSettings, models: Mapping[str, Generator]) -> list[st
 
 
 def stacked(
-    models: Mapping[str, Generator], blocks: Mapping[str, np.ndarray], gap: int = 8
+    models: Mapping[str, Generator], blocks: Mapping[str, np.ndarray], scale: float, gap: int = 8
 ) -> np.ndarray:
-    """Stack the models' pictures, each beside its name and cost."""
+    """Stack the models' pictures, shown at this scale, each beside its name and cost."""
     captions = {}
     for name, block in blocks.items():
         count = macs(models[name])
         cost = f"{count / 1e9:.1f} G" if count >= 1e9 else f"{count / 1e6:.1f} M"
         captions[f"{name}\n{cost} MACs"] = block
-    return captioned(captions, gap)
+    size = text_size(round(next(iter(models.values())).size * scale))
+    return captioned(captions, gap, size=size)
 
 
 def target_stem(out: Path, default: str) -> Path:

@@ -8,8 +8,10 @@ MODEL = FOLDER / "full_size_model/toon_faces_64px.pt"
 COMPRESSED = FOLDER / "pruned_model/toon_faces_64px_compressed.pt"
 PARSER = FOLDER / "parser_model/toon_faces_128px.pt"
 PUBLISHED_PARSER = FOLDER / "parser_model/79999_iter.pth"
+ATTRIBUTES = FOLDER / "attribute_model/toon_faces_64px.pt"
 STATISTICS = FOLDER.parent / "Evaluation/real_statistics/toon_faces_64px.npz"
 CONTENT_STATISTICS = STATISTICS.with_stem(f"{STATISTICS.stem}_content")
+ATTRIBUTE_STATISTICS = STATISTICS.with_stem(f"{STATISTICS.stem}_attributes")
 PRUNED_FOLDER = FOLDER / "pruned_model"
 LICENCE = (
     "CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/), made from a remix of ToonHead by"
@@ -20,6 +22,18 @@ LICENCE = (
 def is_bundled(model: str | PathLike[str]) -> bool:
     """Return whether a checkpoint is one that this repository ships."""
     return Path(model).resolve() in (MODEL, COMPRESSED)
+
+
+def statistics(features: str, content_aware: bool) -> Path | None:
+    """Statistics of the real pictures for bundled models; None where there are none bundled.
+
+    Args:
+        features: whose, see `Evaluation.features.FEATURES`.
+        content_aware: of the pictures times their content masks.
+    """
+    if features == "attributes":
+        return None if content_aware else ATTRIBUTE_STATISTICS
+    return CONTENT_STATISTICS if content_aware else STATISTICS
 
 
 def default_parser(model: str | PathLike[str]) -> Path:

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from Model import nvidia
+from Model.attribute_classifier import AttributeClassifier
 from Model.discriminator import Discriminator
 from Model.errors import CheckpointError
 from Model.face_parser import BiSeNet
 from Model.generator import Generator
 from Util.files import atomic_path, unpacked_size
+from Util.run_log import newest_checkpoint
 
 PathOrDict = str | os.PathLike[str] | Mapping[str, Any]
 StateDict = dict[str, Tensor]
@@ -40,7 +42,8 @@ def read(path: PathOrDict) -> dict[str, Any]:
     """Read a checkpoint into CPU memory without running any code from it.
 
     Args:
-        path: a file, ours or NVIDIA's (`Model.nvidia`), or a dict that is returned as it is.
+        path: a file, ours or NVIDIA's (`Model.nvidia`), a training run's folder, whose newest
+            checkpoint is meant, or a dict that is returned as it is.
 
     Raises:
         CheckpointError: no such file, not a PyTorch file, damaged, or holding objects other than
@@ -48,8 +51,9 @@ def read(path: PathOrDict) -> dict[str, Any]:
     """
     if isinstance(path, Mapping):
         return dict(path)
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path}: no such file; give the path of a checkpoint (.pt)")
+    if Path(path).is_dir():
+        path = newest_checkpoint(path) or path
+    _check_file(Path(path))
     if nvidia.is_pickle(path):
         return nvidia.read(path)
     try:
@@ -71,6 +75,35 @@ def read(path: PathOrDict) -> dict[str, Any]:
             f"{path}: expected a dict of state dicts, found {type(content).__name__}"
         )
     return content
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what is no file to read from, or a file of another kind that is easily taken for one.
+
+    Raises:
+        CheckpointError: names it.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder without checkpoints; give a checkpoint (.pt)")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(
+            f"{path}: is a pipe or a device, but a checkpoint is read more than once; save it as a"
+            " file first"
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give the path of a checkpoint (.pt)")
+    if zipfile.is_zipfile(path) and _is_program(path):
+        raise CheckpointError(
+            f"{path}: is a TorchScript module, not a checkpoint of state dicts; only a parser may"
+            " be one, with a JSON file beside it (Compression/parsers/script_module.py)"
+        )
+
+
+def _is_program(path: Path) -> bool:
+    """Whether a zip archive holds a TorchScript module."""
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    return False
 
 
 def _unsafe_name(path: PathOrDict, error: Exception) -> str:
@@ -204,6 +237,7 @@ def load_generator(
     key: str = "g_ema",
     device: str | torch.device = "cpu",
     size: int | None = None,
+    name: str = "",
 ) -> Generator:
     """Build the generator that a checkpoint holds, full-size or pruned.
 
@@ -215,6 +249,7 @@ def load_generator(
         key: "g_ema" or "g".
         device: where the network goes.
         size: image side the caller expects; None accepts any.
+        name: of a dict, for messages.
 
     Returns:
         The generator, in training mode and with gradients on.
@@ -222,7 +257,7 @@ def load_generator(
     Raises:
         CheckpointError: see the module; also when the size is not the expected one.
     """
-    state, name = _state_dict(source, key)
+    state, name = _state_dict(source, key, name)
     n_convs = _count(state, "convs.{}.conv.weight")
     widths = [_shape(state, "input.input", 4, name)[1]]
     for layer in ["conv1", *(f"convs.{i}" for i in range(n_convs))]:
@@ -241,14 +276,14 @@ def load_generator(
 
 
 def load_discriminator(
-    source: PathOrDict, key: str = "d", device: str | torch.device = "cpu"
+    source: PathOrDict, key: str = "d", device: str | torch.device = "cpu", name: str = ""
 ) -> Discriminator:
-    """Build the discriminator that a checkpoint holds.
+    """Build the discriminator that a checkpoint holds; see `load_generator`.
 
     Raises:
         CheckpointError: see the module.
     """
-    state, name = _state_dict(source, key)
+    state, name = _state_dict(source, key, name)
     n_blocks = _count(state, "convs.{}.conv1.0.weight", start=1)
     widths = [_shape(state, "convs.0.0.weight", 4, name)[0]]
     for i in range(1, n_blocks + 1):
@@ -287,6 +322,43 @@ def load_face_parser(source: PathOrDict, device: str | torch.device = "cpu") -> 
         lambda: BiSeNet(**{**config, "n_classes": n_classes, "width": width}), state, name
     )
     return network.to(device).eval().requires_grad_(False)
+
+
+def load_attribute_classifier(
+    source: PathOrDict, device: str | torch.device = "cpu"
+) -> AttributeClassifier:
+    """Build the classifier that a file holds, in evaluation mode and without gradients.
+
+    The file is ``{"classifier": state dict, "config": {"attributes": {name: [value, ...]},
+    "inside": [name, ...]}}``; tensors may be in half precision.
+
+    Raises:
+        CheckpointError: see the module.
+    """
+    content = read(source)
+    state, name = _state_dict(source, "classifier")
+    config: Any = content.get("config")
+    if not _is_attribute_config(config):
+        raise CheckpointError(f"{name}: its config does not fit ({str(config)[:80]})")
+    network = _build(
+        lambda: AttributeClassifier(config["attributes"], config["inside"]), state, name
+    )
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _is_attribute_config(config: Any) -> bool:
+    """Return whether it maps names to lists of names, few enough to be heads of a network."""
+
+    def names(value: Any) -> bool:
+        few = isinstance(value, list) and len(value) <= 1000
+        return few and all(isinstance(v, str) for v in value)
+
+    if not isinstance(config, Mapping) or not names(config.get("inside")):
+        return False
+    attributes = config.get("attributes")
+    return isinstance(attributes, Mapping) and all(
+        isinstance(k, str) and k.isidentifier() and names(v) for k, v in attributes.items()
+    )
 
 
 def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

@@ -330,7 +330,8 @@ class BiSeNet(nn.Module):
             (N, n_classes, input_size, input_size).
         """
         size = (self.input_size, self.input_size)
-        return self.upsample(self.main_logits(self.prepare(images)), size)
+        # Enlarged in float32: in half precision, neighbouring logits would tie.
+        return self.upsample(self.main_logits(self.prepare(images)).float(), size)
 
     def trunk_features(self, images: Tensor) -> list[Tensor]:
         """Compute the trunk's features, for losses that compare images by them.

@@ -139,6 +139,13 @@ class Generator(nn.Module):
         """The ToRGB of every resolution: ``to_rgb1``, ``to_rgbs.0``, ..."""
         return [self.to_rgb1, *self.to_rgbs]
 
+    def backward_order(self) -> list[nn.Parameter]:
+        """All parameters, those first whose gradients a backward pass completes first."""
+        modules: list[nn.Module] = [self.style, self.input, self.conv1, self.to_rgb1]
+        for i, rgb in enumerate(self.to_rgbs):
+            modules += [*self.convs[2 * i : 2 * i + 2], rgb]
+        return [p for module in modules for p in module.parameters()][::-1]
+
     @property
     def channels(self) -> tuple[int, ...]:
         """Widths of the constant input and of every styled convolution's output."""
@@ -193,7 +200,9 @@ class Generator(nn.Module):
         Raises:
             ValueError: no style or more than two, or truncation without a centre.
         """
-        latents = styles if input_is_latent else [self.mapping(z) for z in styles]
+        latents = list(styles)
+        if not input_is_latent and latents:  # in one pass
+            latents = list(self.mapping(torch.cat(latents)).chunk(len(latents)))
         latents = [truncate(w, truncation, truncation_latent) for w in latents]
         if len(latents) == 1:
             w = latents[0]
@@ -235,12 +244,13 @@ class Generator(nn.Module):
         # By shape, since len() would make the batch size a constant of an exported graph.
         x, rgb = self.input(w_plus.shape[0]), None
         rgbs, kept, rgb_layers = [], [], iter(self.rgb_layers)
+        w = w_plus.unbind(1)
         for layer, conv in enumerate(self.styled_convs):
-            x = conv(x, w_plus[:, layer], maps[layer])
+            x = conv(x, w[layer], maps[layer])
             if features:
                 kept.append(x)
             if layer % 2 == 0:  # the last convolution of a resolution
-                rgb = next(rgb_layers)(x, w_plus[:, layer + 1], rgb)
+                rgb = next(rgb_layers)(x, w[layer + 1], rgb)
                 rgbs.append(rgb)
         return Synthesis(rgbs, kept)
 

@@ -19,16 +19,16 @@ from Model.ops import (
     styled_upsampling_conv3x3,
     upfirdn2d,
 )
-from Model.precision import bounded, in_float32
+from Model.precision import bounded, half_type, in_float32, preferred_layout
 
 
 def fast_layout(x: Tensor) -> Tensor:
-    """Give a 4-D tensor the layout in which convolutions run fastest on its device.
+    """Give a 4-D tensor the layout in which the convolutions to come run fastest.
 
-    On a CPU that is channels-last: a filter becomes one vector operation per pixel (a blur of 16
-    maps takes a quarter of the time), and every later layer keeps the layout.
+    Every later layer keeps it. See `Model.precision.preferred_layout`.
     """
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+    kind = x.device.type
+    return x.contiguous(memory_format=preferred_layout(kind, half_type(kind) is not None))
 
 
 class PixelNorm(nn.Module):
@@ -80,7 +80,7 @@ class EqualConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, I, H, W) to (N, O, H', W')."""
-        scale = 1 / math.sqrt(self.weight[0].numel())
+        scale = 1 / math.sqrt(math.prod(self.weight.shape[1:]))
         return conv2d(x, self.weight * scale, stride=self.stride, padding=self.padding)
 
 
@@ -165,7 +165,7 @@ class ModulatedConv2d(nn.Module):
     @property
     def scale(self) -> float:
         """Equalised learning rate: 1 / sqrt(I * k * k)."""
-        return 1 / math.sqrt(self.weight[0, 0].numel())
+        return 1 / math.sqrt(math.prod(self.weight.shape[2:]))
 
     @in_float32
     def style(self, w: Tensor) -> Tensor:
@@ -173,17 +173,41 @@ class ModulatedConv2d(nn.Module):
         return self.modulation(w) * self.scale
 
     @in_float32
-    def demodulation(self, style: Tensor) -> Tensor:
+    def demodulation(self, style: Tensor, weight: Tensor | None = None) -> Tensor:
         """Return each output channel's 1 / sqrt(sum (s W)^2) (eq. 3): (N, I) -> (N, O).
 
-        Ones where the layer does not demodulate.
+        Ones where the layer does not demodulate. W is the layer's unless another is given.
         """
         if not self.demodulate:
             return style.new_ones(len(style), self.weight.shape[1])
         # The product sums over inputs and taps at once; a sum over the taps first would cost more.
-        power = self.weight[0].flatten(1).square()
+        weight = self.weight if weight is None else weight
+        power = weight.view(self.weight.shape[1], -1).square()
         taps = power.shape[1] // style.shape[1]
         return torch.rsqrt(F.linear(style.square().repeat_interleave(taps, 1), power) + 1e-8)
+
+    def factors(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what a demodulated layer computes with.
+
+        Under float16 autocast the weights are divided by each output channel's largest, the styles
+        by each image's largest: demodulation cancels both, and no sum before it overflows (Karras
+        et al., 2020, ADA, appendix C).
+
+        Args:
+            w: (N, style_dim) latents.
+
+        Returns:
+            Weight (O, I, k, k), style (N, I) and demodulation (N, O).
+        """
+        if half_type(w.device.type) != torch.float16:
+            style = self.style(w)
+            return self.weight[0], style, self.demodulation(style)
+        with torch.autocast(w.device.type, enabled=False):
+            style = self.modulation(w.float())
+            style = style / style.abs().amax(dim=1, keepdim=True).clamp(min=1e-8)
+            largest = self.weight.abs().amax(dim=(2, 3, 4), keepdim=True).clamp(min=1e-8)
+            weight = self.weight * (self.scale / largest)
+            return weight[0], style, self.demodulation(style, weight)
 
 
 class NoiseInjection(nn.Module):
@@ -219,10 +243,8 @@ class StyledConv(nn.Module):
         if noise is None:
             up = 2 if self.conv.upsample else 1
             noise = torch.randn(len(x), 1, x.shape[2] * up, x.shape[3] * up, device=x.device)
-        style = self.conv.style(w)
-        gain = self.conv.demodulation(style)
+        weight, style, gain = self.conv.factors(w)
         epilogue = Epilogue(self.activate.bias, noise, self.noise.weight, gain)
-        weight = self.conv.weight[0]
         if not self.conv.upsample:
             return bounded(styled_conv3x3(x, weight, style, epilogue))
         kernel = self.conv.blur.kernel
@@ -247,9 +269,13 @@ class ToRGB(nn.Module):
     def forward(self, x: Tensor, w: Tensor, rgb: Tensor | None = None) -> Tensor:
         """Return (N, 3, H, W) from activations (N, I, H, W) and the last RGB (N, 3, H/2, W/2)."""
         # With three outputs, modulating the weights (N, 3, I) spares a pass over the activations.
-        weight = self.conv.weight[0, :, :, 0, 0] * self.conv.style(w)[:, None]
-        y = torch.bmm(x.permute(0, 2, 3, 1).flatten(1, 2), weight.transpose(1, 2))
-        y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2) + self.bias
+        weight = self.conv.weight.view(3, -1) * self.conv.style(w)[:, None]
+        if x.is_contiguous():  # (N, I, HW) is then a view, (N, HW, I) a copy
+            y = torch.bmm(weight.to(x.dtype), x.flatten(2)).view(len(x), 3, *x.shape[2:])
+        else:
+            y = torch.bmm(x.permute(0, 2, 3, 1).flatten(1, 2), weight.transpose(1, 2))
+            y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        y = bounded(y) + self.bias
         return y if rgb is None else y + self.upsample(rgb)
 
 

@@ -242,7 +242,7 @@ def parity(file: Path, generator: Generator, w_mean: Tensor, form: Form) -> Pari
     options = SessionOptions()
     options.log_severity_level = 3  # that a processor has no float16 arithmetic is no news
     session = InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    differences = []
+    pairs = []
     for batch, psi in ((1, 1.0), (3, 0.5)):
         draws = _draw(generator, form, batch)
         latent, *noise = draws.values()
@@ -259,8 +259,14 @@ def parity(file: Path, generator: Generator, w_mean: Tensor, form: Form) -> Pari
             )
             draws["psi"] = torch.full((1,), psi)
         (found,) = session.run(None, {name: value.numpy() for name, value in draws.items()})
-        differences.append((torch.from_numpy(found) - expected).flatten() / _scale(expected))
-    difference = torch.cat(differences)
+        pairs.append((torch.from_numpy(found), expected))
+    return agreement(*pairs)
+
+
+def agreement(*pairs: tuple[Tensor, Tensor]) -> Parity:
+    """How far values that were found are from those that were expected, in pairs."""
+    scaled = [((found - expected) / _scale(expected)).flatten() for found, expected in pairs]
+    difference = torch.cat(scaled)
     rms = difference.square().mean().sqrt().item()
     return Parity(difference.abs().max().item(), 20 * math.log10(2 / max(rms, 1e-12)))
 

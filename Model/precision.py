@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Half-precision types by their names on the command line."""
+
 HALF_CLAMP = 256.0
 """Largest magnitude of float16 activations (Karras et al., 2020, ADA, appendix C)."""
 
@@ -28,6 +31,24 @@ def bounded(x: Tensor) -> Tensor:
     return x.clamp(-HALF_CLAMP, HALF_CLAMP) if x.dtype == torch.float16 else x
 
 
+def half_type(kind: str) -> torch.dtype | None:
+    """The type in which autocast runs convolutions on a kind of device, or None without it."""
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def preferred_layout(kind: str, half: bool) -> torch.memory_format:
+    """The memory layout in which convolutions run fastest on a kind of device.
+
+    On a CPU channels-last: a filter becomes one vector operation per pixel (a blur of 16 maps takes
+    a quarter of the time). On a GPU channels-last in half precision, for which its matrix units
+    read that layout, and planes in float32.
+    """
+    last = kind == "cpu" or half
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Make a function of tensors compute in float32 under autocast too.
 
@@ -37,7 +58,7 @@ def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(function)
     def full_precision(*args: Any) -> Tensor:
         kind = next(a for a in args if isinstance(a, Tensor)).device.type
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        if half_type(kind) is None:
             return function(*args)
         with torch.autocast(kind, enabled=False):
             return function(*(a.float() if isinstance(a, Tensor) else a for a in args))

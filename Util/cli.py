@@ -1,20 +1,36 @@
 """What the scripts' command lines share."""
 
 import argparse
+import contextlib
+import os
+import re
+import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
-from Util.settings import Kind, SettingError, Settings, add_flags, from_flags
+from Util import progress
+from Util.settings import Kind, SettingError, Settings, add_flags, check_files, from_flags
+
+PACKAGES = ("Compression", "Dataset", "Evaluation", "Model", "Util")
+"""Whose own errors explain themselves."""
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports a mistake in one line instead of the whole usage. Has --debug."""
+    """Reports a mistake in one line instead of the whole usage. Has --debug and --quiet."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self.add_argument(
+            "--quiet",
+            action="store_true",
+            help="show no progress; results, warnings and errors only",
+        )
         self.add_argument(
             "--debug", action="store_true", help="show where in the code an error came up"
         )
@@ -27,6 +43,78 @@ class OneLineParser(argparse.ArgumentParser):
 def one_line(message: object) -> str:
     """The text of a message without line breaks."""
     return " ".join(str(message).splitlines())
+
+
+class _Lasting:
+    """A stream that, once its reader has gone (``| head -1``), swallows what is written to it.
+
+    So the work goes on to its result, whoever listens.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """See `io.TextIOBase`."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """See `io.IOBase`."""
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError as error:
+            # What is still to come goes nowhere, also what Python flushes at its exit.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            if not isinstance(error, BrokenPipeError):
+                raise OSError(f"{self._stream.name}: {error.strerror}") from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _lasting_output() -> Iterator[None]:
+    """Let standard output and standard error outlast their readers."""
+    out, err = _Lasting(sys.stdout), _Lasting(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # a full disk, which has been reported
+                out.flush()
+
+
+@contextmanager
+def _short_warnings(prog: str) -> Iterator[None]:
+    """Show warnings in a line each, above a bar, without the place in the code."""
+
+    def show(message: Warning | str, *where: Any, **further: Any) -> None:
+        progress.warn(f"{prog}: warning: {one_line(message)}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def if_interrupted(text: Callable[[], str]) -> Iterator[None]:
+    """Say what is kept and how to go on, after a Ctrl-C within the block.
+
+    Args:
+        text: makes the words then; empty ones add nothing.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if note := text():
+            stop.add_note(note)
+        raise
 
 
 def run_script(
@@ -44,16 +132,55 @@ def run_script(
     Returns:
         The exit code: 2 after bad input, lack of memory or a full disk, 130 after Ctrl-C.
     """
-    args = parser.parse_args(argv)
+    with _lasting_output():
+        args = parser.parse_args(argv)
+        try:
+            with (
+                progress.quietly(args.quiet),
+                _short_warnings(parser.prog),
+                _ending_together(parser),
+            ):
+                code = run(args) or 0
+                sys.stdout.flush()
+            return code
+        except KeyboardInterrupt as stop:
+            notes = getattr(stop, "__notes__", ["no result has been written"])
+            print(f"\n{parser.prog}: interrupted; {'; '.join(notes)}", file=sys.stderr)
+            return 130
+        except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+            if args.debug or not _explains_itself(error):
+                raise
+            print(f"{parser.prog}: error: {_explanation(error, parser)}", file=sys.stderr)
+            return 2
+
+
+@contextmanager
+def _ending_together(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Leave the other processes after success; end this one at once after an error.
+
+    Where there are others, an error is told with this process's number, and without unwinding any
+    further: some process may be waiting for this one already.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from Util import distributed  # PyTorch, which few command lines need
+
     try:
-        return run(args) or 0
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        if args.debug or not _explains_itself(error):
-            raise
-        print(f"{parser.prog}: error: {_explanation(error)}", file=sys.stderr)
-        return 2
+        yield
+    except BaseException as error:
+        # The launcher ends all processes once it sees that one has failed.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        told = _explains_itself(error) or isinstance(error, KeyboardInterrupt)
+        if not told:
+            traceback.print_exc()
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        if told:
+            reason = _explanation(error, parser)
+        reason = distributed.explain(error, reason)
+        print(f"{parser.prog}: error: {distributed.name()}: {reason}", file=sys.stderr)
+        distributed.end_at_once((130 if isinstance(error, KeyboardInterrupt) else 2) if told else 1)
+    distributed.leave()
 
 
 def run_settings(
@@ -89,25 +216,45 @@ def run_settings(
 
     def run_with(args: argparse.Namespace) -> int | None:
         parser.set_defaults(**defaults(args))
-        return run(from_flags(kind, vars(parser.parse_args(argv)), options))
+        settings = from_flags(kind, vars(parser.parse_args(argv)), options)
+        check_files(settings)
+        return run(settings)
 
     return run_script(parser, run_with, argv)
 
 
-def _lacks_memory(error: Exception) -> bool:
+def _lacks_memory(error: BaseException) -> bool:
     """Whether Python, NumPy or PyTorch (on any device) got no memory."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "allocate memory" in str(error)
+    if names & {"MemoryError", "OutOfMemoryError"} or "allocate memory" in str(error):
+        return True
+    # The words of CUDA itself and of its libraries.
+    known = ("out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in known)
 
 
-def _explains_itself(error: Exception) -> bool:
-    # Other RuntimeErrors are PyTorch's or Python's own: mistakes in this code, not in the input.
-    return type(error) is not RuntimeError or _lacks_memory(error)
+def _explains_itself(error: BaseException) -> bool:
+    """Whether an error's text tells a user what to do; else its place in the code is needed too.
+
+    Of RuntimeErrors, our own do; PyTorch's, CUDA's and nccl's are mistakes here or on the machine.
+    """
+    if isinstance(error, RuntimeError):
+        return type(error).__module__.partition(".")[0] in PACKAGES or _lacks_memory(error)
+    return isinstance(error, ValueError | OSError | FloatingPointError | MemoryError)
 
 
-def _explanation(error: Exception) -> str:
+def _less_memory(parser: argparse.ArgumentParser) -> str:
+    """What to do about a lack of memory, by flags that the command has."""
+    flags = set(re.findall(r"--\w+", parser.format_usage()))
+    for candidates in (("--batch_size", "--batch_gpu", "--fid_batch"), ("--n_sample", "--size")):
+        if known := [flag for flag in candidates if flag in flags]:
+            return f"lower {' or '.join(known)}"
+    return "end what else takes memory on this machine"
+
+
+def _explanation(error: BaseException, parser: argparse.ArgumentParser) -> str:
     if _lacks_memory(error):
-        return f"out of memory ({one_line(error)[:200]}); take smaller batches or a smaller --size"
+        return f"out of memory ({one_line(error)[:200]}); {_less_memory(parser)}"
     flag = "--" if isinstance(error, SettingError) else ""
     return flag + one_line(error) or type(error).__name__
 

@@ -78,7 +78,9 @@ def plot(runs: Sequence[str | PathLike[str]], out: str | PathLike[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = OneLineParser(prog="plot_log", description=__doc__)
+    prog = "python -m Util.plot_log"
+    example = f"example: {prog} runs/first runs/second --out both.png"
+    parser = OneLineParser(prog=prog, description=__doc__, epilog=example)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training run")
     add_flags(parser, PlotSettings)
 

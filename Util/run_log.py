@@ -1,11 +1,13 @@
 """The folder of a training run: settings, metrics, samples, checkpoints."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,12 @@ from Util.files import atomic_path, lock_folder
 from Util.pictures import save_png
 
 METRICS = "metrics.jsonl"
+CONFIG = "config.json"
 BEST = "best.pt"
-TIMING = ("images_per_second", "peak_memory_gib")
+TIMING = (
+    *("images_per_second", "peak_memory_gib", "reserved_memory_gib", "seconds_left", "time"),
+    *("seconds_data", "seconds_discriminator", "seconds_r1", "seconds_generator", "seconds_path"),
+)
 """Metrics that differ between two runs of the same numbers."""
 
 
@@ -28,7 +34,8 @@ class RunLog:
     ``config.json`` holds every setting, versions, git commit and command line; ``metrics.jsonl``
     one object a line; ``samples/`` and ``checkpoints/`` are named by iteration; ``best.pt`` is the
     checkpoint of the lowest ``best_by``, where that is measured. Where the package
-    tensorboard is installed, ``events/`` holds the metrics and samples for it too.
+    tensorboard is installed, ``events/`` holds the metrics and samples for it too, and where a
+    project of Weights & Biases is named, that.
 
     Args:
         folder: made if missing.
@@ -38,10 +45,11 @@ class RunLog:
             they will be written again. None starts a run.
         keep: newest checkpoints that stay; 0 keeps all.
         best_by: name of the metric whose lowest value chooses ``best.pt``; None keeps none.
+        wandb: project of Weights & Biases; empty: none.
 
     Raises:
-        ValueError: the folder holds a run and this is not its resumption, or another process is
-            writing it.
+        ValueError: the folder holds a run and this is not its resumption, another process is
+            writing it, or Weights & Biases refuses.
     """
 
     def __init__(
@@ -52,6 +60,7 @@ class RunLog:
         resume_at: int | None = None,
         keep: int = 0,
         best_by: str | None = None,
+        wandb: str = "",
     ) -> None:
         self.folder, self.keep, self.best_by, self._save = Path(folder), keep, best_by, save
         if resume_at is None and (self.folder / METRICS).exists():
@@ -65,9 +74,10 @@ class RunLog:
             raise ValueError(f"{folder}: another process is training there; wait for its end")
         if resume_at is not None:
             self._drop_metrics_after(resume_at)
-        with atomic_path(self.folder / "config.json") as temporary:
+        with atomic_path(self.folder / CONFIG) as temporary:
             temporary.write_text(json.dumps(_facts(config), indent=2) + "\n")
-        self.events = _event_writer(self.folder / "events")
+        self.events = _event_writer(self.folder / "events", resume_at)
+        self.wandb = _wandb_run(wandb, self.folder, config) if wandb else None
 
     def _drop_metrics_after(self, iteration: int) -> None:
         if not (self.folder / METRICS).exists():
@@ -91,12 +101,18 @@ class RunLog:
         if self.events is not None:
             for key, value in values.items():
                 self.events.add_scalar(key, value, iteration)
+        if self.wandb is not None:
+            self.wandb.log({"iteration": iteration, **values})
 
     def samples(self, iteration: int, pixels: np.ndarray) -> None:
         """Write a sample grid, (H, W, 3) bytes."""
         save_png(self.folder / "samples" / f"{iteration:06d}.png", pixels)
         if self.events is not None:
             self.events.add_image("samples", pixels, iteration, dataformats="HWC")
+        if self.wandb is not None:
+            from wandb import Image
+
+            self.wandb.log({"iteration": iteration, "samples": Image(pixels)})
 
     def checkpoint(self, iteration: int, content: Mapping[str, Any]) -> Path:
         """Write a checkpoint and remove those beyond the number to keep.
@@ -120,17 +136,27 @@ class RunLog:
 
     def _is_best(self, iteration: int) -> bool:
         """Whether `best_by` was measured in this iteration and is the lowest so far."""
-        key = self.best_by
-        if key is None or not (self.folder / METRICS).exists():
-            return False
-        logged = read_metrics(self.folder)
-        rows = [(row[key], row["iteration"]) for row in logged if key in row]
+        rows = self._rows_with(self.best_by) if self.best_by else []
         return bool(rows) and min(rows)[1] == iteration
+
+    def holds(self, iteration: int, key: str) -> bool:
+        """Whether a metric has been logged in an iteration."""
+        return any(row[1] == iteration for row in self._rows_with(key))
+
+    def _rows_with(self, key: str) -> list[tuple[float, float]]:
+        """Values and iterations of a metric."""
+        return [(row[key], row["iteration"]) for row in self.rows() if key in row]
+
+    def rows(self) -> list[dict[str, float]]:
+        """All lines of ``metrics.jsonl`` so far; none before the first."""
+        return read_metrics(self.folder) if (self.folder / METRICS).exists() else []
 
     def close(self) -> None:
         """Flush the event files and release the folder."""
         if self.events is not None:
             self.events.close()
+        if self.wandb is not None:
+            self.wandb.finish()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -154,12 +180,48 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _event_writer(folder: Path) -> Any:
+def _event_writer(folder: Path, resume_at: int | None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder))
+    # What the resumed run will write again is hidden.
+    return SummaryWriter(str(folder), purge_step=None if resume_at is None else resume_at + 1)
+
+
+def check_wandb(project: str) -> None:
+    """Make sure that Weights & Biases is installed if a project of it is named.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if project and "wandb" not in sys.modules and find_spec("wandb") is None:
+        raise ValueError("the package wandb is not installed; pip install wandb, or leave this out")
+
+
+def _wandb_run(project: str, folder: Path, config: Mapping[str, Any]) -> Any:
+    """Start or, in the same folder, go on with a run of Weights & Biases.
+
+    Raises:
+        ValueError: it refuses, e.g. for want of a key.
+    """
+    import wandb
+
+    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+    try:
+        run = wandb.init(
+            project=project,
+            name=folder.name,
+            id=identity,
+            resume="allow",
+            dir=str(folder),
+            config=dict(config),
+        )
+    except wandb.Error as error:
+        raise ValueError(f"Weights & Biases: {error} (WANDB_MODE=offline needs no key)") from None
+    # By iteration, not by call: what a resumed run logs again lies where it was.
+    run.define_metric("*", step_metric="iteration")
+    return run
 
 
 def read_metrics(folder: str | PathLike[str]) -> list[dict[str, float]]:
@@ -191,9 +253,9 @@ def read_config(folder: str | PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: the folder holds no run, or its settings are damaged.
     """
-    path = Path(folder) / "config.json"
+    path = Path(folder) / CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder}: no config.json; give the folder of a training run")
+        raise ValueError(f"{folder}: no {CONFIG}; give the folder of a training run")
     try:
         return dict(json.loads(path.read_bytes())["config"])
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -35,12 +35,16 @@ class SettingError(ValueError):
         self.name = name
 
 
+class VariableError(ValueError):
+    """An environment variable cannot be used; the message names it."""
+
+
 @contextmanager
 def blame(name: str) -> Iterator[None]:
     """Make any ValueError from the block one of a setting; one that is blamed already stays so."""
     try:
         yield
-    except SettingError:
+    except (SettingError, VariableError):
         raise
     except ValueError as error:
         raise SettingError(name, error) from None
@@ -59,6 +63,7 @@ def setting(
     nargs: str | None = None,
     parse: Callable[[str], Any] | None = None,
     aliases: Sequence[str] = (),
+    exists: str = "",
 ) -> Any:
     """A dataclass field that is a flag.
 
@@ -74,10 +79,12 @@ def setting(
         nargs: "+" for values separated by spaces; a tuple is else separated by commas.
         parse: makes the value of a text; None follows the field's type.
         aliases: further names of the flag, as the original code has them.
+        exists: "file" or "folder" that the value names, "parser" if it may be the name of one;
+            `check_files` looks for them.
     """
     limits = {"low": low, "high": high, "above": above, "below": below}
     flag = {"choices": choices, "metavar": metavar, "nargs": nargs, "parse": parse}
-    metadata = {"help": help, "limits": limits, "aliases": aliases, **flag}
+    metadata = {"help": help, "limits": limits, "aliases": aliases, "exists": exists, **flag}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
@@ -93,6 +100,28 @@ class Settings:
         for item in fields(self):
             if "help" in item.metadata:
                 _check(item.name, getattr(self, item.name), item.metadata)
+
+
+def check_files(settings: Any, *leave_out: str, values: Any = None) -> None:
+    """Refuse files and folders that are not there, before anything is loaded.
+
+    Args:
+        settings: a dataclass of settings; its class, where ``values`` has what is looked for.
+        leave_out: names of settings that are not looked at.
+        values: of the settings; None takes them of ``settings``.
+
+    Raises:
+        SettingError: names the setting and the file.
+    """
+    for item in fields(settings):
+        kind, value = item.metadata.get("exists"), getattr(values or settings, item.name)
+        if not kind or not value or item.name in leave_out:
+            continue
+        for path in value if isinstance(value, tuple) else (value,):
+            is_name = kind == "parser" and (str(path) == "none" or ":" in str(path))
+            if not is_name and not Path(path).exists():
+                what = "file" if kind == "parser" else kind
+                raise SettingError(item.name, f"{path}: no such {what}; check the name")
 
 
 Kind = TypeVar("Kind")
@@ -192,8 +221,15 @@ def from_flags(
     return kind(**chosen)
 
 
-def known_settings(saved: Mapping[str, Any], *kinds: type) -> dict[str, Any]:
+def known_settings(
+    saved: Mapping[str, Any], *kinds: type, source: str = "config.json"
+) -> dict[str, Any]:
     """Those of stored values that are still settings, each of its type.
+
+    Args:
+        saved: values by name.
+        kinds: of settings.
+        source: where they come from, for messages.
 
     Raises:
         ValueError: one is of another type; names it.
@@ -203,11 +239,11 @@ def known_settings(saved: Mapping[str, Any], *kinds: type) -> dict[str, Any]:
         hints = get_type_hints(kind)
         for item in fields(kind):
             if item.name in saved and "help" in item.metadata:
-                found[item.name] = _typed(item.name, saved[item.name], hints[item.name])
+                found[item.name] = _typed(item.name, saved[item.name], hints[item.name], source)
     return found
 
 
-def _typed(name: str, value: Any, hint: Any) -> Any:
+def _typed(name: str, value: Any, hint: Any, source: str) -> Any:
     """A stored value in its field's type; JSON has no tuples, no paths and integers for 1.0."""
     kind = _without_none(hint)
     if get_origin(kind) is tuple:
@@ -219,7 +255,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         fits = type(value) is kind or (kind is float and type(value) is int)
         fits = fits or (value is None and kind is not hint)
     if not fits:
-        raise ValueError(f"config.json: {name} is {value!r}, not {getattr(kind, '__name__', kind)}")
+        raise ValueError(f"{source}: {name} is {value!r}, not {getattr(kind, '__name__', kind)}")
     return value
 
 
@@ -237,7 +273,7 @@ def _text(value: Any) -> str:
 
 def command(script: str, settings: Settings) -> str:
     """The command line that means these settings: every one that is not the default."""
-    words_ = [script]
+    words_ = shlex.split(script)
     for item in fields(settings):
         value = getattr(settings, item.name)
         if "help" in item.metadata and value != item.default:

@@ -1,31 +1,57 @@
-"""Ending a run on SIGINT or SIGTERM after the iteration it is in."""
+"""Signals that end a run with a checkpoint, or ask it for one."""
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Self
 
+from Util import distributed
+
+PATIENCE = 60.0
+"""Seconds in which a repeated signal is an echo: launchers and schedulers send several."""
+ECHO = 1.0
+"""The same for SIGINT, which comes from the keyboard and may be meant."""
+
+
+class StoppedError(Exception):
+    """Work was left unfinished because the end has been asked for."""
+
 
 class StopRequest:
-    """While the block runs, the first SIGINT or SIGTERM is noted instead of ending the process.
+    """While the block runs, signals are noted instead of ending the process.
 
-    A second signal ends it at once, as if there were no such block.
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask for the end, SIGUSR2 for a checkpoint. Which one a
+    scheduler sends and how often is its affair, so that repeated signals are ignored for a minute;
+    a second Ctrl-C after the first one's second, or any signal after that minute, ends the process
+    at once, as if there were no such block.
 
     Attributes:
-        signal: number of the signal that came, or 0.
+        signal: number of the signal that asked for the end, or 0.
+        save: a checkpoint has been asked for.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    SAVE = signal.SIGUSR2
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal, self.save = 0, False
+        self._since = 0.0
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        # A run under nohup outlives its terminal.
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        numbers = [n for n in self.STOP if not (ignored and n == signal.SIGHUP)]
+        self._before = {n: signal.signal(n, self._note) for n in (*numbers, self.SAVE)}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
+        if number == self.SAVE:
+            self.save = True
+        elif not self.signal:
+            self.signal, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > (ECHO if number == signal.SIGINT else PATIENCE):
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -37,8 +63,10 @@ class StopRequest:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._restore()
+        # After another process's failure, the launcher's SIGTERM would cut the message short.
+        if kind is None or not distributed.launched():
+            self._restore()
 
     def __call__(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has asked for the end."""
         return self.signal != 0

@@ -12,7 +12,6 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
-from tqdm import tqdm
 
 from Compression.content import ContentParser, load_content_parser
 from Compression.pruning import PruneSettings, prune
@@ -31,6 +30,7 @@ from Model.checkpoint import load_generator
 from Model.complexity import macs, parameters
 from Model.generator import Generator
 from Util.cli import run_settings
+from Util.progress import track
 from Util.settings import Settings, setting
 
 Row = dict[str, str]
@@ -86,7 +86,7 @@ def rows(networks: Mapping[str, Generator], n_sample: int, n_pairs: int) -> dict
     per_second = speeds(networks, batch=16)
     teacher = next(iter(networks.values()))
     table = {}
-    for name, network in tqdm(networks.items(), unit="model"):
+    for name, network in track(networks.items(), len(networks), "measuring", "model"):
         whole = frechet(network, extractors[0], bundled.STATISTICS, n_sample)
         content = frechet(network, extractors[1], bundled.CONTENT_STATISTICS, n_sample)
         l1, distance = to_teacher(network, teacher, parser, perceptual, n=500)

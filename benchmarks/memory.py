@@ -3,6 +3,9 @@
 ``python -m benchmarks.memory [--only JOB,...]``. Every formulation runs twice in a process of its
 own; what counts is how far the process's resident memory rises above what it was with all networks
 made and nothing computed.
+
+``--fake`` counts from shapes what training and evaluation take at 256 and 1024 px
+(`benchmarks.fake_memory`).
 """
 
 import ctypes
@@ -16,9 +19,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks import fake_memory
 from benchmarks.jobs import JOBS
 from benchmarks.timing import Measurement, run_benchmark, some_of, table
 from Util.device import pick_device
+from Util.settings import setting
 
 SIDES = ("textbook", "ours")
 
@@ -28,6 +33,9 @@ class MemorySettings(Measurement):
     """Which jobs are measured."""
 
     only: tuple[str, ...] = some_of(JOBS)
+    fake: bool = setting(
+        False, "count from shapes, without computing, what training and evaluation take instead"
+    )
 
 
 def resident_gib() -> float:
@@ -45,7 +53,7 @@ def _status(entry: str) -> float:
 
 def rise(job: str, index: int, side: str, threads: int | None) -> tuple[str, float] | None:
     """Measure the memory one formulation of a job's pair takes; None without such a pair."""
-    pick_device("cpu", threads or 0)
+    pick_device("cpu", threads=threads or 0)
     pair = next(itertools.islice(JOBS[job](), index, None), None)
     if pair is None:
         return None
@@ -72,8 +80,10 @@ def measured(job: str, threads: int | None) -> list[dict[str, Any]]:
     return results
 
 
-def measure(settings: MemorySettings) -> list[dict[str, Any]]:
+def measure(settings: MemorySettings) -> object:
     """Print a table of the jobs; return its figures."""
+    if settings.fake:
+        return fake_memory.report()
     results = [found for job in settings.only for found in measured(job, settings.threads)]
     rows = [
         [r["job"], *(f"{r[side]:.2f}" for side in SIDES), f"{r['ours'] / r['textbook']:.2f}"]

@@ -20,7 +20,6 @@ import torch
 import torchvision
 from lpips import LPIPS
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -46,6 +45,7 @@ from Compression.distillation import (
     teacher_discriminator,
 )
 from Compression.distillation.terms import Call
+from Compression.optimisation import Part, Update
 from Compression.training import Teacher, Trainer
 from Evaluation.clip import ClipResNet
 from Evaluation.directions import modulation_directions
@@ -93,9 +93,20 @@ class CountedTrainer(Trainer):
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", enabled=False)
 
-    def _step(self, optimizer: Optimizer, phase: str, loss: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+    def _look(self, now: bool) -> None:
+        pass
+
+    def _step(
+        self,
+        update: Update,
+        phase: str,
+        parts: Sequence[Part],
+        loss_of: Callable[[Part], Tensor],
+    ) -> dict[str, Tensor]:
+        update.gradients.start()
+        for part in parts:
+            loss_of(part).backward()
+        return {}
 
 
 def _moments(device: torch.device) -> Call:

@@ -163,8 +163,10 @@ class TextbookDiscriminator(nn.Module):
             elif isinstance(module, EqualConv2d):
                 layer[i] = _Convolution(module)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, 1)."""
+    def forward(self, images: Tensor, batches: int = 1) -> Tensor:
+        """Logits (N, 1), of one batch after the other."""
+        if batches > 1:
+            return torch.cat([self(batch) for batch in images.chunk(batches)])
         x = self.ours.final_conv(minibatch_stddev(self.ours.convs(images)))
         return self.ours.final_linear(x.flatten(1))
 

@@ -63,7 +63,7 @@ def run_benchmark(
     """
 
     def run(settings: Kind) -> None:
-        device = pick_device(settings.device, settings.threads or 0)
+        device = pick_device(settings.device, threads=settings.threads or 0)
         settings = replace(settings, device=str(device))
         print(machine(settings.device), flush=True)
         results = measure(settings)
@@ -92,21 +92,32 @@ def interleaved(
         least: seconds that one timing should take; short functions are called several times.
         clock: seconds, e.g. `time.thread_time` to leave out what other processes took of a core.
     """
+    return {k: t for k, (t,) in interleaved_by((clock,), variants, rounds, device, least).items()}
+
+
+def interleaved_by(
+    clocks: Sequence[Callable[[], float]],
+    variants: Variants,
+    rounds: int = 7,
+    device: str = "cpu",
+    least: float = 0.02,
+) -> dict[str, list[Timing]]:
+    """Time variants as `interleaved` does, by several clocks at once; a timing for each."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
-    def seconds(function: Callable[[], object], calls: int) -> float:
+    def seconds(function: Callable[[], object], calls: int) -> list[float]:
         wait()
-        start = clock()
+        starts = [clock() for clock in clocks]
         for _ in range(calls):
             function()
         wait()
-        return (clock() - start) / calls
+        return [(clock() - start) / calls for clock, start in zip(clocks, starts, strict=True)]
 
     calls = {}
     for name, function in variants.items():
         seconds(function, 1)
-        calls[name] = max(1, round(least / max(seconds(function, 1), 1e-6)))
-    times: dict[str, list[float]] = {name: [] for name in variants}
+        calls[name] = max(1, round(least / max(*seconds(function, 1), 1e-6)))
+    times: dict[str, list[list[float]]] = {name: [] for name in variants}
     gc.collect()
     gc.disable()
     try:
@@ -115,7 +126,10 @@ def interleaved(
                 times[name].append(seconds(function, calls[name]))
     finally:
         gc.enable()
-    return {k: Timing(statistics.median(v), min(v), max(v)) for k, v in times.items()}
+    return {
+        name: [Timing(statistics.median(v), min(v), max(v)) for v in zip(*found, strict=True)]
+        for name, found in times.items()
+    }
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -1,9 +1,9 @@
-"""One teacher compressed twice, for the face and for the background: each keeps what was asked.
+"""One teacher compressed for the face and for the background: each keeps what was asked.
 
 ``python -m benchmarks.two_contents --path FACES/images`` prunes the bundled teacher for each
 content, retrains both alike, prints how far each is from the teacher inside either content, and
-draws them.
-Make the pictures by ``python -m Dataset.toon_faces --out FACES --n 5000 --no_labels``.
+draws them; ``--contents face,hair`` takes others. An interrupted comparison goes on with the same
+command. Make the pictures by ``python -m Dataset.toon_faces --out FACES --n 5000 --no_labels``.
 """
 
 import shutil
@@ -25,9 +25,14 @@ from Model.generator import Generator
 from train_hyperparams import TrainConfig
 from Util.cli import check_writable, run_settings
 from Util.pictures import save_png, side_by_side
+from Util.run_log import newest_checkpoint
 from Util.settings import Settings, command, setting
 
-CONTENTS = {"face": ("all", "-background", "-cloth"), "background": ("background",)}
+CONTENTS = {
+    "face": ("all", "-background", "-cloth"),
+    "background": ("background",),
+    "hair": ("hair",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +40,11 @@ class ContentsSettings(Settings):
     """Settings of the comparison."""
 
     path: Path = setting(..., "training pictures", metavar="DIR")
+    contents: tuple[str, ...] = setting(
+        ("face", "background"), f"of {', '.join(CONTENTS)}", choices=CONTENTS, metavar="NAME,..."
+    )
     out: Path = setting(Path("two_contents"), "folder of the runs and the picture", metavar="DIR")
-    iter: int = setting(600, "retraining iterations of each", low=1)
+    iter: int = setting(480, "retraining iterations of each", low=1)
     batch_size: int = setting(16, "images per iteration", low=2)
     n_sample: int = setting(500, "pictures that are compared", low=1)
     shown: int = setting(8, "of these in the picture", low=1)
@@ -47,12 +55,14 @@ class ContentsSettings(Settings):
 def compress(settings: ContentsSettings, name: str) -> Generator:
     """Prune the teacher for a content and retrain it inside that content."""
     out, content = settings.out, CONTENTS[name]
-    pruning = PruneSettings(
-        content=content, seed=settings.seed, device=settings.device, out=out / f"{name}.pt"
-    )
-    print(f"$ {command('python3 prune.py', pruning)}", flush=True)
-    prune(pruning)
-    shutil.rmtree(out / name, ignore_errors=True)
+    begun = newest_checkpoint(out / name)
+    if begun is None:
+        pruning = PruneSettings(
+            content=content, seed=settings.seed, device=settings.device, out=out / f"{name}.pt"
+        )
+        print(f"$ {command('python3 prune.py', pruning)}", flush=True)
+        prune(pruning)
+        shutil.rmtree(out / name, ignore_errors=True)
     config = TrainConfig(
         path=str(settings.path),
         ckpt=f"{out}/{name}.pt",
@@ -73,6 +83,7 @@ def compress(settings: ContentsSettings, name: str) -> Generator:
         seed=settings.seed,
         device=settings.device,
         out=f"{out}/{name}",
+        resume=f"{out}/{name}" if begun else "",
     )
     print(f"$ {command('python3 train.py', config)}", flush=True)
     result = train(config, print)
@@ -84,13 +95,12 @@ def compress(settings: ContentsSettings, name: str) -> Generator:
 def distances(networks: Mapping[str, Generator], teacher: Generator, n: int) -> str:
     """Markdown table: L1 to the teacher inside each content, mean over the same latents."""
     device = torch.device("cpu")
-    masks = {k: load_content_parser(bundled.PARSER, device, v) for k, v in CONTENTS.items()}
+    masks = {k: load_content_parser(bundled.PARSER, device, CONTENTS[k]) for k in networks}
     parts = list(sampling.shares(n, 50))
     lines = [
         f"| compressed for | {' | '.join(f'L1 inside {name}' for name in masks)} |",
-        "|---" * 3,
+        "|---" * (len(masks) + 1) + "|",
     ]
-    lines[1] += "|"
     for name, network in networks.items():
         sums = dict.fromkeys(masks, 0.0)
         for part in parts:
@@ -121,7 +131,7 @@ def run(settings: ContentsSettings) -> None:
     """Compress twice, compare, and draw."""
     check_writable("out", settings.out / "two_contents.png")
     teacher = load_generator(bundled.MODEL).eval().requires_grad_(False)
-    networks = {name: compress(settings, name) for name in CONTENTS}
+    networks = {name: compress(settings, name) for name in settings.contents}
     print(distances(networks, teacher, settings.n_sample))
     picture(networks, teacher, settings)
     print(f"saved {settings.out}/two_contents.png")

@@ -5,6 +5,7 @@ import torch
 
 from Model.generator import Generator
 from tests.golden_fill import fill_from_numpy, load_golden
+from Util import progress
 
 
 @pytest.fixture(params=["generator_32px", "generator_64px"])
@@ -19,6 +20,12 @@ def golden(request) -> tuple[Generator, dict]:
 def pytest_configure():
     torch.set_num_threads(1)  # the networks are tiny; more threads wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in the processes that tests start
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Progress is a bar, as on a terminal."""
+    monkeypatch.setattr(progress, "is_terminal", lambda: True)
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,9 @@ from PIL import Image
 from torchvision import transforms
 
 import train
-from Dataset import DatasetError, sources
+from Dataset import DatasetError, loading, sources
 from Dataset.batches import EndlessBatches
-from Dataset.images import Images
+from Dataset.images import Images, to_float
 from Dataset.loading import load_batches, main
 from Dataset.pictures import FILTERS, Resizing, UnreadableImageError, fit_square
 from train_hyperparams import TrainConfig
@@ -214,6 +214,21 @@ def test_a_forgotten_loader_does_not_hold_up_the_exit(folder):
     )
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, timeout=120)
     assert run.returncode == 0
+
+
+def test_pictures_travel_as_bytes(folder):
+    images = Images(folder, 8)
+    batch, _ = loading._Batches(images).__getitems__([(0, False), (3, True)])
+    assert (batch.dtype, batch.shape) == (torch.uint8, (2, 3, 8, 8))
+    expected = torch.stack([images[0, False], images[3, True]])
+    torch.testing.assert_close(to_float(batch), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(64, 8, 4), (8, 4, 2), (2, 8, 1)])
+def test_loading_processes_are_a_share_of_the_cores(monkeypatch, cores, processes, workers):
+    monkeypatch.setattr(loading.os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert loading.default_workers() == workers
 
 
 def break_files(folder, *names):

@@ -12,6 +12,7 @@ from Util.pictures import grid, side_by_side
 def test_the_main_job_runs_on_the_bundled_model(tmp_path, capsys):
     assert demo.main(["--out", str(tmp_path), "--n", "20", "--iter", "2"]) == 0
     printed = capsys.readouterr().out
+    assert printed.startswith("This renders 20 pictures of toon faces (")
     assert "44,162,048" in printed  # MACs of the teacher
     assert "L1 to teacher inside the content" in (tmp_path / "table.txt").read_text()
     assert load_generator(tmp_path / "run/checkpoints/000002.pt").channels[0] == 20

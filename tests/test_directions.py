@@ -1,9 +1,12 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 
+from Evaluation import sampling
 from Evaluation.directions import modulation_directions, principal_components, walk
+from Evaluation.walking import find_walks, walking_distances
 from Model.generator import Generator
 
 
@@ -70,3 +73,47 @@ def test_walk_moves_the_rows_that_are_named():
     part = walk(w_plus, direction, -1.0, [1, 3])
     torch.testing.assert_close(part[:, [0, 2]], w_plus[:, [0, 2]])
     torch.testing.assert_close(part[:, [1, 3], 1], w_plus[:, [1, 3], 1] - 1)
+
+
+@pytest.mark.parametrize("kind", ["principal", "modulation"])
+def test_walks_go_in_deviations_of_w(kind):
+    generator = small()
+    (second, last) = find_walks(generator, kind, [1, 4], [0, 2], seed=3)
+    with torch.no_grad():
+        w = generator.mapping(torch.randn(20_000, 12))
+        latents = sampling.from_z(generator, torch.randn(2, 12))
+    for found, number in ((second, 1), (last, 4)):
+        along = (w - w.mean(0)) @ found.direction
+        assert found.deviation == pytest.approx(along.std().item(), rel=0.1)
+        share = along.var() / w.var(dim=0).sum()
+        name, text = found.name.splitlines()
+        assert name.endswith(f" {number}")
+        assert float(text.split()[0]) == pytest.approx(100 * share.item(), rel=0.15)
+    moved = second.to(latents, -2.0).w_plus - latents.w_plus
+    expected = -2 * second.deviation * second.direction
+    torch.testing.assert_close(moved[:, [0, 2]], expected.expand(2, 2, -1))
+    assert not moved[:, [1, 3, 4, 5]].any()
+
+
+def test_numbers_of_directions_that_there_are_not():
+    with pytest.raises(ValueError, match="12: principal directions have the numbers 0 to 11"):
+        find_walks(small(), "principal", [0, 12], [0], seed=0)
+    with pytest.raises(ValueError, match="-1: modulation directions have the numbers 0 to 14"):
+        find_walks(small(), "modulation", [-1], [0], seed=0)
+
+
+def test_walking_distances_by_hand():
+    def constant(a, b):
+        return torch.tensor([a, b]).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+
+    frames = [constant(*pair) for pair in ((0.0, 1.0), (0.1, 1.0), (0.4, 3.0))]
+    found = walking_distances(
+        constant(0.2, 1.0), frames, lambda a, b: (a - b).abs().mean(dim=(1, 2, 3))
+    )
+    assert found == pytest.approx(
+        {
+            "to_ends": (0.2 + 0.0 + 0.2 + 2.0) / 4,
+            "step": (0.1 + 0.0 + 0.3 + 2.0) / 4,
+            "largest_step": (0.3 + 2.0) / 2,
+        }
+    )

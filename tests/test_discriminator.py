@@ -1,8 +1,10 @@
+import pytest
 import torch
 
 from Compression.losses import d_logistic_loss, g_nonsaturating_loss, r1_penalty
 from Model.discriminator import Discriminator, minibatch_stddev
 from tests.golden_fill import assert_golden, fill_from_numpy, load_golden
+from Util import distributed
 
 
 def test_logits_and_losses_equal_the_original():
@@ -32,3 +34,17 @@ def test_any_batch_size_works():
     network = Discriminator(8, channels=(4, 4))
     for n in (1, 3, 5, 6):
         assert network(torch.randn(n, 3, 8, 8)).shape == (n, 1)
+
+
+@pytest.mark.parametrize(("own", "world"), [(1, 4), (2, 2), (2, 4), (3, 2), (8, 2)])
+def test_groups_are_those_of_the_batch_of_all_processes(own, world, monkeypatch):
+    torch.manual_seed(0)
+    whole = torch.randn(own * world, 3, 4, 4)
+    expected = minibatch_stddev(whole)
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+    for rank in range(world):
+        shares = [whole[k::world] for k in range(world)]
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "gather_rows", lambda x, shares=shares: torch.cat(shares))
+        found = minibatch_stddev(shares[rank], over_processes=True)
+        torch.testing.assert_close(found, expected[rank::world])

@@ -14,7 +14,9 @@ from Model.discriminator import Discriminator
 from Model.generator import Generator
 from train_hyperparams import TrainConfig
 
-BATCH, ITERATIONS, SIDE = 16, 5, 16
+ITERATIONS, SIDE = 5, 16
+BATCHES = (16, 4)
+"""With 4, the discriminator compares images of both processes with each other."""
 CPU = torch.device("cpu")
 
 
@@ -63,7 +65,7 @@ def make_terms(rank: int, world: int) -> list[Term]:
     ]
 
 
-def make_trainer(rank: int, world: int) -> Trainer:
+def make_trainer(rank: int, world: int, batch: int) -> Trainer:
     torch.manual_seed(0)
     generator = Generator(SIDE, style_dim=8, n_mlp=2, channels=(6, 5, 4, 4, 4, 4))
     frozen = copy.deepcopy(generator).requires_grad_(False)
@@ -73,20 +75,20 @@ def make_trainer(rank: int, world: int) -> Trainer:
     for layer in (*generator.styled_convs, *teacher.generator.styled_convs):
         layer.noise.weight.data.zero_()  # layer noise is drawn per process
     settings = TrainConfig(
-        batch_size=BATCH, freeze_noise=True, d_reg_every=2, g_reg_every=2, gan_ramp=3 * BATCH
+        batch_size=batch, freeze_noise=True, d_reg_every=2, g_reg_every=2, gan_ramp=3 * batch
     )
     trainer = Trainer(generator, Discriminator(SIDE, channels=(5, 4, 4)), settings, CPU, teacher)
     trainer.draws = SharedDraws(trainer.draws, rank, world)
     return trainer
 
 
-def train(rank: int, world: int) -> dict:
+def train(rank: int, world: int, batch: int) -> dict:
     """Weights, first gradients and metrics after some iterations."""
-    trainer = make_trainer(rank, world)
+    trainer = make_trainer(rank, world, batch)
     stream = torch.Generator().manual_seed(1)
     gradients = {}
     for i in range(ITERATIONS):
-        real = torch.randn(BATCH, 3, SIDE, SIDE, generator=stream)[rank::world]
+        real = torch.randn(batch, 3, SIDE, SIDE, generator=stream)[rank::world]
         trainer.iterate(real)
         if i == 0:
             gradients = {
@@ -114,15 +116,20 @@ def train(rank: int, world: int) -> dict:
 def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(train(rank, 2), f"{folder}/{rank}.pt")
+    torch.save({n: train(rank, 2, n) for n in BATCHES}, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     multiprocessing.spawn(process, (str(folder),), nprocs=2)
-    return train(0, 1), *(torch.load(folder / f"{rank}.pt") for rank in range(2))
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture(scope="module", params=BATCHES)
+def results(both, request):
+    return train(0, 1, request.param), *(found[request.param] for found in both)
 
 
 def test_two_processes_compute_what_one_does(results):

@@ -8,6 +8,7 @@ from Compression.scores import channel_scores, sampling
 from Compression.scores.diversity_aware import DiversitySettings
 from Evaluation.directions import principal_components
 from Model.generator import Generator
+from Util import memory
 from Util.streams import stream
 
 CHANNELS = (6, 5, 5, 4)
@@ -79,7 +80,7 @@ def test_score_by_its_definition(small, stop):
 
 def test_how_many_images_go_at_once_changes_nothing(small, monkeypatch):
     whole = score(small, n_sample=4, batch_size=4)
-    monkeypatch.setattr(sampling, "PIXELS_AT_ONCE", 2 * 8**2)
+    monkeypatch.setattr(memory, "SCORING", 2 * 8**2)
     for a, b in zip(whole, score(small, n_sample=4, batch_size=4), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
 

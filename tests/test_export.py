@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import export_onnx
+from benchmarks import runtimes
 from Model import bundled, checkpoint
 from Model import onnx as export
 from Model.complexity import macs, parameters
@@ -195,3 +196,30 @@ def test_missing_packages_are_named(models, monkeypatch, capsys):
     assert "onnx, onnxscript, onnxruntime" in error
     assert "requirements-export.txt" in error
     assert error.count("\n") == 1
+
+
+def test_runtimes_are_held_against_pytorch(monkeypatch, capsys):
+    def missing(network):
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(runtimes, "compiled", missing)
+    monkeypatch.setitem(runtimes.MODELS, "pruned", lambda: small_generator(8))
+    settings = runtimes.RuntimeSettings(only=("pruned",), batches=(1, 3), rounds=5)
+    rows = list(runtimes.compare("pruned", settings))
+    assert {row["batch"] for row in rows} == {1, 3}
+    assert {"ours", "PyTorch alone", "ONNX Runtime"} <= {row["runtime"] for row in rows}
+    for row in rows:
+        assert row["cpu"]["median"] > 0
+        assert row["largest"] < (0.5 if "bf16" in row["runtime"] else 1e-3)
+    assert "left out: torch.compile (no compiler)" in capsys.readouterr().err.splitlines()
+
+
+def test_a_runtime_of_other_images_is_no_result():
+    def plain(w_plus):
+        return np.zeros((1, 3, 8, 8), np.float32)
+
+    w_plus = torch.zeros(1, 4, 16)
+    for wrong in (0.01, np.nan):
+        found = {"PyTorch alone": plain, "X": lambda w_plus, wrong=wrong: plain(w_plus) + wrong}
+        with pytest.raises(ValueError, match="X: differs from PyTorch's images"):
+            runtimes.differences(found, w_plus)

@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -275,10 +276,10 @@ def test_an_lmdb_is_completed_after_a_fault_at_any_byte(pictures, tmp_path, monk
 class Deadly(Images):
     """Kills the process that loads image 3, unless that is the main one."""
 
-    def __getitem__(self, item):
+    def pixels(self, item):
         if get_worker_info() and item[0] == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getitem__(item)
+        return super().pixels(item)
 
 
 def test_a_killed_loader_leaves_a_checkpoint(pictures, tmp_path, monkeypatch, capfd):
@@ -463,6 +464,30 @@ def test_a_download_is_verified_and_appears_whole(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"net-00000000\.pth is missing .* or or else"):
         downloads.downloaded(f"file://{bad}", "or else")
     assert [f.name for f in file.parent.iterdir()] == [good.name]
+
+
+def test_of_several_processes_one_downloads(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    log = tmp_path / "log"
+
+    def slow(url, to, **_):
+        with open(log, "a") as stream:
+            stream.write("x")
+        time.sleep(0.3)
+        Path(to).write_text("weights")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", slow)
+
+    def download():
+        file = downloads.downloaded("https://somewhere/net.pth", "or else")
+        assert file.read_text() == "weights"
+
+    child = os.fork()
+    if child == 0:
+        os._exit(in_child(download))
+    download()
+    assert os.waitpid(child, 0)[1] == 0
+    assert log.read_text() == "x"
 
 
 def test_a_home_that_cannot_be_written_is_one_line(monkeypatch):

@@ -133,16 +133,16 @@ def test_a_mixture(files, tmp_path, capsys):
     flags = ["--a", "0,1", "--b", "2,3,4", "--layers", "0-3", "--scale", 1, "--json"]
     assert edit(files, *flags, "--out", tmp_path) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["style_mixing.png"]
-    captured = capsys.readouterr().out
-    assert "content-aware parser distance" in captured
-    line = json.loads(captured.splitlines()[-1])
+    captured = capsys.readouterr()
+    assert "content-aware parser distance" in captured.err
+    line = json.loads(captured.out)
     for distances in line["figures"]["models"].values():
         assert set(distances) == {"a_to_mixed", "b_to_mixed", "a_to_b"}
         assert all(value > 0 for value in distances.values())
     # Two models of 1 + 2 rows and 1 + 3 columns of 16 px.
     picture = pixels(tmp_path / "style_mixing.png")
     block = 16 + 12 + 2 * 16 + 4
-    assert picture.shape[0] == 2 * block + 24
+    assert 0 < picture.shape[0] - (2 * block + 24) < 300  # the caption below
     corner = picture[:16, -(16 + 12 + 3 * 16 + 2 * 4) :][:, :16]
     assert (corner == 255).all()
 
@@ -185,6 +185,31 @@ def test_a_morph(files, tmp_path, capsys, space):
     assert np.abs(strip[:16, -16:] - block[:16, 28:44]).max() <= 1
     assert np.abs(strip[20:, -16:] - block[:16, 48:]).max() <= 1
     assert Image.open(tmp_path / "m.gif").n_frames == 4
+
+
+@pytest.mark.parametrize("kind", ["principal", "modulation"])
+def test_walks_along_directions(files, tmp_path, capsys, kind):
+    flags = ["--mode", "directions", "--directions", kind, "--direction", "0,2", "--scale", 1]
+    flags += ["--a", "1,3", "--steps", 3, "--strength", 1, "--frames", 4, "--json"]
+    assert edit(files, *flags, "--out", tmp_path / "d") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"d.png", "d.gif"}
+    for distances in last_json(capsys)["figures"]["models"].values():
+        assert distances["to_ends"] > 0
+        assert 0 < distances["step"] <= distances["largest_step"]
+    # Of each model: a line of strengths, then for both directions a row for each face.
+    picture = pixels(tmp_path / "d.png")
+    block = 24 + 2 * (8 + 2 * 16 + 4)
+    assert picture.shape[0] == 2 * block + 24
+    shown = picture[:, -(3 * 16 + 2 * 4) :]
+    first = shown[32 : 32 + 36]
+    second = shown[32 + 36 + 8 : 32 + 2 * 36 + 8]
+    assert np.array_equal(first[:, 20:36], second[:, 20:36])  # in the middle nothing has moved
+    assert np.abs(first[:, :16] - first[:, 40:]).max() > 1
+    assert np.abs(first[:, :16] - second[:, :16]).max() > 1
+    # The middle is what a mixture shows of these faces.
+    assert edit(files, "--a", "1,3", "--b", "0", "--scale", 1, "--out", tmp_path / "mixed") == 0
+    sources = pixels(tmp_path / "mixed.png")[28:64, -(16 + 12 + 16) :][:, :16]
+    assert np.array_equal(first[:, 20:36], sources)
 
 
 def test_projected_pictures_are_edited(files, tmp_path, capsys):

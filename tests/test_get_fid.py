@@ -43,7 +43,8 @@ def files(tmp_path, generator):
 def run(files, flags, capsys):
     argv = f"--ckpt {files}/g.pt --parser_ckpt {bundled.PARSER} --features parser --device cpu"
     assert get_fid.main([*argv.split(), "--workers", "0", *flags.split()]) == 0
-    return capsys.readouterr().out
+    captured = capsys.readouterr()
+    return captured.err + captured.out
 
 
 def figures(out):
@@ -203,6 +204,14 @@ def test_bundled_statistics_fit_the_bundled_parser(capsys):
         == 24_000
     )
     assert "content mask" in content.record["protocol"]
+
+
+def test_bundled_statistics_fit_the_bundled_classifier_of_attributes(capsys):
+    flags = ["--features", "attributes", "--n_sample", "120", "--device", "cpu"]
+    assert get_fid.main(flags) == 0
+    assert "Frechet attribute distance: " in capsys.readouterr().out
+    assert get_fid.main([*flags, "--content_aware"]) == 2
+    assert "--path is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ READERS = {
         train,
         f"{STUDENT} --fid_n_sample 999 --fid_features parser --fid_stats",
     ),
-    "train --resume": (train, "--resume"),
+    "train --resume": (train, "--iter 9 --resume"),
     "train_parser --eval_only": (
         train_parser,
         "--path {0}/pairs --device cpu --workers 0 --eval_only",
@@ -347,7 +347,7 @@ def test_a_damaged_training_state_is_one_line(files, tmp_path, capsys, path, val
     spoiled(content, path, value)
     checkpoint.save(file, content)
     line = refused(capsys, train.main, ["--resume", str(tmp_path / "run"), "--iter", "2"])
-    assert f"--ckpt {file}: its training state is damaged or of other networks" in line
+    assert f"--resume {file}: its training state is damaged or of other networks" in line
 
 
 @pytest.mark.parametrize(

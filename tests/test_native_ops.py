@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from Compression.losses import path_length_penalty
 from Model.discriminator import Discriminator
@@ -469,6 +470,16 @@ def test_the_variable_decides_for_auto(unbuilt, monkeypatch):
         fused_leaky_relu(LARGE)
 
 
+def test_small_tensors_with_a_gradient_are_not_worth_it_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(dispatch, "_available", lambda part: True)
+    with FakeTensorMode():
+        for device, sides in (("cpu", {8: False, 256: True}), ("cuda", {8: True, 256: True})):
+            for side, native in sides.items():
+                x = torch.empty(1, 1, side, side, device=device)
+                assert dispatch.use_native("upfirdn2d", "auto", x)
+                assert dispatch.use_native("upfirdn2d", "auto", x.requires_grad_()) == native
+
+
 def test_importing_builds_nothing(tmp_path):
     code = "import Model.layers, Model.ops, sys; sys.exit('Model.ops.native' in sys.modules)"
     environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
@@ -552,7 +563,7 @@ def test_nvcc_from_pip_is_found_beside_pytorch(toolkit):
 
 def test_an_nvcc_of_another_version_is_refused_with_the_remedy(toolkit):
     (toolkit / "version").write_text("release 12.8, V12.8.1")
-    with pytest.raises(build.BuildError, match=r"CUDA 12.8.*toolkit\[nvcc\]==13\.2\.\*"):
+    with pytest.raises(build.BuildError, match=r"CUDA 12.8.*toolkit\[nvcc,cccl\]==13\.2\.\*"):
         build.library("cuda")
 
 

@@ -116,7 +116,7 @@ class Narrow(nn.Module):
         (Flat(), {}, r"made \(1, 3\) torch.float32 of 1 picture; expected logits"),
         (None, {"output": "mask", "class_names": ["a", "b"]}, r"masks of shape \(1, 3, 16, 16\)"),
         (None, {"output": "classes"}, "floating-point numbers, not classes"),
-        (None, {"input_size": "16"}, "input_size is 16; see script_module.py"),
+        (None, {"input_size": "16"}, "input_size is 16; see doc/content.md"),
         (None, {"mean": [0, 0]}, "mean is"),
         (None, {"std": [0, 1, 1]}, "std is"),
         (None, {"classes_excluded": [3]}, "classes_excluded is"),

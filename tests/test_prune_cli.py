@@ -45,7 +45,7 @@ def run(files, *flags, ckpt="full.pt", parser="parser.pt", device="cpu"):
     return prune.main([*arguments, *map(str, flags)])
 
 
-def test_prunes(files, tmp_path, capsys):
+def test_prunes(files, tmp_path, capsys, terminal):
     out = tmp_path / "new" / "pruned.pt"
     assert run(files, "--noise_prob", 0.5, "--seed", 3, "--out", out) == 0
     captured = capsys.readouterr()
@@ -66,6 +66,8 @@ def test_prunes(files, tmp_path, capsys):
         "content": "all,-background,-cloth",
         "init": "pruned",
         "remove_ratio": 0.7,
+        "macs": None,
+        "allocation": "uniform",
         "seed": 3,
         "n_sample": 5,
         "batch_size": 2,
@@ -147,7 +149,7 @@ def test_default_folder(files, tmp_path, monkeypatch):
     assert checkpoint.load_generator(path).channels == CHANNELS
 
 
-def test_bundled_files_are_the_defaults(tmp_path, monkeypatch, capsys):
+def test_bundled_files_are_the_defaults(tmp_path, monkeypatch, capsys, terminal):
     assert bundled.MODEL.is_file()
     assert bundled.PARSER.is_file()
     monkeypatch.setattr(bundled, "PRUNED_FOLDER", tmp_path)

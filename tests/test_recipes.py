@@ -132,6 +132,9 @@ def test_prune_and_two_iterations_of_every_recipe(folder, tmp_path, name):
     config = checkpoint.read(tmp_path / "run/checkpoints/000002.pt")["config"]
     assert (config["recipe"], config["metric"]) == (name, RECIPES[name].prune["metric"])
     assert config["training"]["teacher_ckpt"] == "teacher.pt"
+    if saved["content_aware_KD"]:
+        assert config["training"]["content"] == "all,-background,-cloth"
+        assert config["training"]["parser_ckpt"] == bundled.PARSER.name
 
 
 def test_two_discriminators_and_moments_resume_exactly(folder, tmp_path):

@@ -15,6 +15,7 @@ from Compression.scores import (
 from Compression.scores.activations import _Spread
 from Model.generator import Generator
 from tests.golden_fill import assert_golden, fill_from_numpy, load_golden
+from Util import memory
 from Util.streams import stream
 
 NAMES = ["generator_32px", "generator_64px"]
@@ -149,7 +150,7 @@ def slow_content_aware(network, n_sample, batch_size, seed, prob):
 
 @pytest.mark.parametrize("images_at_once", [1, 2, 100])
 def test_content_aware_with_a_smaller_last_batch(small, images_at_once, monkeypatch):
-    monkeypatch.setattr(sampling, "PIXELS_AT_ONCE", images_at_once * 8**2)
+    monkeypatch.setattr(memory, "SCORING", images_at_once * 8**2)
     done = []
     scores = channel_scores(
         small,
@@ -262,6 +263,7 @@ def test_errors(small):
         EmptyContentError,
         parser=lambda images: torch.zeros_like(images[:, :1]),
     )
+    fails(r"mask makes \(2, 8, 8\) of images \(2, 3, 8, 8\)", parser=lambda images: images[:, 0])
     assert all(parameter.requires_grad for parameter in small.parameters())
     images = torch.zeros(1, 3, 8, 8)
     with pytest.raises(ValueError, match="no gradient"):

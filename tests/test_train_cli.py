@@ -1,3 +1,4 @@
+import itertools
 import json
 import random
 import shutil
@@ -14,6 +15,7 @@ from PIL import Image
 
 import prune
 import train
+from Compression import losses
 from Compression import run as training_run
 from Compression.training import Trainer
 from Dataset.images import Images
@@ -26,6 +28,7 @@ from Model.bundled import PARSER
 from Model.discriminator import Discriminator
 from Model.face_parser import BiSeNet
 from Model.generator import Generator
+from tests.test_optimisation import NanGradient
 from train_hyperparams import TrainConfig
 from Util.plot_log import main as plot_main
 from Util.run_log import BEST, TIMING, checkpoints, newest_checkpoint, read_config, read_metrics
@@ -198,8 +201,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(folder, monkeypatch, capsys
     assert [p.name for p in checkpoints(folder / "run")] == ["000001.pt"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_with_a_checkpoint(folder, monkeypatch, number):
+@pytest.mark.parametrize(
+    ("number", "log_freq"),
+    [(signal.SIGINT, 2), (signal.SIGTERM, 4), (signal.SIGHUP, 2), (signal.SIGUSR1, 2)],
+)
+def test_a_signal_ends_the_run_with_a_checkpoint(folder, monkeypatch, number, log_freq):
     iterate = Trainer.iterate
 
     def interrupted(trainer, real):
@@ -208,12 +214,71 @@ def test_a_signal_ends_the_run_with_a_checkpoint(folder, monkeypatch, number):
         return iterate(trainer, real)
 
     monkeypatch.setattr(Trainer, "iterate", interrupted)
-    assert run(folder, f"{SMALL} --iter 5 --log_freq 2") == 128 + number
+    assert run(folder, f"{SMALL} --iter 5 --log_freq {log_freq}") == 128 + number
     assert [p.name for p in checkpoints(folder / "run")] == ["000003.pt"]
     monkeypatch.undo()
     assert train.main(["--resume", str(folder / "run")]) == 0
+    assert run(folder, f"{SMALL} --iter 5 --log_freq {log_freq}", "whole") == 0
+    assert_same_run(folder / "whole", folder / "run", 5)
+
+
+def test_sigusr2_writes_a_checkpoint_and_the_run_goes_on(folder, monkeypatch):
+    iterate = Trainer.iterate
+
+    def asked(trainer, real):
+        if trainer.iteration == 2:
+            signal.raise_signal(signal.SIGUSR2)
+        return iterate(trainer, real)
+
+    monkeypatch.setattr(Trainer, "iterate", asked)
+    assert run(folder, f"{SMALL} --iter 5 --log_freq 2") == 0
+    assert [p.name for p in checkpoints(folder / "run")] == ["000003.pt", "000005.pt"]
+    monkeypatch.undo()
     assert run(folder, f"{SMALL} --iter 5 --log_freq 2", "whole") == 0
     assert_same_run(folder / "whole", folder / "run", 5)
+
+
+def test_a_signal_ends_a_measurement_which_the_resumed_run_makes_up_for(
+    folder, measured, monkeypatch
+):
+    flags = f"{SMALL} {measured} --iter 6 --fid_batch 4"
+    assert run(folder, flags, "whole") == 0
+    make, calls = training_run.make_extractor, []
+
+    def interrupted(*args):
+        def colours(x):
+            calls.append(len(x))
+            if len(calls) == 7:  # after 5 real images, 5 times 4 generated ones each time
+                signal.raise_signal(signal.SIGTERM)
+            return x.mean(dim=(2, 3))
+
+        return Extractor(colours, "parser", "colours")
+
+    monkeypatch.setattr(training_run, "make_extractor", interrupted)
+    assert run(folder, flags) == 143
+    assert sum(calls) < 20 + 20
+    assert not distances(folder / "run").keys() & {4, 6}
+    kept = [p.name for p in checkpoints(folder / "run")]
+    monkeypatch.setattr(training_run, "make_extractor", make)
+    assert train.main(f"--resume auto {flags} --path {folder}/data --out {folder}/run".split()) == 0
+    assert [p.name for p in checkpoints(folder / "run")] == ["000002.pt", "000004.pt", "000006.pt"]
+    assert kept == [p for p in ("000002.pt", "000004.pt") if p in kept] != []
+    assert distances(folder / "run") == distances(folder / "whole")
+    best = [checkpoint.read(folder / name / BEST)["train_state"] for name in ("run", "whole")]
+    assert best[0]["iteration"] == best[1]["iteration"]
+
+
+def test_resume_auto_starts_goes_on_and_has_nothing_left_to_do(folder, capsys):
+    again = f"{SMALL} --resume auto --log_freq 2"
+    assert run(folder, f"{again} --iter 2") == 0
+    for _ in range(2):
+        assert run(folder, f"{again} --iter 5") == 0
+    assert run(folder, f"{SMALL} --log_freq 2 --iter 5", "whole") == 0
+    assert_same_run(folder / "whole", folder / "run", 5)
+    assert train.main(f"--path {folder}/data {again}".split()) == 2
+    assert "--resume auto looks into the run's folder; name it by out" in capsys.readouterr().err
+    config = train.parse_config(f"--resume auto --recipe none --out {folder}/run".split())
+    assert config.resume == str(folder / "run")
 
 
 def test_the_state_before_a_loss_that_is_not_finite_is_kept(folder, monkeypatch, capsys):
@@ -224,6 +289,24 @@ def test_the_state_before_a_loss_that_is_not_finite_is_kept(folder, monkeypatch,
     kept = folder / "run/before_non_finite_000000.pt"
     assert str(kept) in capsys.readouterr().err
     assert checkpoint.load_generator(kept).channels == (6, 5, 4, 4)
+
+
+def test_the_state_before_a_gradient_that_is_not_finite_goes_on(folder, monkeypatch, capsys):
+    calls = itertools.count()
+    loss = losses.g_nonsaturating_loss
+
+    def poisoned(logits):
+        return NanGradient.apply(loss(logits)) if next(calls) >= 2 else loss(logits)
+
+    monkeypatch.setattr(losses, "g_nonsaturating_loss", poisoned)
+    assert run(folder, f"{SMALL} --iter 5") == 2
+    kept = folder / "run/before_non_finite_000002.pt"
+    error = capsys.readouterr().err
+    assert str(kept) in error
+    assert "the gradient of the generator loss (" in error
+    monkeypatch.undo()
+    assert run(folder, f"{SMALL} --iter 5 --ckpt {kept} --load_train_state", "next") == 0
+    assert [p.name for p in checkpoints(folder / "next")] == ["000005.pt"]
 
 
 def test_a_resumed_run_keeps_its_number_of_threads(folder):

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from Compression.parser_training import ParserSettings
 from Dataset.label_maps import LabelMapDataset, LabelMapError
 from Model import bundled, checkpoint
 from Model.face_parser import CELEBAMASK_NAMES, BiSeNet
+from Util.pictures import to_uint8
 
 
 def make_folder(path, count, side=32, seed=0):
@@ -189,9 +191,106 @@ def test_the_seed_decides_the_run(folder, tmp_path):
         torch.testing.assert_close(states[1][name], value)
 
 
+def small(folder, tmp_path, **more):
+    sizes = {"size": 32, "width": 4, "stem_stride": 2, "n_classes": 3, "batch_size": 8}
+    where = {"path": folder, "out": tmp_path / "parser.pt", "device": "cpu"}
+    return ParserSettings(**where, **sizes, **more)
+
+
+def test_training_ends_early_and_keeps_the_best(folder, tmp_path, monkeypatch):
+    found, states = iter([0.2, 0.5, 0.4, 0.3, 0.9]), []
+
+    def scripted(parser, batches, image_size):
+        states.append({k: v.clone() for k, v in parser.network.state_dict().items()})
+        return parser_scores.Scores(torch.zeros(3), torch.ones(3), next(found), 0.0, ("",) * 3)
+
+    monkeypatch.setattr(parser_training, "evaluate", scripted)
+    steps = []
+    settings = small(folder, tmp_path, iter=20, eval_every=2, patience=2)
+    parser_training.train_parser(settings, lambda step, loss: steps.append(step))
+    assert steps[-1] == 8  # two evaluations after the best, at 4
+    best = checkpoint.load_face_parser(tmp_path / "parser.pt").state_dict()
+    for name, value in best.items():
+        assert torch.equal(value, states[1][name])
+
+
+def test_class_weights_are_a_power_of_the_share(folder, tmp_path):
+    settings = small(folder, tmp_path, class_balance=0.5)
+    dataset = LabelMapDataset(folder, 32, 4)
+    labels = torch.stack([dataset[i][1] for i in range(len(dataset))])
+    shares = torch.bincount(labels.flatten(), minlength=3) / labels.numel()
+    weights = parser_training._class_weights(dataset, settings)
+    torch.testing.assert_close(weights / weights[0], (shares / shares[0]) ** -0.5)
+    assert (weights * shares).sum().item() == pytest.approx(1)
+    four = parser_training._class_weights(dataset, replace(settings, n_classes=4))
+    assert four[3] == 1  # a class that never occurs
+    assert parser_training._class_weights(dataset, small(folder, tmp_path)) is None
+    logits = torch.randn(2, 3, 32, 32)
+    loss = parser_training.segmentation_loss((logits,), labels[:2], 0.0, weights)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels[:2], weights))
+
+
+def test_a_run_goes_on_from_its_last_evaluation(folder, tmp_path, capsys):
+    def stop(step, loss):
+        if step == 6:
+            raise KeyboardInterrupt
+
+    settings = small(folder, tmp_path, iter=8, eval_every=4)
+    with pytest.raises(KeyboardInterrupt):
+        parser_training.train_parser(settings, stop)
+    state = checkpoint.read(settings.state_file)
+    run = parser_training.ParserRun(BiSeNet(3, 4, 2, 32), settings, torch.Generator())
+    run.load(settings.state_file)
+    assert run.step == 4
+    assert run.optimiser.param_groups[0]["lr"] == pytest.approx(
+        settings.lr * parser_training.learning_rate_factor(4, 8)
+    )
+    for name, value in run.network.state_dict().items():
+        assert torch.equal(value, state["parser"][name])
+    moment = next(iter(run.optimiser.state.values()))["exp_avg"]
+    assert moment.abs().max() > 0
+    other = flags(folder, tmp_path, "--resume", "--width", "2", "--iter", "8")
+    assert train_parser.main(other) == 2
+    assert "parser.state is of a parser with other sizes" in capsys.readouterr().err
+    steps = []
+    parser_training.train_parser(
+        replace(settings, resume=True), lambda step, loss: steps.append(step)
+    )
+    assert steps == [5, 6, 7, 8]
+    assert [file.name for file in tmp_path.iterdir()] == ["parser.pt"]
+
+
+def test_the_report_shows_the_worst_first(folder, tmp_path):
+    assert train_parser.main([*flags(folder, tmp_path), "--iter", "20"]) == 0
+    parser = load_content_parser(tmp_path / "parser.pt", torch.device("cpu"))
+    dataset = LabelMapDataset(folder, 32, 3)
+    scored = []
+    for i in range(len(dataset)):
+        image, labels = dataset[i]
+        confusion = parser_scores.confusion_matrix(parser.parse(image[None]), labels, 3)
+        found = parser_scores.scores_of(confusion, parser.is_content, ("", "", ""))
+        scored.append((found.mean_iou, i))
+    batches = [tuple(t[None] for t in dataset[i]) for i in range(len(dataset))]
+    picture = parser_scores.worst_cases(parser, batches, n=2)
+    worst = [dataset[i][0] for _, i in sorted(scored)[:2]]
+    shown = to_uint8(torch.stack(worst))
+    side = 32
+    left = picture.shape[1] - 2 * side - 4
+    for k, expected in enumerate(shown):
+        x = left + k * (side + 4)
+        np.testing.assert_array_equal(picture[:side, x : x + side], expected)
+    report = ["--report", str(tmp_path / "worst.png"), "--eval_only", str(tmp_path / "parser.pt")]
+    assert train_parser.main(flags(folder, tmp_path, *report)) == 0
+    assert Image.open(tmp_path / "worst.png").height > 4 * side
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        (["--resume"], "parser.state is missing; train without it"),
+        (["--report", "/proc/x/worst.png"], "--report /proc/x/worst.png: "),
+        (["--patience", "-1"], "--patience must be at least 0, not -1"),
+        (["--class_balance", "2"], "--class_balance must be at most 1, not 2.0"),
         (["--path", "/nowhere"], "--path /nowhere: no folder images"),
         (["--val_path", "/nowhere"], "--val_path /nowhere: no folder images"),
         (["--batch_size", "1"], "--batch_size must be at least 2, not 1"),

@@ -43,6 +43,11 @@ def snapshot(network):
     return {k: v.clone() for k, v in network.state_dict().items()}
 
 
+def loss_of(update, phase, parts, loss_of):
+    (part,) = parts
+    return loss_of(part)
+
+
 def changed(network, before):
     return {k for k, v in network.state_dict().items() if not torch.equal(v, before[k])}
 
@@ -114,6 +119,17 @@ def test_distillation_pulls_the_student_to_its_teacher_inside_the_mask():
     assert sum(history[-10:]) < 0.7 * sum(history[:10])
 
 
+def test_a_mask_of_the_wrong_shape_is_told_before_any_step():
+    trainer = make_trainer(config())
+    teacher = copy.deepcopy(trainer.generator).requires_grad_(False)
+    trainer.teacher = Teacher(teacher, lambda x: x, [Term("l1", 3.0, pixels.term())])
+    before = copy.deepcopy(trainer.generator.state_dict())
+    with pytest.raises(ValueError, match=r"mask makes \(4, 3, 8, 8\) of images"):
+        trainer.iterate(images()[0])
+    for name, value in trainer.generator.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
 @pytest.mark.parametrize("every_resolution", [False, True])
 def test_student_and_teacher_see_the_same_mixed_latents(every_resolution):
     trainer = make_trainer(config(mixing=1.0, path_regularize=0.0, r1=0.0))
@@ -176,11 +192,12 @@ def test_losses_of_both_discriminators_by_their_definition(monkeypatch):
     trainer = make_trainer(config(r1=0.0, path_regularize=0.0, lr=0.0), second_discriminator(0.5))
     ((further, _),) = trainer.further.values()
     seen, steps = [], []
-    monkeypatch.setattr(trainer, "_step", lambda optimizer, phase, loss: steps.append(loss))
+    monkeypatch.setattr(trainer, "_step", lambda *step: steps.append(loss_of(*step)) or {})
     for network in (trainer.discriminator, further):
         network.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
     trainer.iterate(images()[0])
-    fake, real, fake_t, real_t, g, g_t = seen
+    both, both_t, g, g_t = seen
+    (fake, real), (fake_t, real_t) = both.chunk(2), both_t.chunk(2)
     softplus = torch.nn.functional.softplus
     torch.testing.assert_close(steps[0], softplus(fake).mean() + softplus(-real).mean())
     torch.testing.assert_close(steps[1], softplus(fake_t).mean() + softplus(-real_t).mean())
@@ -218,9 +235,11 @@ def test_the_gan_loss_grows_over_the_first_images(monkeypatch):
     trainer = make_trainer(settings, second_discriminator(2.0))
     shares = []
 
-    def step(optimizer, phase, loss):
+    def step(update, phase, parts, loss_of):
+        losses = [loss_of(part).item() for part in parts]
         if phase == "generator":
-            shares.append(loss.item())
+            shares.extend(losses)
+        return {}
 
     monkeypatch.setattr(trainer, "_step", step)
     for i, real in enumerate(images(6)):
@@ -241,7 +260,7 @@ def test_a_term_may_train_the_discriminator_and_sees_the_teachers_pass(monkeypat
     trainer = make_trainer(config(r1=0.0, path_regularize=0.0))
     trainer.teacher = Teacher(teacher, None, [Term("critic", 10.0, Parts(critic=critic))])
     monkeypatch.setattr(
-        trainer, "_step", lambda optimizer, phase, loss: steps.update({phase: loss.item()})
+        trainer, "_step", lambda *step: steps.update({step[1]: loss_of(*step).item()}) or {}
     )
     metrics = trainer.iterate(images()[0])
     assert [f.shape[1] for f in seen[0].made.features] == [5, 4, 4]
@@ -263,9 +282,9 @@ def test_events_come_at_their_periods_and_at_the_end():
     ]  # fmt: skip
 
 
-def test_a_request_to_stop_ends_the_run_after_its_iteration():
+def test_the_end_of_the_batches_ends_the_training():
     trainer = make_trainer()
-    iterate(trainer, itertools.cycle(images(1)), 9, [], lambda: trainer.iteration == 2)
+    iterate(trainer, iter(images(2)), 9, [])
     assert trainer.iteration == 2
 
 

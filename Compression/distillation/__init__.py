@@ -30,12 +30,14 @@ TERMS = {
         "relations between latents and their neighbours (StyleKD)",
         options=relation.RelationSettings,
         features=True,
+        whole_batch=True,
     ),
     "moments": TermKind(
         moments.make,
         "moments of features against the teacher's (DiME)",
         moments.label,
         moments.MomentsSettings,
+        whole_batch=True,
     ),
     "high_band": TermKind(
         high_band.make,

@@ -172,7 +172,7 @@ class TeacherMoments:
         A dry run takes one batch and keeps nothing.
         """
         # Together: a file that has just come into being may have been seen by some of them.
-        if not distributed.any_process(not self.found, self.teacher.device):
+        if not distributed.any_process(not self.found):
             return
         n = self.n if self.keep else BATCH
         for name, pair in teacher_moments(self.teacher, self.networks, n).items():

@@ -10,6 +10,7 @@ from torch import Tensor
 from Compression.distillation.terms import Call, Pass, Sources
 from Evaluation.distances import Distance, at_most, load_distance
 from Model import bundled
+from Model.precision import HALVES
 from train_hyperparams import TrainConfig
 
 
@@ -43,6 +44,8 @@ def make(sources: Sources) -> Call:
         config.perceptual_ckpt or None,
         lambda: config.parser_ckpt or bundled.default_parser(config.teacher_ckpt),
         sources.device,
+        HALVES.get(config.amp),
+        config.compile,
     )
     return term(distance)
 

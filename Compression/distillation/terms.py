@@ -100,6 +100,7 @@ class TermKind:
             term ``kd_LABEL``; None takes the table's name.
         options: dataclass of the term's own settings, each a flag of train.py; None if it has none.
         features: the passes of the generator's phase must hold the activations of every layer.
+        whole_batch: it is no mean over images, so that a batch cannot be divided.
     """
 
     make: Callable[[Sources], Call | Parts]
@@ -107,6 +108,7 @@ class TermKind:
     label: Callable[[Any], str] | None = None
     options: type[Settings] | None = None
     features: bool = False
+    whole_batch: bool = False
 
 
 @dataclass(frozen=True)

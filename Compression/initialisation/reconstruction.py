@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from Compression.initialisation.refit import (
     LayerFit,
@@ -27,12 +26,13 @@ from Compression.initialisation.refit import (
 from Compression.scores.positions import Positions, content_weight, draw_positions
 from Compression.scores.sampling import (
     INITIALISATION,
-    PIXELS_AT_ONCE,
     Sampling,
     layer_noise,
 )
 from Model.generator import Generator
 from Model.layers import StyledConv, ToRGB
+from Util import memory
+from Util.progress import Progress, track
 from Util.settings import Settings, setting
 
 
@@ -92,7 +92,7 @@ def _chunks(
     options, stream = sampling.options, sampling.stream(INITIALISATION)
     sides = [noise.shape[-1] for noise in full.fixed_noise]
     z = torch.randn(options.init_n_sample, full.style_dim, generator=stream)
-    for part in z.split(max(1, PIXELS_AT_ONCE // full.size**2)):
+    for part in z.split(memory.at_once(full.size, memory.SCORING)):
         w = full.mapping(part.to(full.input.input))
         noise = [noise.to(w) for noise in layer_noise(full, len(w), stream)]
         made = full.synthesis(w[:, None].expand(-1, full.n_latent, -1), noise, features=True)
@@ -120,7 +120,7 @@ def reconstruction(
     Returns:
         The share of variance explained (R^2) by layer, as lines.
     """
-    bar = tqdm(total=sampling.options.init_n_sample, desc="reconstruction: images", unit="img")
+    bar = Progress(sampling.options.init_n_sample, "reconstruction: images", "img")
     chunks = []
     with bar:
         for chunk in _chunks(full, pruned, keep, sampling):
@@ -129,7 +129,8 @@ def reconstruction(
     kept = {name: value.clone() for name, value in pruned.state_dict().items()}
     before = _pictures_r2(pruned, chunks)
     lines = [f"{'layer':<10} {'px':>5} {'R^2 before':>11} {'R^2 after':>10}"]
-    layers = tqdm(pruned.styled_convs, desc="reconstruction: layers", unit="layer")
+    convs = pruned.styled_convs
+    layers = track(convs, len(convs), "reconstruction: layers", "layer")
     for i, layer in enumerate(layers):
         name = f"convs.{i - 1}" if i else "conv1"
         lines.append(_line(name, chunks, i, *_fit_styled(layer, chunks, i, sampling.options)))

@@ -111,9 +111,7 @@ def _facts(file: Path) -> dict[str, Any]:
     facts = {"output": "logits", "class_names": []} | dict(facts)
     for key, fits in _checks(facts).items():
         if not fits:
-            raise ValueError(
-                f"{file}: {key} is {str(facts.get(key))[:80]}; see {Path(__file__).name}"
-            )
+            raise ValueError(f"{file}: {key} is {str(facts.get(key))[:80]}; see doc/content.md")
     return facts
 
 

@@ -18,6 +18,7 @@ from Compression.scores.content_aware import (
     salt_and_pepper,
     weight_gradient_score,
 )
+from Compression.scores.covariance import subset
 from Compression.scores.diversity_aware import DiversitySettings, diversity_aware
 from Compression.scores.sampling import CHANCE, Sampling, Scores, draw_sampling
 from Compression.scores.weights import l1_in, l1_out, l1_style
@@ -74,6 +75,9 @@ SCORES = {
         diversity_aware,
         "variance over latent directions of the weight gradient (DCP)",
         options=DiversitySettings,
+    ),
+    "subset": Score(
+        subset, "how early the channel is chosen to reconstruct the others from", needs_parser=True
     ),
     "l1_out": Score(l1_out, "L1 norm of the mean modulated weights that read the channel"),
     "l1_in": Score(l1_in, "L1 norm of the mean modulated weights that make the channel"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from Compression.scores.sampling import PIXEL_NOISE, Sampling, Scores, chunks, readers
+from Evaluation.features import masks_of
 from Model.generator import Generator
 
 
@@ -108,35 +109,48 @@ def only_reader_gradients(generator: Generator) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
-def content_aware(generator: Generator, sampling: Sampling) -> Scores:
-    """`weight_gradient_score`, summed over the batches.
+def content_gradients(generator: Generator, sampling: Sampling) -> Iterator[list[Tensor]]:
+    """`weight_gradients` of the batches of a sampling, with noise on the content.
 
-    Gradients of different images of a batch may cancel, so the batch size is part of the metric.
+    Yields:
+        (1, O, I, k, k) per channel group: the gradients summed over a batch.
 
     Raises:
         ValueError: there is no parser, or chance left every content pixel as it was.
         EmptyContentError: no content in any image.
     """
     if sampling.parser is None:
-        raise ValueError("the metric content_aware needs a parser for the content mask")
+        raise ValueError("the content's gradient needs a parser for the content mask")
     stream = sampling.stream(PIXEL_NOISE)
     zeros = [torch.zeros_like(layer.conv.weight) for layer in readers(generator)]
-    scores, gradients = mean_magnitude(zeros), zeros
+    gradients = zeros
     inside = changed = 0.0
     with only_reader_gradients(generator):
         for z, noise, batch_ends in chunks(generator, sampling):
             images = generator([z], noise=noise)
-            mask = sampling.parser(images.detach())
+            mask = masks_of(sampling.parser, images.detach())
             noisy = salt_and_pepper(images, mask, sampling.noise_prob, stream)
             inside += float(mask.sum())
             changed += float((noisy != images).sum())
             found = weight_gradients(generator, images, noisy)
             gradients = [a + b for a, b in zip(gradients, found, strict=True)]
             if batch_ends:
-                batch_scores = mean_magnitude(gradients)
-                scores = [a + b for a, b in zip(scores, batch_scores, strict=True)]
+                yield gradients
                 gradients = zeros
     _check_content(len(sampling.latents), inside, changed)
+
+
+def content_aware(generator: Generator, sampling: Sampling) -> Scores:
+    """`weight_gradient_score`, summed over the batches.
+
+    Gradients of different images of a batch may cancel, so the batch size is part of the metric.
+
+    Raises:
+        ValueError, EmptyContentError: see `content_gradients`.
+    """
+    scores = [torch.zeros_like(layer.conv.weight[0, 0, :, 0, 0]) for layer in readers(generator)]
+    for gradients in content_gradients(generator, sampling):
+        scores = [a + b for a, b in zip(scores, mean_magnitude(gradients), strict=True)]
     return scores
 
 

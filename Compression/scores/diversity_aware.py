@@ -21,6 +21,7 @@ from Compression.scores.content_aware import mean_magnitude, only_reader_gradien
 from Compression.scores.sampling import Sampling, Scores, layer_noise, readers
 from Evaluation.directions import principal_components
 from Model.generator import Generator
+from Util import memory
 from Util.settings import Settings, setting
 
 
@@ -82,8 +83,7 @@ def _answer(
     weights = [layer.conv.weight for layer in readers(generator)]
     gradients = [torch.zeros_like(weight) for weight in weights]
     pictures = 2  # of each latent, both in memory
-    at_once = max(1, draws.PIXELS_AT_ONCE // (pictures * generator.size**2))
-    for part in w.split(at_once):
+    for part in w.split(memory.at_once(generator.size, memory.SCORING // pictures)):
         maps = layer_noise(generator, pictures * len(part), noise)
         still = generator([part], input_is_latent=True, noise=[m[::2] for m in maps])
         with torch.set_grad_enabled(not stop_gradient):

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from Evaluation.features import masks_of
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -43,7 +45,7 @@ def content_weight(
     """
     if mask is None or outside == 1:
         return torch.ones_like(images[:, :1])
-    return mask(images).lerp(torch.ones_like(images[:, :1]), outside)
+    return masks_of(mask, images).lerp(torch.ones_like(images[:, :1]), outside)
 
 
 def draw_positions(weight: Tensor, side: int, count: int, stream: torch.Generator) -> Positions:

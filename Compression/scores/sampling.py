@@ -14,6 +14,7 @@ from torch import Tensor
 
 from Model.generator import Generator
 from Model.layers import StyledConv, ToRGB
+from Util import memory
 from Util.streams import stream
 
 Scores = list[Tensor]
@@ -24,9 +25,6 @@ ContentMask = Callable[[Tensor], Tensor]
 
 LATENTS, LAYER_NOISE, PIXEL_NOISE, CHANCE, DIRECTIONS, INITIALISATION = range(6)
 """What a random stream is for."""
-
-PIXELS_AT_ONCE = 2**18
-"""Four images of 256 px: about 2 GB for scoring the full-size generator."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,8 @@ def chunks(generator: Generator, sampling: Sampling) -> Iterator[tuple[Tensor, l
         z (n, style_dim), layer noise (n, 1, h, w) per layer, and whether a batch ends here.
     """
     stream = sampling.stream(LAYER_NOISE)
-    at_once = max(1, PIXELS_AT_ONCE // generator.size**2)
     for batch in sampling.latents.split(sampling.batch_size):
-        parts = batch.split(at_once)
+        parts = batch.split(memory.at_once(generator.size, memory.SCORING))
         for i, z in enumerate(parts):
             yield (
                 z.to(generator.device),

@@ -8,7 +8,6 @@ name made of everything they depend on: sources, flags, compilers, PyTorch versi
 processor or the GPU architectures.
 """
 
-import argparse
 import contextlib
 import hashlib
 import os
@@ -25,6 +24,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+
+from Util.cli import OneLineParser, run_script
+from Util.progress import duration, tell
 
 Part = Literal["cpu", "cuda"]
 
@@ -110,7 +112,8 @@ def nvcc() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     from_pip = f"{PYTORCH.parent}/nvidia/cu{major}/bin/nvcc"
     names = [f"{home}/bin/nvcc"] if home else [from_pip, "nvcc", "/usr/local/cuda/bin/nvcc"]
-    remedy = f'run pip install "cuda-toolkit[nvcc]=={wanted}.*" or point CUDA_HOME at a toolkit'
+    from_index = f'pip install "cuda-toolkit[nvcc,cccl]=={wanted}.*"'
+    remedy = f"run {from_index} or point CUDA_HOME at a toolkit"
     found = _program("NVCC", names, remedy)
     version = _version(found).partition("release ")[2].partition(",")[0]
     if version.partition(".")[0] != major:
@@ -252,13 +255,13 @@ def _locked(file: Path) -> Iterator[None]:
 def _make(target: Path, make: Callable[[Path], None]) -> None:
     """Make a library in a folder of its own and move it, so that nobody ever loads half of one."""
     what = target.stem.partition("_")[0].upper()
-    print(f"building the compiled {what} operators, once ...", file=sys.stderr, flush=True)
+    tell(f"building the compiled {what} operators, once ...")
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / "library.so"
         make(made)
         os.replace(made, target)
-    print(f"built in {time.monotonic() - start:.0f} s: {target}", file=sys.stderr, flush=True)
+    tell(f"built in {duration(time.monotonic() - start)}: {target}")
 
 
 def build_once(name: str, make: Callable[[Path], None], retry: bool = False) -> Path:
@@ -342,18 +345,25 @@ def library(part: Part, retry: bool = False, architectures: Sequence[str] = ()) 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Build and load what this machine can build, and report it.
-
-    Returns:
-        1 if a part fails; a missing CUDA compiler is no failure where nothing asks for one.
-    """
-    parser = argparse.ArgumentParser(description="Compile the operators ahead of their first use.")
+    """Build and load what this machine can build, and report it; returns the exit code."""
+    parser = OneLineParser(
+        prog="python -m Model.ops.build",
+        description="Compile the operators ahead of their first use.",
+    )
     parser.add_argument(
         "--cuda-check",
         action="store_true",
         help="only the CUDA library, for sm_80 and sm_90, without which this fails; needs no GPU",
     )
-    check = parser.parse_args(argv).cuda_check
+    return run_script(parser, lambda args: _report(args.cuda_check), argv)
+
+
+def _report(check: bool) -> int:
+    """Build and load the parts; `check` is --cuda-check.
+
+    Returns:
+        1 if a part fails; a missing CUDA compiler is no failure where nothing asks for one.
+    """
     parts: tuple[Part, ...] = ("cpu", "cuda") if torch.version.cuda else ("cpu",)
     wanted = check or torch.cuda.is_available() or "TORCH_CUDA_ARCH_LIST" in os.environ
     failed = False

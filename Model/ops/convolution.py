@@ -109,8 +109,8 @@ def _modulated(x: Tensor, weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor
     """
     fewer = len(x) == 1 and 9 * len(weight) < x.shape[2] * x.shape[3]
     if fewer and torch.is_autocast_enabled(x.device.type) and not gradient_wanted(x, weight, style):
-        return x, weight * style[:, :, None, None]
-    return x * style[:, :, None, None].to(x.dtype), weight
+        return x, weight * style.view(*style.shape, 1, 1)
+    return x * style.view(*style.shape, 1, 1).to(x.dtype), weight
 
 
 def _native_up(impl: Impl, x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from Util.settings import VariableError
+
 if TYPE_CHECKING:  # at run time `python -m Model.ops.build` would find itself imported already
     from Model.ops.build import Part
 
@@ -16,7 +18,7 @@ Impl = Literal["auto", "reference", "native"]
 
 VARIABLE = "STYLEGAN_OPS"
 # Where a gradient is wanted, PyTorch calls Python for every compiled operator: below this many
-# values that costs more than the saved passes over memory.
+# values, on a CPU, that costs more than the saved passes over memory.
 WORTH_IT = 16384
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -88,7 +90,7 @@ def _demanded(operator: str, device: str) -> bool:
 def _mode() -> str:
     mode = os.environ.get(VARIABLE) or "auto"
     if mode not in ("auto", "reference", "native"):
-        raise ValueError(f"{VARIABLE} must be auto, reference or native, not {mode!r}")
+        raise VariableError(f"{VARIABLE} must be auto, reference or native, not {mode!r}")
     return mode
 
 
@@ -102,7 +104,7 @@ def use_native(operator: str, impl: Impl, x: Tensor, *others: Tensor | None) -> 
 
     ``impl="auto"`` defers to the environment variable STYLEGAN_OPS. If that is "auto" too, the
     compiled operator runs where it can be built, for floating-point tensors of one type that, where
-    a gradient is wanted, are large enough to gain from it.
+    a gradient is wanted on a CPU, are large enough to gain from it.
 
     Args:
         operator: name for messages.
@@ -111,7 +113,7 @@ def use_native(operator: str, impl: Impl, x: Tensor, *others: Tensor | None) -> 
         others: further tensors that the operator takes, or None.
 
     Raises:
-        ValueError: ``impl`` or STYLEGAN_OPS is none of the three names.
+        ValueError: ``impl`` or STYLEGAN_OPS is none of the three names (`VariableError`).
         NativeUnavailable: "native" is demanded where there is none.
     """
     if impl not in ("auto", "reference", "native"):
@@ -122,7 +124,8 @@ def use_native(operator: str, impl: Impl, x: Tensor, *others: Tensor | None) -> 
     part = x.device.type
     if part not in ("cpu", "cuda") or x.dtype not in TYPES:
         return False
-    if x.numel() < WORTH_IT and gradient_wanted(x, *others):
+    # A GPU's time for an operator is its launch, and the reference has more of them at any size.
+    if part == "cpu" and x.numel() < WORTH_IT and gradient_wanted(x, *others):
         return False
     if any(t is not None and (t.dtype != x.dtype or t.device != x.device) for t in others):
         return False

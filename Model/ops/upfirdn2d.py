@@ -1,12 +1,13 @@
 """Upsample, filter, downsample (StyleGAN2's resampling operator)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from Model.ops.dispatch import Impl, use_native
+from Model.ops.dispatch import Impl, gradient_wanted, use_native
 
 
 def make_kernel(taps: Sequence[float] = (1, 3, 3, 1), gain: float = 1.0) -> Tensor:
@@ -63,7 +64,39 @@ def upfirdn2d(
     height, width = filtered_size(x, kernel, up, down, pad)
     if not kernel.requires_grad and use_native("upfirdn2d", impl, x):
         return torch.ops.stylegan.upfirdn2d(x, kernel, up, down, pad[0], height, width, False)
+    if not kernel.requires_grad and gradient_wanted(x):
+        return _Filter.apply(x, kernel, up, down, pad)
     return _reference(x, kernel, up, down, pad)
+
+
+class _Filter(torch.autograd.Function):
+    """The reference with its gradient: itself, with the filter turned and up and down swapped.
+
+    PyTorch's gradient of a depth-wise convolution is one operator too, but not its second one,
+    which runs a convolution for each channel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, kernel: Tensor, up: int, down: int, pad: tuple[int, int]
+    ) -> Tensor:
+        y = _reference(x, kernel, up, down, pad)
+        ctx.save_for_backward(kernel)
+        ctx.size, before = x.shape[2:], kernel.shape[0] - 1 - pad[0]
+        reached = [
+            up * (n - 1) + kernel.shape[0] - m * down
+            for n, m in zip(ctx.size, y.shape[2:], strict=True)
+        ]
+        ctx.turned = down, up, (before, max(reached) - before)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (kernel,) = ctx.saved_tensors
+        up, down, pad = ctx.turned
+        dx = upfirdn2d(gradients[0], kernel.flip((0, 1)), up, down, pad, impl="reference")
+        # One side may have had more samples that the last filter did not reach.
+        return dx[:, :, : ctx.size[0], : ctx.size[1]], None, None, None, None
 
 
 def _reference(x: Tensor, kernel: Tensor, up: int, down: int, pad: tuple[int, int]) -> Tensor:

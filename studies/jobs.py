@@ -1,0 +1,215 @@
+"""One job: prune, initialise, train, measure. Its state is its files, so it goes on after a stop.
+
+WORK/PLAN/JOB/pruned.pt          after pruning
+run/               the training's folder, with a checkpoint at every measuring point
+figures_NNNNNN.json    after measuring, one for each point
+student.pt         at the end, the moving average alone; pruned.pt and run/ go
+"""
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from Compression.pruning import prune
+from Compression.run import train
+from Dataset import toon_faces
+from Model import bundled, checkpoint
+from Model.complexity import macs, parameters
+from studies.measuring import Judge
+from studies.plan import Job, Plan, iterations, prune_settings, train_config
+from Util.files import atomic_path
+from Util.settings import plain
+
+REAL_START = 4_000_000
+"""First of the real pictures that are compared with; neither the judge nor a student saw them."""
+
+
+class StoppedError(RuntimeError):
+    """A signal ended a training; the same job goes on from its checkpoint."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a study's files are.
+
+    Attributes:
+        work: folder of pictures, jobs and caches.
+        results: folder of the results, one file a plan.
+    """
+
+    work: Path
+    results: Path
+
+    def job(self, plan: Plan, job: Job) -> Path:
+        """Folder of a job."""
+        return self.work / plan.name / job.name
+
+    def data(self, plan: Plan) -> Path:
+        """Folder of the training pictures."""
+        return self.work / f"toon_faces_64px_{plan.pictures}"
+
+    def real(self, plan: Plan) -> Path:
+        """Folder of the real pictures that are measured against."""
+        return self.work / f"toon_faces_64px_held_out_{plan.real_pictures}"
+
+
+def prepare(plan: Plan, places: Places, workers: int | None = None) -> None:
+    """Render the pictures that are not there yet."""
+    sets = [(places.real(plan), REAL_START, plan.real_pictures)]
+    if plan.images:
+        sets.append((places.data(plan), 0, plan.pictures))
+    for out, start, n in sets:
+        toon_faces.render_dataset(
+            toon_faces.ToonFacesSettings(out=out, n=n, start=start, no_labels=True, workers=workers)
+        )
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a file atomically."""
+    with atomic_path(file) as temporary:
+        temporary.write_text(json.dumps(content) + "\n")
+
+
+class Clock:
+    """Seconds of the processor that each phase took, kept in a file over stops."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.seconds: dict[str, float] = {}
+        if file.is_file():
+            self.seconds = json.loads(file.read_text())
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add what the block takes; nothing is added where the process is killed in it."""
+        start = time.process_time()
+        try:
+            yield
+        finally:
+            spent = self.seconds.get(name, 0.0) + time.process_time() - start
+            self.seconds[name] = round(spent, 2)
+            write_json(self.file, self.seconds)
+
+
+_make_judge = cache(Judge)
+"""One for each seed: it keeps what it has computed."""
+
+
+def judge_for(plan: Plan, seed: int, teacher: Path, places: Places) -> Judge:
+    """Give the judge of a seed, made once per process."""
+    real, cached = places.real(plan) / "images", places.work / "cache"
+    return _make_judge(teacher, plan.n_sample, seed, real, cached)
+
+
+def run_job(plan: Plan, job: Job, places: Places) -> dict[str, Any]:
+    """Run a job, or what is left of it.
+
+    Returns:
+        What goes into the results: figures at every point, settings, costs, seconds.
+
+    Raises:
+        StoppedError: a signal ended the training.
+        ValueError: a setting cannot be used.
+    """
+    folder = places.job(plan, job)
+    folder.mkdir(parents=True, exist_ok=True)
+    clock, pruned, run = Clock(folder / "clock.json"), folder / "pruned.pt", folder / "run"
+    pruning = prune_settings(job, pruned)
+    if not pruned.is_file():
+        with clock.phase("prune"):
+            prune(pruning)
+    config = train_config(plan, job, places.data(plan) / "images", pruned, run)
+    if plan.images and not _checkpoint(run, config.iter).is_file():
+        with clock.phase("train"):
+            if train(config).signal:
+                raise StoppedError(job.name)
+    judge = judge_for(plan, job.seed, pruning.ckpt, places)
+    points = []
+    for iteration in iterations(plan, config.batch_size):
+        file = folder / f"figures_{iteration:06d}.json"
+        source = _checkpoint(run, iteration) if iteration else pruned
+        if not file.is_file():
+            at_end = iteration == iterations(plan, config.batch_size)[-1]
+            figures = [f for f in plan.figures if at_end or f != "ppl"]
+            with clock.phase("measure"):
+                found = judge.measure(checkpoint.load_generator(source), figures)
+            write_json(file, {"images": iteration * config.batch_size, "figures": found})
+        points.append(json.loads(file.read_text()))
+    student = _checkpoint(run, config.iter) if plan.images else pruned
+    return _result(plan, job, points, clock.seconds, student, judge)
+
+
+def reference_figures(plan: Plan, seed: int, places: Places) -> dict[str, dict[str, float]]:
+    """Measure what students are seen beside, by its name: the teacher, the compressed model.
+
+    The teacher shows what cannot be surpassed, the bundled compressed model a longer retraining.
+    """
+    teacher = prune_settings(plan.jobs[0], Path("pruned.pt")).ckpt
+    judge = judge_for(plan, seed, teacher, places)
+    files = {"teacher": teacher, "bundled compressed model": bundled.COMPRESSED}
+    return {
+        name: judge.measure(checkpoint.load_generator(file), plan.figures)
+        for name, file in files.items()
+    }
+
+
+def clean(plan: Plan, job: Job, places: Places) -> None:
+    """Keep the student alone of a finished job."""
+    folder = places.job(plan, job)
+    runs = sorted((folder / "run" / "checkpoints").glob("*.pt"))
+    source = runs[-1] if runs else folder / "pruned.pt"
+    if source.is_file():
+        g_ema = checkpoint.load_generator(source)
+        checkpoint.save(folder / "student.pt", {"g_ema": g_ema})
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    (folder / "pruned.pt").unlink(missing_ok=True)
+
+
+def _checkpoint(run: Path, iteration: int) -> Path:
+    return run / "checkpoints" / f"{iteration:06d}.pt"
+
+
+def _result(
+    plan: Plan,
+    job: Job,
+    points: list[Any],
+    seconds: Mapping[str, float],
+    student: Path,
+    judge: Judge,
+) -> dict[str, Any]:
+    network = checkpoint.load_generator(student)
+    stand_in = Path("pruned.pt")
+    return {
+        "plan": plan.name,
+        "job": job.name,
+        "arm": job.arm.name,
+        "group": job.arm.group,
+        "ratio": job.ratio,
+        "seed": job.seed,
+        "points": points,
+        "floor": judge.floor(),
+        "n_sample": plan.n_sample,
+        "macs": macs(network),
+        "parameters": parameters(network),
+        "channels": list(network.channels),
+        "seconds": dict(seconds),
+        "settings": {
+            "prune": plain_settings(prune_settings(job, stand_in)),
+            "train": plain_settings(train_config(plan, job, Path("data"), stand_in, Path("run"))),
+        },
+    }
+
+
+def plain_settings(settings: Any) -> dict[str, Any]:
+    """Settings as JSON holds them, those of options beside the others; files by their names."""
+    values = plain(settings)
+    for options in values.pop("options", ()):
+        values |= plain(options)
+    paths = ("ckpt", "teacher_ckpt", "path", "out", "resume")
+    return {k: Path(v).name if k in paths and v else v for k, v in values.items()}

@@ -1,0 +1,165 @@
+"""Plots and pictures of a study's results."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from Evaluation import sampling
+from Model.checkpoint import load_generator
+from studies.measuring import SEED_OFFSET
+from studies.statistics import interval
+from studies.tables import TITLES, Table, label, points_of
+from Util.files import atomic_path
+from Util.pictures import save_png, side_by_side
+
+COLOURS = ("#c0392b", "#2c6fbb", "#2e8b57", "#8e44ad", "#d98e04", "#17808e", "#7f7f7f", "#b5547a")
+SHOWN = 8
+Pairs = Sequence[tuple[str, float]]
+
+
+def _save(figure: Figure, out: Path) -> None:
+    with atomic_path(out) as temporary:
+        figure.savefig(temporary, dpi=90, format="png")
+
+
+def _interval_bars(axis: Axes, table: Table, pairs: Pairs, figure: str) -> None:
+    """Draw means with 95 % t intervals, one point for each arm, the values beside them."""
+    for i, pair in enumerate(pairs):
+        values = list(table.values(*pair, figure).values())
+        found = interval(values)
+        error = found.half if found.n > 1 else 0
+        axis.barh(i, found.mean, height=0.62, color="#b9cde5")
+        axis.errorbar(found.mean, i, xerr=error, color="#1f3a5f", capsize=3, linewidth=1.2)
+        axis.plot(values, [i] * len(values), ".", color="#c0392b", markersize=5)
+    names = [label(table, *pair) for pair in pairs]
+    axis.set_yticks(range(len(pairs)), names)
+    axis.invert_yaxis()
+    axis.set_title(TITLES[figure], fontsize=10)
+    axis.grid(axis="x", alpha=0.3)
+
+
+def bars(table: Table, pairs: Pairs, figures: Sequence[str], out: Path) -> None:
+    """Draw arms side by side: mean, 95 % interval and the seeds' values."""
+    drawing = Figure(
+        figsize=(3.1 * len(figures) + 1, 0.34 * len(pairs) + 1.1), layout="constrained"
+    )
+    axes = drawing.subplots(1, len(figures), squeeze=False, sharey=True)[0]
+    for axis, figure in zip(axes, figures, strict=True):
+        _interval_bars(axis, table, pairs, figure)
+        values = [v for pair in pairs for v in table.values(*pair, figure).values()]
+        low, high = min(values), max(values)
+        axis.set_xlim(max(0.0, low - 0.6 * (high - low)), high + 0.35 * (high - low) + 1e-9)
+        group = {"agreement_inside": "inside", "agreement_outside": "outside"}.get(figure)
+        if group:
+            floor = table.floor(group)
+            axis.set_xlim(left=min(axis.get_xlim()[0], floor - 0.02))
+            axis.axvline(floor, color="#7f7f7f", linestyle="--", linewidth=1)
+    _save(drawing, out)
+
+
+def curves(table: Table, pairs: Pairs, figures: Sequence[str], out: Path) -> None:
+    """Draw figures against images shown: the mean over seeds, and their range."""
+    drawing = Figure(figsize=(3.6 * len(figures), 3.2), layout="constrained")
+    axes = drawing.subplots(1, len(figures), squeeze=False)[0]
+    for axis, figure in zip(axes, figures, strict=True):
+        for i, pair in enumerate(pairs):
+            found = [points_of(row, figure) for row in table.of(*pair)]
+            shown = sorted(set.intersection(*(set(points) for points in found)))
+            columns = [[points[x] for points in found] for x in shown]
+            colour = COLOURS[i % len(COLOURS)]
+            axis.plot(
+                shown,
+                [sum(c) / len(c) for c in columns],
+                color=colour,
+                marker=".",
+                linestyle="-" if i < len(COLOURS) else "--",
+                label=label(table, *pair),
+            )
+            axis.fill_between(
+                shown, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.15
+            )
+        axis.set_title(TITLES[figure], fontsize=10)
+        axis.set_xlabel("images shown")
+        axis.grid(alpha=0.3)
+        if figure.startswith("frechet"):
+            axis.set_yscale("log")
+    axes[0].legend(fontsize=7, frameon=False)
+    _save(drawing, out)
+
+
+def against_macs(table: Table, figures: Sequence[str], out: Path) -> None:
+    """Draw figures of all arms against multiply-accumulates, with 95 % intervals."""
+    drawing = Figure(figsize=(4.2 * len(figures), 3.4), layout="constrained")
+    axes = drawing.subplots(1, len(figures), squeeze=False)[0]
+    for axis, figure in zip(axes, figures, strict=True):
+        for i, (arm, ratio) in enumerate(table.measured):
+            cost = table.of(arm, ratio)[0]["macs"] / 1e6
+            found = interval(list(table.values(arm, ratio, figure).values()))
+            error = found.half if found.n > 1 else 0
+            axis.errorbar(
+                cost * (1 + 0.006 * (i % 12)),  # arms of equal cost side by side
+                found.mean,
+                yerr=error,
+                fmt="o",
+                markersize=4,
+                capsize=2,
+                color=COLOURS[i % len(COLOURS)],
+                label=label(table, arm, ratio),
+            )
+        axis.set_xscale("log")
+        axis.set(xlabel="million multiply-accumulates", title=TITLES[figure])
+        axis.grid(alpha=0.3)
+    axes[-1].legend(fontsize=6, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
+    _save(drawing, out)
+
+
+def scores_before(table: Table, figures: Sequence[str], out: Path) -> None:
+    """Draw figures against the ratio, a curve with its 95 % intervals for each arm."""
+    drawing = Figure(figsize=(3.8 * len(figures), 3.4), layout="constrained")
+    axes = drawing.subplots(1, len(figures), squeeze=False)[0]
+    for axis, figure in zip(axes, figures, strict=True):
+        for i, arm in enumerate(table.plan.arms):
+            ratios = [ratio for ratio in sorted(arm.ratios) if table.of(arm.name, ratio)]
+            found = [interval(list(table.values(arm.name, r, figure).values())) for r in ratios]
+            if not ratios:
+                continue
+            axis.errorbar(
+                [ratio + 0.004 * (i - 5) for ratio in ratios],
+                [f.mean for f in found],
+                yerr=[f.half if f.n > 1 else 0 for f in found],
+                color=COLOURS[i % len(COLOURS)],
+                linestyle="-" if i < len(COLOURS) else "--",
+                marker=".",
+                capsize=2,
+                linewidth=1,
+                label=arm.name,
+            )
+        axis.set(xlabel="ratio removed", title=TITLES[figure])
+        axis.grid(alpha=0.3)
+    axes[-1].legend(fontsize=7, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
+    _save(drawing, out)
+
+
+def students_picture(
+    teacher: Path, students: Mapping[str, Path], seed: int, out: Path, shown: int = SHOWN
+) -> None:
+    """Draw the same latents through the teacher and students.
+
+    Args:
+        teacher: checkpoint.
+        students: checkpoints, by their captions.
+        seed: of the study's jobs; the latents are the first of those that were measured.
+        out: PNG file.
+        shown: latents.
+    """
+    rows: dict[str, torch.Tensor] = {}
+    for name, file in {"teacher": teacher, **students}.items():
+        generator = load_generator(file).eval().requires_grad_(False)
+        with torch.no_grad():
+            rows[name] = sampling.images(
+                generator, range(shown), seed + SEED_OFFSET, fixed_noise=True
+            )
+    save_png(out, side_by_side(rows, scale=1, margin=130))

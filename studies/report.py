@@ -1,0 +1,300 @@
+"""Writes doc/Study.md and its plots from the results that are there.
+
+``python -m studies.report``. Every number, verdict and list of missing runs is computed; nothing in
+the page is written by hand.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from Model import bundled
+from Model.checkpoint import load_attribute_classifier
+from studies import plots
+from studies.jobs import Places, prepare, reference_figures, write_json
+from studies.plan import FOLDER, read_plan
+from studies.results import references_file
+from studies.statistics import half_width, mean_and_deviation
+from studies.tables import (
+    TITLES,
+    Table,
+    by_attribute,
+    differences,
+    label,
+    markdown,
+    means,
+    number,
+    read_table,
+    spread,
+    verdicts,
+)
+from Util.cli import OneLineParser, check_writable, run_script
+from Util.files import atomic_path
+from Util.settings import file_path
+
+ROOT = Path(__file__).resolve().parent.parent
+MAIN, BEFORE = "compression", "before_retraining"
+BAR_FIGURES = ("agreement_inside", "agreement_outside", "frechet")
+COURSE_FIGURES = ("agreement_inside", "agreement_outside", "l1_inside", "l1_outside", "frechet")
+GROUPS = {
+    "content": "Is it the content?",
+    "initialisation": "What the pruned network starts as",
+    "widths": "Widths under equal multiply-accumulates",
+    "schedule": "The schedule",
+    "recipe": "Papers' recipes",
+    "score": "How channels are scored",
+    "ratio": "Other ratios",
+}
+
+
+def measure_references(name: str, places: Places) -> None:
+    """Measure teacher and compressed model on each seed's latents, where that is not done."""
+    plan, file = read_plan(name), references_file(places.results, name)
+    if not file.is_file():
+        prepare(plan, places)
+        write_json(file, {str(seed): reference_figures(plan, seed, places) for seed in plan.seeds})
+
+
+def introduction(table: Table) -> str:
+    """Say what was done, and how it was measured."""
+    plan, done = table.plan, len(table.rows)
+    n = len(plan.seeds)
+    agreement = ", ".join(
+        f"{table.floor(group):.3f} {words}"
+        for group, words in (("all", "over all"), ("inside", "inside"), ("outside", "outside"))
+    )
+    seconds = [sum(row["seconds"].values()) for row in table.rows]
+    classifier = load_attribute_classifier(bundled.ATTRIBUTES)
+    outside = [name for name in classifier.attributes if name not in classifier.inside]
+    return f"""# Study: what content-aware compression does
+
+Written by `python -m studies.report` from [studies/results](../studies/results); do not edit.
+Plans: [studies/plans](../studies/plans). {done} of {len(plan.jobs)} jobs of the main plan are done,
+{number(mean_and_deviation(seconds)[0])} s of one core each.
+
+**How.** The bundled 64 px teacher is pruned, retrained on {plan.images:,} shown images by the
+settings of `make demo`, and measured on {plan.n_sample:,} latents. An arm differs from
+`{plan.control}` in what its line says and in nothing else. Seed s of every arm scores by the same
+latents, sees the same pictures in the same order and is measured on the same latents; differences
+are paired by seed.
+
+**The judge** is a classifier of what the pictures show
+([Model/attribute_model](../Model/attribute_model/README.md)) that no training sees. *Agreement* is
+the share of attributes that the student's picture has in common with the teacher's of the same
+latent, inside the content ({", ".join(classifier.inside)}) and outside ({", ".join(outside)}).
+The teacher agrees with itself by 1; two of its pictures of different latents, the floor, by
+{agreement}. *Frechet* is the distance of the judge's penultimate features to those of real pictures
+that no training saw; *inside* multiplies pictures by a mask, generated ones by that of the
+teacher's picture of the same latent. L1 is per value, inside and outside that mask. PPL is the
+standard protocol with the parser's distance, over few pairs.
+
+**Intervals** are 95 % t intervals of paired differences. With {n} seeds one reaches
+{half_width(n):.2f} standard deviations of the difference to either side (ten seeds:
+{half_width(10):.2f}), so only large effects can be told apart; *undecided* does not mean equal.
+Bold differences leave out 0."""
+
+
+def judged(tables: Sequence[Table]) -> str:
+    """Tabulate all claims."""
+    parts = [verdicts(table) for table in tables if table.plan.claims]
+    merged = parts[0] + "".join("\n" + "\n".join(p.splitlines()[2:]) for p in parts[1:])
+    count = sum(len(table.plan.claims) for table in tables)
+    return f"""## Verdicts
+
+*Confirmed* and *refuted*: the interval lies on one side of 0, at this scale. *Undecided*: it holds
+0. *Not run*: not all seeds are there. The figure that decides stands in the plan, written before
+the runs. Of {count} such intervals one in twenty would leave out 0 by chance alone.
+
+{merged}"""
+
+
+def group_section(table: Table, group: str, doc: Path) -> str:
+    """Write a group's tables and plots."""
+    control = (table.plan.control, table.plan.arms[0].ratios[0])
+    arms = [(a, r) for a, r in table.measured if table.plan.arm(a).group == group]
+    if not arms:
+        return ""
+    pairs = arms if control in arms else [control, *arms]
+    lines = [f"## {GROUPS.get(group, group)}", ""]
+    lines += [
+        f"- `{arm.name}`: {arm.about}"
+        for arm in table.plan.arms
+        if arm.about and any(arm.name == a for a, _ in pairs)
+    ]
+    ratios = sorted({r for _, r in arms})
+    at = f"ratio {ratios[0]:g}" if len(ratios) == 1 else "several ratios"
+    lines += ["", f"At the end of the budget, mean ± standard deviation over the seeds, {at}:", ""]
+    lines += [means(table, pairs), ""]
+    compared = [p for p in arms if p != control and table.of(table.plan.control, p[1])]
+    if compared:
+        lines += [f"Differences to `{table.plan.control}`, paired by seed:", ""]
+        lines += [differences(table, compared), ""]
+    if any(":" in figure for figure in table.of(*pairs[0])[0]["points"][-1]["figures"]):
+        inside = load_attribute_classifier(bundled.ATTRIBUTES).inside
+        lines += ["Agreement by attribute:", "", by_attribute(table, pairs, inside), ""]
+    picture = doc / "study" / f"{group}.png"
+    plots.bars(table, pairs, BAR_FIGURES, picture)
+    lines += [
+        f"![Agreement inside and outside and Frechet distance](study/{group}.png)",
+        "",
+        "(Bars: means; whiskers: 95 % intervals of each mean; dots: seeds; dashed: the floor.)",
+    ]
+    if len(ratios) == 1:
+        plots.curves(table, pairs, BAR_FIGURES, doc / "study" / f"{group}_curves.png")
+        lines += ["", f"![Figures against images shown](study/{group}_curves.png)", ""]
+        lines += ["(Lines: means; bands: range of the seeds.)"]
+    return "\n".join(lines)
+
+
+def course_section(table: Table, doc: Path) -> str:
+    """Write how the figures went on during training, and what they cost."""
+    pairs = [p for p in table.measured if p[1] == table.plan.arms[0].ratios[0]]
+    rows = []
+    for pair in pairs:
+        for i, point in enumerate(table.of(*pair)[0]["points"]):
+            found = [spread(table.values(*pair, f, i).values()) for f in COURSE_FIGURES]
+            rows.append([label(table, *pair), f"{point['images']:,}", *found])
+    head = ["arm", "images shown", *(TITLES[f] for f in COURSE_FIGURES)]
+    parts = [f"## While training\n\n{markdown(head, rows)}"]
+    if len({row["macs"] for row in table.rows}) > 1:
+        plots.against_macs(table, BAR_FIGURES[:2], doc / "study/macs.png")
+        parts.append("![Agreement against multiply-accumulates](study/macs.png)")
+    return "\n\n".join(parts)
+
+
+def before_section(table: Table, doc: Path) -> str:
+    """Write about the scores before retraining."""
+    if not table.rows:
+        return ""
+    plots.scores_before(
+        table, ("l1_inside", "l1_outside", "agreement_inside"), doc / "study/before.png"
+    )
+    parts = []
+    for ratio in sorted({r for _, r in table.measured}):
+        pairs = [p for p in table.measured if p[1] == ratio]
+        parts.append(f"Ratio {ratio:g}:\n\n{means(table, pairs)}")
+        compared = [p for p in pairs if p[0] != table.plan.control]
+        if compared and table.of(table.plan.control, ratio):
+            control = f"`{table.plan.control}` at {ratio:g}"
+            parts.append(f"Differences to {control}:\n\n{differences(table, compared)}")
+    joined = "\n\n".join(parts)
+    return f"""## Scores before retraining
+
+{len(table.rows)} of {len(table.plan.jobs)} jobs, {table.plan.n_sample} latents.
+
+![L1 and agreement against the ratio](study/before.png)
+
+{joined}"""
+
+
+def picture_section(table: Table, places: Places, doc: Path) -> str:
+    """Show the same latents through every arm whose student is still there."""
+    seed, ratio = table.plan.seeds[0], table.plan.arms[0].ratios[0]
+    files = {
+        job.arm.name: places.job(table.plan, job) / "student.pt"
+        for job in table.plan.jobs
+        if job.seed == seed and job.ratio == ratio and table.of(job.arm.name, ratio)
+    }
+    there = {name: file for name, file in files.items() if file.is_file()}
+    picture = doc / "study/students.png"
+    if there:
+        plots.students_picture(bundled.MODEL, there, seed, picture)
+    if not picture.is_file():
+        return ""
+    return f"""## The same latents through every arm
+
+Seed {seed}, ratio {ratio:g}, at the end of the budget.
+
+![Teacher and students](study/students.png)"""
+
+
+def not_run(table: Table) -> list[str]:
+    """List the arms that lack results, and the jobs where they are few."""
+    done, lines = {row["job"] for row in table.rows}, []
+    for arm in table.plan.arms:
+        jobs = [job.name for job in table.plan.jobs if job.arm == arm]
+        left = [name for name in jobs if name not in done]
+        if left:
+            what = f" ({', '.join(left)})" if len(left) < len(jobs) else ""
+            lines.append(f"- {table.plan.name}: {arm.name}, {len(left)} of {len(jobs)} jobs{what}")
+    return lines
+
+
+def limits(tables: Sequence[Table]) -> str:
+    """Say what such a study cannot tell, and what has not been run."""
+    main = tables[0]
+    narrow = min((row["channels"] for row in main.rows if row["ratio"] == 0.7), key=min)
+    missing = [line for table in tables for line in not_run(table)]
+    missing_text = "\n".join(missing) or "- nothing: all jobs of the plans are done"
+    return f"""## What this cannot tell
+
+- One teacher, 64 px and 64 channels at most: ratio 0.7 leaves {min(narrow)} to {max(narrow)}
+  channels a layer. Networks of 512 have more to spare; no verdict carries over by itself.
+- A drawn world: flat colours, a handful of parts, next to no layer noise. Photographs have texture.
+- {main.plan.images:,} images shown; the papers show 7 to 40 million. What is faster here may not be
+  better in the end.
+- The loss averages over all pixels, in or outside the mask, as published: distilling everywhere
+  has a larger loss, not only a wider one.
+- The judge is itself a network of limited accuracy, the more so for clothes, of which little is
+  seen. An agreement of 1 is the teacher's; a student may disagree and still be a good face.
+- The masks are made by the parser whose features are in the loss.
+- Recipes are stripped to their scores, initialisations, terms and discriminators, under one
+  schedule, which is not the one that their authors tuned.
+
+Not run, or not finished:
+
+{missing_text}
+
+Go on by `python -m studies {main.plan.name} --jobs 2`, then `python -m studies.report`."""
+
+
+def page(tables: Sequence[Table], places: Places, doc: Path) -> Iterator[str]:
+    """Write the page's sections."""
+    main, before = tables
+    yield introduction(main)
+    yield judged([t for t in tables if t.rows])
+    groups = dict.fromkeys(arm.group for arm in main.plan.arms)
+    yield from (group_section(main, group, doc) for group in groups)
+    yield course_section(main, doc)
+    yield picture_section(main, places, doc)
+    yield before_section(before, doc)
+    yield limits(tables)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the page and its pictures."""
+    doc: Path = args.out.resolve().parent
+    check_writable("out", doc / "study" / "x")
+    places = Places(args.work, args.results)
+    if not read_table(MAIN, args.results).rows:
+        raise ValueError(f"{args.results}: no result of {MAIN} yet; run python -m studies {MAIN}")
+    measure_references(MAIN, places)
+    tables = [read_table(name, args.results) for name in (MAIN, BEFORE)]
+    sections = filter(None, page(tables, places, doc))
+    text = "\n\n".join(sections) + "\n"
+    with atomic_path(args.out) as temporary:
+        temporary.write_text(text, "utf-8")
+    print(f"saved {args.out} and {doc / 'study'}")
+
+
+def build_parser() -> OneLineParser:
+    """All flags."""
+    parser = OneLineParser(prog="python -m studies.report", description=__doc__)
+    add = parser.add_argument
+    add("--out", type=file_path, default=ROOT / "doc/Study.md", metavar="FILE",
+        help="page to write; plots go to study/ beside it (default: doc/Study.md)")  # fmt: skip
+    add("--results", type=file_path, default=FOLDER.parent / "results", metavar="DIR",
+        help="results (default: studies/results)")  # fmt: skip
+    add("--work", type=file_path, default=Path("runs/studies"), metavar="DIR",
+        help="of the study: students for the picture (default: runs/studies)")  # fmt: skip
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    return run_script(build_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

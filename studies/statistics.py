@@ -1,0 +1,84 @@
+"""Means, paired differences and their intervals; pure functions."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import stdtrit
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and where the true one may lie.
+
+    Attributes:
+        mean: of the sample.
+        low: end of the interval; minus infinity for a single value.
+        high: the other end.
+        n: values.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def half(self) -> float:
+        """Half of the width."""
+        return (self.high - self.low) / 2
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Compute the mean and the sample standard deviation (n - 1); NaN for a single value."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return float(np.mean(values)), deviation
+
+
+def half_width(n: int, level: float = LEVEL) -> float:
+    """Compute half of a t interval's width, in standard deviations: t((1 + level)/2, n-1) / sqrt n.
+
+    Three values have 2.48, five 1.24, ten 0.72.
+    """
+    return float(stdtrit(n - 1, (1 + level) / 2)) / math.sqrt(n) if n > 1 else math.inf
+
+
+def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """Compute the t interval of the mean of normal values, at least one."""
+    mean, deviation = mean_and_deviation(values)
+    half = half_width(len(values), level) * deviation if len(values) > 1 else math.inf
+    return Interval(mean, mean - half, mean + half, len(values))
+
+
+def paired_difference(
+    a: Mapping[int, float], b: Mapping[int, float], level: float = LEVEL
+) -> Interval | None:
+    """Compute the interval of the mean of a - b over the seeds that both have.
+
+    Args:
+        a: value by seed.
+        b: the same of what it is compared with.
+        level: of the interval.
+
+    Returns:
+        None without a common seed.
+    """
+    differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+    return interval(differences, level) if differences else None
+
+
+def verdict(difference: Interval | None, higher_is_better: bool) -> str:
+    """Decide whether something is better by its difference to what it is compared with.
+
+    Returns:
+        "confirmed" or "refuted" where the whole interval lies on one side of 0, else "undecided";
+        "not run" without a difference.
+    """
+    if difference is None:
+        return "not run"
+    if difference.low > 0 or difference.high < 0:
+        return "confirmed" if (difference.low > 0) == higher_is_better else "refuted"
+    return "undecided"

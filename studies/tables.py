@@ -1,0 +1,223 @@
+"""Results as tables in Markdown."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from studies.measuring import HIGHER_IS_BETTER
+from studies.plan import Claim, Plan, read_plan
+from studies.results import Result, read_results, references_file, results_file
+from studies.statistics import Interval, mean_and_deviation, paired_difference, verdict
+
+TITLES = {
+    "agreement": "agreement",
+    "agreement_inside": "agreement inside",
+    "agreement_outside": "agreement outside",
+    "l1_inside": "L1 inside",
+    "l1_outside": "L1 outside",
+    "frechet": "Frechet",
+    "frechet_inside": "Frechet inside",
+    "precision": "precision",
+    "recall": "recall",
+    "ppl": "PPL",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A plan with its results.
+
+    Attributes:
+        plan: that was run.
+        rows: one for each finished job that is still in the plan.
+        references: what students are seen beside: figures by name, one mapping for each seed.
+    """
+
+    plan: Plan
+    rows: Sequence[Result]
+    references: Sequence[Mapping[str, Mapping[str, float]]] = ()
+
+    def of(self, arm: str, ratio: float) -> list[Result]:
+        """Give an arm's results at a ratio."""
+        return [r for r in self.rows if r["arm"] == arm and r["ratio"] == ratio]
+
+    def values(self, arm: str, ratio: float, figure: str, point: int = -1) -> dict[int, float]:
+        """Give a figure by seed, at a measuring point, the last one by default."""
+        return {
+            row["seed"]: row["points"][point]["figures"][figure]
+            for row in self.of(arm, ratio)
+            if figure in row["points"][point]["figures"]
+        }
+
+    @property
+    def measured(self) -> list[tuple[str, float]]:
+        """Arms and ratios that have results, in the plan's order."""
+        pairs = [(arm.name, ratio) for arm in self.plan.arms for ratio in arm.ratios]
+        return [pair for pair in pairs if self.of(*pair)]
+
+    @property
+    def figures(self) -> list[str]:
+        """Figures that were measured at the end, in the order of `TITLES`."""
+        found = {name for row in self.rows for name in row["points"][-1]["figures"]}
+        return [name for name in TITLES if name in found]
+
+    def floor(self, group: str) -> float:
+        """Mean agreement of the teacher's pictures of different latents."""
+        return mean_and_deviation([row["floor"][group] for row in self.rows])[0]
+
+
+def read_table(name: str, results: Path) -> Table:
+    """Read a plan, those of its results whose arms it still has, and the references' figures."""
+    plan = read_plan(name)
+    names = {job.name for job in plan.jobs}
+    rows = [r for r in read_results(results_file(results, plan.name)) if r["job"] in names]
+    file = references_file(results, plan.name)
+    references = list(json.loads(file.read_text()).values()) if file.is_file() else []
+    return Table(plan, rows, references)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Write a figure in three or four significant digits."""
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def spread(values: Iterable[float]) -> str:
+    """Write mean and standard deviation, of a single value itself."""
+    found = list(values)
+    if not found:
+        return "-"
+    mean, deviation = mean_and_deviation(found)
+    return f"{number(mean)} ± {number(deviation)}" if len(found) > 1 else number(mean)
+
+
+def signed(difference: Interval | None) -> str:
+    """Write a difference with its interval, in bold where that leaves out 0."""
+    if difference is None:
+        return "-"
+    if difference.n < 2:
+        return f"{difference.mean:+.3f} (one seed)"
+    form = "+.3f" if abs(difference.mean) < 10 else "+.1f"
+    mean, low, high = (format(v, form) for v in (difference.mean, difference.low, difference.high))
+    text = f"{mean} [{low}, {high}]"
+    return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
+
+
+def label(table: Table, arm: str, ratio: float) -> str:
+    """Name an arm, with its ratio where the plan has several."""
+    ratios = {r for a in table.plan.arms for r in a.ratios}
+    return f"{arm} {ratio:g}" if len(ratios) > 1 else arm
+
+
+def means(table: Table, pairs: Sequence[tuple[str, float]], point: int = -1) -> str:
+    """Tabulate mean ± standard deviation over the seeds."""
+    figures = [f for f in table.figures if any(table.values(*p, f, point) for p in pairs)]
+    rows = [
+        [
+            label(table, *pair),
+            str(len(table.of(*pair))),
+            *(spread(table.values(*pair, figure, point).values()) for figure in figures),
+        ]
+        for pair in pairs
+    ]
+    for name in table.references[0] if table.references else ():
+        own = [row[name] for row in table.references]
+        cells = [spread(row[f] for row in own if f in row) for f in figures]
+        rows.append([f"*{name}*", str(len(own)), *cells])
+    return markdown(["arm", "seeds", *(TITLES[f] for f in figures)], rows)
+
+
+def by_attribute(table: Table, pairs: Sequence[tuple[str, float]], inside: Sequence[str]) -> str:
+    """Tabulate the mean agreement of every attribute, those inside the content first.
+
+    Args:
+        table: of the results.
+        pairs: arms and ratios, at least one, a column each.
+        inside: attributes inside the content.
+    """
+    figures = table.of(*pairs[0])[0]["points"][-1]["figures"]
+    names = [figure.partition(":")[2] for figure in figures if ":" in figure]
+    rows = [
+        [
+            name,
+            "inside" if name in inside else "outside",
+            *(
+                number(mean_and_deviation(list(found.values()))[0]) if found else "-"
+                for found in (table.values(*pair, f"agreement:{name}") for pair in pairs)
+            ),
+        ]
+        for name in sorted(names, key=lambda name: name not in inside)
+    ]
+    return markdown(["attribute", "content", *(label(table, *pair) for pair in pairs)], rows)
+
+
+def differences(
+    table: Table, pairs: Sequence[tuple[str, float]], control: tuple[str, float] | None = None
+) -> str:
+    """Tabulate differences to the control at the same ratio, paired by seed."""
+    rows = []
+    for arm, ratio in pairs:
+        other, at = control or (table.plan.control, ratio)
+        if (arm, ratio) == (other, at):
+            continue
+        cells = [
+            signed(paired_difference(table.values(arm, ratio, f), table.values(other, at, f)))
+            for f in table.figures
+        ]
+        rows.append([label(table, arm, ratio), *cells])
+    return markdown(["arm", *(TITLES[f] for f in table.figures)], rows)
+
+
+def decided(table: Table, claim: Claim) -> tuple[str, Interval | None]:
+    """Decide a claim; less than all of the plan's seeds decide nothing.
+
+    Returns:
+        The verdict of `studies.statistics.verdict`, and the difference.
+    """
+    ours = table.values(claim.arm, claim.ratio, claim.figure)
+    theirs = table.values(claim.than, claim.ratio, claim.figure)
+    difference = paired_difference(ours, theirs)
+    if difference is None or difference.n < len(table.plan.seeds):
+        return "not run", difference
+    return verdict(difference, HIGHER_IS_BETTER[claim.figure]), difference
+
+
+def verdicts(table: Table) -> str:
+    """Tabulate the claims with what the intervals say."""
+    rows = []
+    for claim in table.plan.claims:
+        found, difference = decided(table, claim)
+        better = "higher" if HIGHER_IS_BETTER[claim.figure] else "lower"
+        compared = f"{claim.arm} - {claim.than}, {TITLES[claim.figure]} ({better} is better)"
+        rows.append([claim.text, claim.source, compared, signed(difference), f"*{found}*"])
+    return markdown(["claim", "whose", "compared", "difference [95 %]", "verdict"], rows)
+
+
+def points_of(row: Result, figure: str) -> Mapping[int, float]:
+    """Give a figure by images shown."""
+    return {p["images"]: p["figures"][figure] for p in row["points"] if figure in p["figures"]}
+
+
+def overview(table: Table) -> str:
+    """Tabulate all arms, and their differences to the control."""
+    parts = [means(table, table.measured)]
+    compared = [
+        (arm, ratio)
+        for arm, ratio in table.measured
+        if arm != table.plan.control and table.of(table.plan.control, ratio)
+    ]
+    if compared:
+        parts += [f"Differences to {table.plan.control}, paired by seed, 95 % intervals:"]
+        parts += [differences(table, compared)]
+    if table.plan.claims:
+        parts.append(verdicts(table))
+    return "\n\n".join(parts)

@@ -1,0 +1,50 @@
+"""--compile: the frozen networks compiled, here by backends that only trace."""
+
+import pytest
+import torch
+
+from Compression.content import ContentParser
+from Compression.distillation import Term, pixels
+from Compression.training import Teacher
+from Evaluation import distances
+from Model.face_parser import BiSeNet
+from Model.generator import Generator
+from tests.test_training import config, images, make_trainer
+from Util import compiling
+
+
+@pytest.fixture(params=["eager", "aot_eager"])
+def backend(request, monkeypatch):
+    monkeypatch.setattr(compiling, "BACKEND", request.param)
+    torch._dynamo.reset()
+
+
+def iterate(on):
+    """Two iterations with a teacher, a parser and a perceptual network, compiled or not."""
+    torch.manual_seed(5)
+    generator = Generator(8, style_dim=8, n_mlp=2, channels=(6, 5, 4, 4)).requires_grad_(False)
+    for layer in generator.styled_convs:
+        layer.noise.weight.data.fill_(0.5)
+    parser = BiSeNet(width=4, stem_stride=1, input_size=32).eval().requires_grad_(False)
+    content = ContentParser(parser)
+    network = distances.ParserDistance(parser)
+    if on:
+        compiling.compile_method(generator, "synthesis")
+        compiling.compile_method(parser, "classify")
+        compiling.compile_method(network, "forward")
+
+    def perceptual(student, teacher, mask):
+        return network(student.made.image * mask, teacher.made.image * mask).mean()
+
+    terms = [Term("l1", 3.0, pixels.term()), Term("parser", 3.0, perceptual)]
+    settings = config(compile=True, r1=0.0, path_regularize=0.0)  # draws the teacher's noise
+    trainer = make_trainer(settings, Teacher(generator, content, terms))
+    torch.manual_seed(3)
+    return [trainer.iterate(real) for real in images(2)]
+
+
+def test_compiled_networks_compute_the_same(backend):
+    for plain, found in zip(iterate(False), iterate(True), strict=True):
+        assert plain["kd_parser"] > 0
+        for name, value in plain.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)

@@ -1,0 +1,308 @@
+"""Studies: plans, jobs that go on after a stop, pairing and intervals, the page."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from studies import __main__ as command
+from studies import jobs, report, runner
+from studies.jobs import Places, StoppedError, run_job
+from studies.measuring import HIGHER_IS_BETTER
+from studies.plan import FOLDER, PlanError, iterations, parse_plan, read_plan, train_config
+from studies.results import append_result, read_results
+from studies.statistics import (
+    half_width,
+    interval,
+    mean_and_deviation,
+    paired_difference,
+    verdict,
+)
+
+PLAN = {
+    "about": "two arms",
+    "seeds": [0, 1],
+    "control": "a",
+    "budget": {"images": 64, "measure_at": [0, 0.25, 1]},
+    "measure": {"figures": ["l1"], "n_sample": 10},
+    "train": {"batch_size": 8},
+    "arms": [{"name": "a", "group": "g"}, {"name": "b", "group": "g", "ratios": [0.5, 0.8]}],
+}
+
+
+def changed(**parts):
+    return PLAN | parts
+
+
+def arm(**parts):
+    return changed(arms=[{"name": "a", "group": "g", **parts}])
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.toml")), ids=lambda f: f.stem)
+def test_bundled_plans_are_read(file):
+    plan = read_plan(file.stem)
+    assert len({job.name for job in plan.jobs}) == len(plan.jobs) > 1
+
+
+def test_jobs_come_arm_by_arm_with_all_seeds():
+    names = [job.name for job in parse_plan(PLAN, "p", "p.toml").jobs]
+    assert names == ["a-0.7-s0", "a-0.7-s1", "b-0.5-s0", "b-0.5-s1", "b-0.8-s0", "b-0.8-s1"]
+
+
+def test_arms_of_a_seed_differ_in_their_own_settings_alone(tmp_path):
+    plan = parse_plan(
+        changed(arms=[*PLAN["arms"][:1], {"name": "c", "group": "g", "train": {"r1": 0.5}}]),
+        "p",
+        "p.toml",
+    )
+    first, second = (
+        train_config(plan, job, tmp_path, Path("x.pt"), tmp_path / "run")
+        for job in plan.jobs
+        if job.seed == 1
+    )
+    assert (first.seed, first.iter, first.model_save_freq) == (1, 8, 2)
+    assert first == replace(second, r1=first.r1) != second
+    assert iterations(plan, 8) == [0, 2, 8]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({k: v for k, v in PLAN.items() if k != "seeds"}, "seeds is missing"),
+        (changed(seeds=[]), "seeds is []"),
+        (changed(seeds=[0, 0]), "names something twice"),
+        (changed(seeds=["x"]), "a list of values"),
+        (changed(typo=1), "typo is unknown"),
+        (changed(budget={"images": 64, "measure_at": [2]}), "measure_at"),
+        (changed(budget={"images": 60}), "no whole number of batches of 8"),
+        (changed(measure={"figures": ["fid"], "n_sample": 10}), "fid: unknown"),
+        (changed(control="z"), "z: no such arm"),
+        (arm(prune={"metrc": "asv"}), "arm a: metrc is no setting"),
+        (arm(prune={"metric": "asvv"}), "asvv: unknown"),
+        (arm(train={"lr": "fast"}), "lr is 'fast', not float"),
+        (arm(train={"seed": 3}), "seed is the runner's"),
+        (arm(train={"kd": ["relatoin=3"]}), "relatoin"),
+        (arm(name="a/b"), "take letters"),
+        (arm(ratios=[1.5]), "remove_ratio must be below 1"),
+        (changed(arms=[*PLAN["arms"], PLAN["arms"][0]]), "two have the same name"),
+        (changed(claims=[{"text": "t"}]), "source is missing"),
+    ],
+)
+def test_bad_plans_are_refused_in_one_line(content, message):
+    with pytest.raises(PlanError) as caught:
+        parse_plan(content, "p", "p.toml")
+    text = str(caught.value)
+    assert message in text
+    assert text.startswith("p.toml")
+    assert "\n" not in text
+
+
+def test_command_line(tmp_path, capsys):
+    places = ["--work", str(tmp_path), "--results", str(tmp_path)]
+    assert command.main(["smoke", "--dry_run", *places]) == 0
+    assert "4 jobs left; no job is done yet" in capsys.readouterr().out
+    append_result(
+        tmp_path / "smoke.jsonl", {"job": "cagc-0.7-s0", "points": [1], "seconds": {"train": 36.0}}
+    )
+    assert command.main(["smoke", "--dry_run", "--jobs", "2", *places]) == 0
+    found = capsys.readouterr().out
+    assert "done   cagc-0.7-s0" in found
+    assert "3 jobs left, about 36 s" in found
+    assert command.main(["smoke", "--list"]) == 0
+    assert "content/everywhere" in capsys.readouterr().out
+    assert command.main(["--list"]) == 0
+    assert "compression: " in capsys.readouterr().out
+    for arguments, message in (
+        ([], "PLAN is missing"),
+        (["nothing"], "no such plan"),
+        (["smoke", "--only", "x*"], "fits no job"),
+    ):
+        assert command.main([*arguments, *places]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Pictures of the smoke plan."""
+    folder = tmp_path_factory.mktemp("study")
+    found = Places(folder / "work", folder / "results")
+    jobs.prepare(read_plan("smoke"), found, workers=1)
+    return found
+
+
+def test_a_stopped_study_goes_on_to_the_same_result(places, tmp_path, monkeypatch):
+    plan = read_plan("smoke")
+    job = plan.jobs[0]
+    whole = run_job(plan, job, places)
+
+    again = replace(places, results=tmp_path)
+    other = replace(plan, name="again")
+
+    def stopped(config):
+        """End after the first checkpoint, as a signal would."""
+        return replace(real(replace(config, iter=2)), signal=15)
+
+    real = jobs.train
+    monkeypatch.setattr(jobs, "train", stopped)
+    with pytest.raises(StoppedError):
+        run_job(other, job, again)
+    assert not (again.job(other, job) / "figures_000004.json").is_file()
+    monkeypatch.setattr(jobs, "train", real)
+    resumed = run_job(other, job, again)
+    assert resumed["points"] == whole["points"]
+    assert [p["images"] for p in whole["points"]] == [0, 8, 16]
+    monkeypatch.setattr(jobs, "train", None)  # what is there is not made again
+    assert run_job(other, job, again)["points"] == whole["points"]
+
+
+@pytest.mark.slow
+def test_a_killed_study_of_two_processes_ends_as_one_that_was_not(tmp_path):
+    def run(results, *flags):
+        flags = (*flags, "--work", str(results), "--results", str(results))
+        arguments = [sys.executable, "-m", "studies", "smoke", *flags]
+        return subprocess.Popen(arguments, cwd=FOLDER.parents[1], start_new_session=True)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(whole).wait() == 0
+    killed.mkdir()
+    for folder in whole.glob("toon_faces_*"):
+        shutil.copytree(folder, killed / folder.name)
+    process = run(killed, "--jobs", "2")
+    while not list(killed.glob("smoke/*/run/checkpoints/*.pt")):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert run(killed, "--jobs", "2").wait() == 0
+    expected, found = (
+        {row["job"]: row["points"] for row in read_results(f / "smoke.jsonl")}
+        for f in (whole, killed)
+    )
+    assert len(expected) == 4
+    assert found == expected
+
+
+def test_results_are_written_once_and_students_stay(places, monkeypatch, capsys):
+    plan = read_plan("smoke")
+    assert runner.run_jobs(plan, plan.jobs[:1], places) == 0
+    assert "cagc-0.7-s0: l1_inside" in capsys.readouterr().out
+    folder = places.job(plan, plan.jobs[0])
+    assert (folder / "student.pt").is_file()
+    assert not (folder / "run").exists()
+    monkeypatch.setattr(runner, "run_job", None)
+    assert runner.run_jobs(plan, plan.jobs[:1], places) == 0
+    (row,) = read_results(places.results / "smoke.jsonl")
+    assert row["settings"]["train"]["seed"] == 0
+    assert row["versions"]
+    assert row["seconds"]["train"] > 0
+    assert row["points"][-1]["figures"].keys() >= {"agreement_inside", "frechet", "recall"}
+    assert 0 < row["floor"]["inside"] < 1
+
+
+def test_a_job_that_fails_does_not_end_the_study(places, monkeypatch, capsys):
+    plan = read_plan("smoke")
+
+    def fail(plan, job, places):
+        raise ValueError("no luck")
+
+    monkeypatch.setattr(runner, "run_job", fail)
+    assert runner.run_jobs(plan, plan.jobs[2:], places) == 2
+    assert "everywhere-0.7-s1: failed: no luck" in capsys.readouterr().err
+
+
+def test_damaged_results_are_refused(tmp_path):
+    file = tmp_path / "p.jsonl"
+    append_result(file, {"job": "a", "points": [1]})
+    file.write_text(file.read_text() + '{"job": "b"')
+    with pytest.raises(ValueError, match="line 2 is no result"):
+        read_results(file)
+
+
+def test_intervals_are_scipys():
+    values = np.random.default_rng(0).normal(3, 2, 7).tolist()
+    theirs = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    ours = interval(values)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+    assert mean_and_deviation([1, 2, 3]) == (2, 1)
+    # t of two degrees of freedom in closed form: (2p - 1) sqrt(2 / (4 p (1 - p))) at p = 0.975.
+    assert half_width(3) == pytest.approx(0.95 * math.sqrt(2 / (4 * 0.975 * 0.025)) / math.sqrt(3))
+    assert interval([5.0]).low == -math.inf
+    assert half_width(1) == math.inf
+
+
+def test_differences_are_paired_by_seed():
+    a, b = {0: 1.0, 1: 5.0, 2: 3.5, 7: 9.0}, {2: 3.0, 1: 4.0, 0: 0.5}
+    found = paired_difference(a, b)
+    theirs = stats.ttest_rel([1.0, 5.0, 3.5], [0.5, 4.0, 3.0]).confidence_interval(0.95)
+    assert (found.low, found.high, found.n) == pytest.approx((theirs.low, theirs.high, 3))
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "higher", "expected"),
+    [
+        ([1.0, 1.1, 0.9], True, "confirmed"),
+        ([1.0, 1.1, 0.9], False, "refuted"),
+        ([-1.0, -1.1, -0.9], False, "confirmed"),
+        ([1.0, -1.0, 0.5], True, "undecided"),
+        ([1.0], True, "undecided"),
+    ],
+)
+def test_verdicts_follow_the_interval(values, higher, expected):
+    assert verdict(interval(values), higher) == expected
+
+
+def fake_results(folder, name, jobs_done, value):
+    plan = read_plan(name)
+    for job in plan.jobs[:jobs_done]:
+        figures = {f: value(job, f) for f in [*HIGHER_IS_BETTER, "agreement:hair"]}
+        points = [{"images": int(s * plan.images), "figures": figures} for s in plan.measure_at]
+        append_result(
+            folder / f"{name}.jsonl",
+            {
+                **{"job": job.name, "arm": job.arm.name, "ratio": job.ratio, "seed": job.seed},
+                **{"points": points, "macs": 4_468_416, "channels": [20, 5], "seconds": {"t": 9}},
+                "floor": {"all": 0.3, "inside": 0.35, "outside": 0.2},
+            },
+        )
+    return plan
+
+
+def test_the_page_says_what_the_results_say(tmp_path, capsys):
+    better = {"cagc": 0.9, "everywhere": 0.8}
+    value = lambda job, f: better[job.arm.name] + 0.001 * job.seed**2  # noqa: E731
+    fake_results(tmp_path, "compression", 5, value)
+    own = {"0": {"teacher": {"agreement_inside": 1.0, "frechet": 17.0}}}
+    (tmp_path / "compression_references.json").write_text(json.dumps(own))
+    arguments = ["--results", str(tmp_path), "--out", str(tmp_path / "doc/Study.md")]
+    assert report.main([*arguments, "--work", str(tmp_path)]) == 0
+    page = (tmp_path / "doc/Study.md").read_text()
+    assert "5 of " in page
+    assert "| cagc 0.7 | 3 |" in page
+    assert "| *teacher* | 1 | - | 1.000 | - |" in page
+    assert "| hair | inside | 0.902 | 0.800 |" in page
+    (line,) = (x for x in page.splitlines() if "inside the content keeps" in x)
+    assert line.endswith("| *not run* |")  # the third seed of everywhere is missing
+    assert "everywhere, 1 of 3 jobs (everywhere-0.7-s2)" in page
+    assert (tmp_path / "doc/study/content.png").is_file()
+    fake_results(tmp_path, "compression", 6, value)
+    (tmp_path / "compression.jsonl").write_text(
+        "".join(dict.fromkeys((tmp_path / "compression.jsonl").read_text().splitlines(True)))
+    )
+    assert report.main([*arguments, "--work", str(tmp_path)]) == 0
+    page = (tmp_path / "doc/Study.md").read_text()
+    (line,) = (x for x in page.splitlines() if "inside the content keeps" in x)
+    assert "**+0.100 [+0.100, +0.100]**" in line
+    assert line.endswith("| *confirmed* |")
+    assert json.loads((tmp_path / "compression.jsonl").read_text().splitlines()[0])
+    assert report.main(["--results", str(tmp_path / "none"), *arguments[2:]]) == 2
+    assert "no result of compression yet" in capsys.readouterr().err
