@@ -7,7 +7,7 @@ large matrix product and of a copy of 64 MiB in the same rounds.
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,7 +49,7 @@ def measured(network: Generator, settings: RoofSettings) -> dict[str, float]:
     """Time an image, the matrix product and the copy in turn: seconds."""
     w = torch.randn(1, network.n_latent, network.style_dim)
     source, target = torch.randn(COPIED), torch.empty(COPIED)
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "image": partial(network.synthesis, w, "fixed"),
         "product": matrix_product,
         "copy": partial(target.copy_, source),
