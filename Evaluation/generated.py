@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from Evaluation import sampling
 from Evaluation.editing import circle
-from Evaluation.settings import PictureSettings, Result
+from Evaluation.settings import PictureSettings, PrecisionSettings, Result
 from Evaluation.side_by_side import load_models, save_pictures, sizes, stacked, target_stem
 from Model.complexity import macs
 from Model.generator import Generator
@@ -28,7 +29,7 @@ Render = Callable[[Tensor], np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratedSettings(PictureSettings):
+class GeneratedSettings(PrecisionSettings, PictureSettings):
     """Settings of `show_generated`."""
 
     n_sample: int = setting(4, "latents; the images 0 ... N-1 of --seed", low=1)
@@ -70,9 +71,28 @@ def show_generated(settings: GeneratedSettings) -> Result:
     if settings.files:
         files.append(str(_save_files(settings, models, stem)))
     costs = {name: {"macs": macs(model)} for name, model in models.items()}
-    lines, figures = sizes(settings, models), {"files": files, "models": costs}
+    lines = sizes(settings, models)
+    figures: dict[str, Any] = {"files": files, "models": costs}
+    if first.precision:
+        shown = {name: sampling.from_z(model, start) for name, model in models.items()}
+        errors = {name: grey_levels_off(models[name], latents) for name, latents in shown.items()}
+        figures["grey_levels_off"] = errors
+        for name, (mean, most) in errors.items():
+            off = f"{mean:.2f} grey levels off float32 on average, {most:.1f} at most"
+            lines.append(f"{name}: {settings.precision} is {off}")
     lines.append(f"saved {' and '.join(files)}")
     return Result(figures, PROTOCOL, lines, settings, {"ckpt": settings.checkpoints})
+
+
+def grey_levels_off(model: Generator, latents: sampling.Latents) -> tuple[float, float]:
+    """Compare a model's images with those in float32: mean and largest difference, of 255."""
+    chosen = model.precision
+    images = []
+    for model.precision in (chosen, None):
+        images.append(sampling.render(model, latents).clamp(-1, 1) * 127.5)
+    model.precision = chosen
+    difference = (images[0] - images[1]).abs()
+    return difference.mean().item(), difference.max().item()
 
 
 def _renderer(

@@ -18,7 +18,7 @@ from Evaluation.feature_sets import (
 from Evaluation.feature_statistics import Features, Statistics
 from Evaluation.features import FEATURES, Extractor, make_extractor
 from Evaluation.metrics import METRICS, evaluate, need_features, too_few
-from Evaluation.settings import LoadMask, ModelSettings, Result
+from Evaluation.settings import LoadMask, ModelSettings, PrecisionSettings, Result
 from Model import bundled
 from Model.generator import Generator
 from Util import distributed
@@ -26,7 +26,7 @@ from Util.settings import SettingError, blame, setting, some_words
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureSettings(ModelSettings):
+class MeasureSettings(PrecisionSettings, ModelSettings):
     """Settings of `measure`."""
 
     n_sample: int = setting(50_000, "generated images", low=2)
@@ -142,6 +142,8 @@ def measure(settings: MeasureSettings, load_mask: LoadMask) -> Result:
     if first and "fid" in settings.metrics:
         lines += feature_statistics.notes_on_few(len(made), real)
     bits = "8 bits" if settings.images else "floats, no 8-bit step"
+    if settings.precision != "float32" and not settings.images:
+        bits += f", made in {settings.precision}"
     about_real = feature_statistics.described(real.record)
     protocol = f"{extractor.protocol}; generated images: {bits}; {about_real}"
     if settings.info_print:

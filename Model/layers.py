@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from Model.ops import (
     Epilogue,
     conv2d,
-    filtered_leaky_relu,
     fused_leaky_relu,
     make_kernel,
     styled_conv3x3,
+    styled_upsampling_conv3x3,
     upfirdn2d,
 )
 from Model.precision import bounded, half_type, in_float32, preferred_layout
@@ -247,9 +247,8 @@ class StyledConv(nn.Module):
         epilogue = Epilogue(self.activate.bias, noise, self.noise.weight, gain)
         if not self.conv.upsample:
             return bounded(styled_conv3x3(x, weight, style, epilogue))
-        style, blur = style.view(*style.shape, 1, 1).to(x.dtype), self.conv.blur
-        y = F.conv_transpose2d(x * style, weight.transpose(0, 1), stride=2)
-        return bounded(filtered_leaky_relu(y, blur.kernel, blur.pad, epilogue.to(y.dtype)))
+        kernel = self.conv.blur.kernel
+        return bounded(styled_upsampling_conv3x3(x, weight, style, kernel, epilogue))
 
 
 class ToRGB(nn.Module):

@@ -1,6 +1,7 @@
 """What stays in float32 where ``torch.autocast`` runs the rest of a network in half precision."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -12,6 +13,17 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 HALF_CLAMP = 256.0
 """Largest magnitude of float16 activations (Karras et al., 2020, ADA, appendix C)."""
+
+
+PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
+"""Names of the precisions of inference, and what ``torch.autocast`` then computes in."""
+
+
+def inference(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    """Run a block in half precision where no gradient is recorded; None leaves it as it is."""
+    if dtype is None or torch.is_grad_enabled():
+        return nullcontext()
+    return torch.autocast(device.type, dtype)
 
 
 def bounded(x: Tensor) -> Tensor:

@@ -7,7 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import Model.ops.convolution as module
-from Model.ops import Epilogue, apply_epilogue, conv2d, conv3x3, dispatch, styled_conv3x3
+from Model.ops import (
+    Epilogue,
+    apply_epilogue,
+    conv2d,
+    conv3x3,
+    dispatch,
+    filtered_leaky_relu,
+    make_kernel,
+    styled_conv3x3,
+    styled_upsampling_conv3x3,
+)
 
 if (reason := dispatch.why_not("cpu")) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -99,6 +109,102 @@ def test_results_do_not_depend_on_the_batch():
     torch.testing.assert_close(together, apart, rtol=0, atol=0)
 
 
+def upsampled(x, weight, style, kernel, epilogue):
+    """The steps one by one, in double precision."""
+    x, weight, style, kernel = (t.double() for t in (x, weight, style, kernel))
+    y = F.conv_transpose2d(x * style[:, :, None, None], weight.transpose(0, 1), stride=2)
+    return filtered_leaky_relu(y, kernel, (1, 1), epilogue.to(torch.float64), "reference")
+
+
+def layer(n, inputs, outputs, height, width, dtype=torch.float32):
+    """Arguments of an upsampling layer."""
+    x, weight = tensors(n, inputs, outputs, height, width, dtype)
+    epilogue = Epilogue(
+        bias=torch.randn(outputs, dtype=dtype),
+        noise=torch.randn(n, 1, 2 * height, 2 * width, dtype=dtype),
+        noise_strength=torch.randn(1, dtype=dtype),
+        gain=torch.rand(n, outputs, dtype=dtype) + 0.5,
+    )
+    style = torch.rand(n, inputs, dtype=dtype) + 0.5
+    return x, weight, style, make_kernel(gain=4.0).to(dtype), epilogue
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_an_upsampling_convolution_is_the_steps_in_turn(channels, dtype):
+    # 256 pixels are multiplied at once: part of them, several rows, one row; three images.
+    for n, height, width in ((1, 4, 4), (1, 1, 1), (3, 5, 7), (1, 9, 64), (1, 3, 300)):
+        arguments = layer(n, *channels, height, width, dtype)
+        y = styled_upsampling_conv3x3(*arguments, impl="native")
+        assert_rounding(y, upsampled(*arguments))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_upsampling_convolution_takes_any_filter_and_part_of_an_epilogue():
+    x, weight, style, _, whole = layer(2, 20, 18, 6, 5)
+    kernel = torch.randn(4, 4)  # no outer product, not symmetric
+    for left_out in ((), *((name,) for name in Epilogue._fields[:4])):
+        some = whole._replace(**dict.fromkeys(left_out))
+        y = styled_upsampling_conv3x3(x, weight, style, kernel, some, "native")
+        expected = upsampled(x, weight, style, kernel, some)
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-4)
+    with pytest.raises(RuntimeError, match="expected a 4 x 4 filter"):
+        styled_upsampling_conv3x3(x, weight, style, kernel[:3, :3], whole, "native")
+
+
+def test_an_upsampling_convolution_does_not_depend_on_threads_or_batch():
+    x, weight, style, kernel, epilogue = layer(3, 40, 20, 21, 30)
+    results, threads = [], torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(styled_upsampling_conv3x3(x, weight, style, kernel, epilogue, impl="native"))
+    torch.set_num_threads(threads)
+    for i in range(3):
+        own = epilogue._replace(noise=epilogue.noise[i : i + 1], gain=epilogue.gain[i : i + 1])
+        alone = (x[i : i + 1], weight, style[i : i + 1], kernel, own, "native")
+        torch.testing.assert_close(
+            styled_upsampling_conv3x3(*alone), results[0][i : i + 1], rtol=0, atol=0
+        )
+        torch.testing.assert_close(results[i], results[0], rtol=0, atol=0)
+
+
+def test_auto_takes_the_upsampling_operator_where_its_weights_stay_in_the_cache(chosen):
+    for inputs, outputs, asked in ((64, 64, 1), (512, 256, 0)):
+        chosen.clear()
+        styled_upsampling_conv3x3(*layer(1, inputs, outputs, 4, 4))
+        assert len(chosen) == asked
+    chosen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = styled_upsampling_conv3x3(*layer(1, 64, 64, 4, 4))
+    assert y.dtype == torch.bfloat16
+    assert not chosen
+
+
+def test_an_upsampling_convolution_has_gradients():
+    x, weight, style, kernel, epilogue = layer(2, 3, 4, 5, 6, torch.float64)
+    for wanted in (x, style, epilogue.gain):
+        wanted.requires_grad_()
+        grads = [
+            torch.autograd.grad(function.square().sum(), wanted)
+            for function in (
+                styled_upsampling_conv3x3(x, weight, style, kernel, epilogue, "native"),
+                upsampled(x, weight, style, kernel, epilogue),
+            )
+        ]
+        torch.testing.assert_close(*grads)
+        wanted.requires_grad_(False)
+
+
+def test_weights_are_modulated_instead_of_a_single_half_precision_image():
+    for n in (1, 2):
+        x, weight = tensors(n, 24, 24, 32, 32)
+        style = torch.rand(n, 24) + 0.5
+        with torch.autocast("cpu", torch.bfloat16):
+            y = styled_conv3x3(x.bfloat16(), weight, style, Epilogue())
+        expected = apply_epilogue(exact(x * style[:, :, None, None], weight), Epilogue())
+        torch.testing.assert_close(y.double(), expected, rtol=0.03, atol=0.03)
+
+
 def test_it_is_differentiable_twice():
     x, weight = (t.requires_grad_() for t in tensors(2, 3, 4, 5, 6, torch.float64))
     bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
@@ -129,6 +235,9 @@ def test_it_is_registered_as_pytorch_asks():
     torch.library.opcheck(torch.ops.stylegan.conv3x3.default, tuple(differentiable))
     styled = (x, weight, torch.randn(2, 3), bias, noise, torch.ones(1), gain, 0.2, 1.4)
     torch.library.opcheck(torch.ops.stylegan.styled_conv3x3.default, styled)
+    *arguments, epilogue = layer(2, 3, 4, 5, 6)
+    upsampling = torch.ops.stylegan.styled_up_conv3x3.default
+    torch.library.opcheck(upsampling, (*arguments, *epilogue))
 
 
 @pytest.fixture

@@ -626,3 +626,13 @@ def test_a_missing_nvcc_is_a_failure_where_it_is_asked_for(toolkit, monkeypatch)
     assert build.main(["--cuda-check"]) == 1
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
     assert build.main([]) == 1
+
+
+@pytest.mark.parametrize("channels", [1, 15, 16, 39, 64])
+def test_bfloat16_is_rounded_to_nearest(channels):
+    x = torch.randn(2, channels, 3, 5).bfloat16().contiguous(memory_format=torch.channels_last)
+    x[0, 0, 0, :4] = torch.tensor([float("inf"), float("nan"), -0.0, 3e38]).bfloat16()
+    gain = torch.rand(2, channels).bfloat16() + 1
+    y = apply_epilogue(x, Epilogue(gain=gain, negative_slope=1.0, scale=1.0), "native")
+    expected = (x.float() * gain.float()[:, :, None, None]).bfloat16()
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)

@@ -48,6 +48,21 @@ def test_half_precision_changes_images_and_logits_little_and_not_their_type(amp)
     assert {"style", "to_rgbs.1", "to_rgbs.1.upsample", "final_conv"} <= full_precision
 
 
+def test_a_generator_synthesises_in_the_precision_it_is_told():
+    generator = Generator(16, 16, 2, (20,) * 6).requires_grad_(False)
+    w_plus = torch.randn(1, generator.n_latent, 16)
+    full = generator.synthesis(w_plus, "fixed").image
+    generator.precision = torch.bfloat16
+    with torch.no_grad():
+        made = generator.synthesis(w_plus, "fixed", features=True)
+    assert made.image.dtype == torch.float32
+    assert {x.dtype for x in made.features} == {torch.bfloat16}
+    assert 0 < (made.image - full).abs().max() < 0.05 * full.abs().max()
+    # Where gradients are recorded, nothing is rounded.
+    torch.testing.assert_close(generator.synthesis(w_plus, "fixed").image, full, rtol=0, atol=0)
+    assert generator.synthesis(w_plus, "fixed", features=True).features[0].dtype == torch.float32
+
+
 def test_styles_and_demodulation_stay_in_float32(amp):
     conv = StyledConv(3, 4, 8).conv
     w = torch.randn(2, 8)

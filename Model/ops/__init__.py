@@ -6,7 +6,12 @@ reference elsewhere. The environment variable STYLEGAN_OPS says what "auto" mean
 are built when first used (`Model.ops.build`); see doc/operators.md.
 """
 
-from Model.ops.convolution import conv2d, conv3x3, styled_conv3x3
+from Model.ops.convolution import (
+    conv2d,
+    conv3x3,
+    styled_conv3x3,
+    styled_upsampling_conv3x3,
+)
 from Model.ops.epilogue import (
     Epilogue,
     apply_epilogue,
@@ -24,5 +29,6 @@ __all__ = [
     "fused_leaky_relu",
     "make_kernel",
     "styled_conv3x3",
+    "styled_upsampling_conv3x3",
     "upfirdn2d",
 ]

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from Model.ops.dispatch import Impl, gradient_wanted, use_native
-from Model.ops.epilogue import Epilogue, apply_epilogue
+from Model.ops.epilogue import Epilogue, apply_epilogue, filtered_leaky_relu
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: Impl = "auto") -> Tensor:
@@ -65,9 +65,68 @@ def styled_conv3x3(
     others = (style, *epilogue.tensors)
     if not gradient_wanted(x, weight, *others) and _native(impl, x, weight, *others):
         return torch.ops.stylegan.styled_conv3x3(x, weight, style, *epilogue)
-    y = conv3x3(x * style.view(*style.shape, 1, 1).to(x.dtype), weight, impl=impl)
+    y = conv3x3(*_modulated(x, weight, style), impl=impl)
     # Under autocast the convolution has chosen the type.
     return apply_epilogue(y, epilogue.to(y.dtype), impl)
+
+
+def styled_upsampling_conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    kernel: Tensor,
+    epilogue: Epilogue,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Convolve ``x * style`` transposed with stride 2, blur, and apply the epilogue.
+
+    Where no gradient is wanted and it pays, the compiled operator makes a few rows of the
+    transposed convolution at a time, so that neither these nor ``x * style`` are written to memory.
+
+    Args:
+        x: (N, I, H, W).
+        weight: (O, I, 3, 3).
+        style: (N, I) factor of each input map.
+        kernel: (4, 4) filter of the blur, padded by 1 on all sides.
+        epilogue: what follows the blur.
+        impl: see `Model.ops`.
+
+    Returns:
+        (N, O, 2H, 2W).
+    """
+    others = (style, *epilogue.tensors)
+    if not gradient_wanted(x, weight, kernel, *others) and _native_up(impl, x, weight, *others):
+        return torch.ops.stylegan.styled_up_conv3x3(x, weight, style, kernel, *epilogue)
+    x, weight = _modulated(x, weight, style)
+    y = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+    return filtered_leaky_relu(y, kernel, (1, 1), epilogue.to(y.dtype), impl)
+
+
+def _modulated(x: Tensor, weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale what a convolution reads: x, or the weights of a single image where they are fewer.
+
+    Only autocast, which converts the weights in every call anyway, gains by the latter.
+    """
+    fewer = len(x) == 1 and 9 * len(weight) < x.shape[2] * x.shape[3]
+    if fewer and torch.is_autocast_enabled(x.device.type) and not gradient_wanted(x, weight, style):
+        return x, weight * style.view(*style.shape, 1, 1)
+    return x * style.view(*style.shape, 1, 1).to(x.dtype), weight
+
+
+def _native_up(impl: Impl, x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    if impl == "auto" and not _up_pays(x, weight):
+        return False
+    return use_native("styled_up_conv3x3", impl, x, weight, *others)
+
+
+def _up_pays(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the weights stay in the cache from row to row."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and weight.shape[0] * weight.shape[1] <= 32768
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _native(impl: Impl, x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:

@@ -10,7 +10,7 @@ The operators (schemas in ``csrc/cpu.cpp``), with d = grad * f'(sum), f = scale 
 - ``filtered_leaky_relu``: a blur and ``fused_leaky_relu`` in one pass; its gradient is theirs.
 - ``conv3x3``: its gradient by the input is itself with the filters turned and transposed, that by
   the weights is PyTorch's.
-- ``styled_conv3x3``: for inference, without a gradient.
+- ``styled_conv3x3`` and ``styled_up_conv3x3``: for inference, without a gradient.
 """
 
 from collections.abc import Callable
@@ -110,6 +110,11 @@ def _fake_filtered(
 
 def _fake_convolution(x: Tensor, weight: Tensor, *others: object) -> Tensor:
     shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+    return x.new_empty(shape).to(memory_format=torch.channels_last)
+
+
+def _fake_upsampling_convolution(x: Tensor, weight: Tensor, *others: object) -> Tensor:
+    shape = (x.shape[0], weight.shape[0], 2 * x.shape[2], 2 * x.shape[3])
     return x.new_empty(shape).to(memory_format=torch.channels_last)
 
 
@@ -258,3 +263,4 @@ def _register() -> None:
         torch.library.register_fake(f"stylegan::{name}", fake)
         torch.library.register_autograd(f"stylegan::{name}", backward, setup_context=setup)
     torch.library.register_fake("stylegan::styled_conv3x3", _fake_convolution)
+    torch.library.register_fake("stylegan::styled_up_conv3x3", _fake_upsampling_convolution)

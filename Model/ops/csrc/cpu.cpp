@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -21,6 +22,39 @@ namespace {
 using Index = int64_t;
 
 // --- Activation -----------------------------------------------------------------------------------
+
+/// The types that `widened` and `store_narrowed` know.
+template <class T>
+constexpr bool kByVectors = !std::is_same_v<T, c10::Half>;
+
+using Whole = uint32_t __attribute__((vector_size(winograd::kBytes)));
+using Upper = uint16_t __attribute__((vector_size(winograd::kBytes / 2)));
+
+/// A vector of the accumulation type, read from memory of its own type or of bfloat16, which is
+/// the upper half of a float. (g++ leaves loops over c10::BFloat16 scalar.)
+template <class A, class S>
+winograd::Vector<A> widened(const S* from) {
+  if constexpr (std::is_same_v<A, S>) {
+    return winograd::load(from);
+  } else {
+    Upper upper;
+    std::memcpy(&upper, from, sizeof(upper));
+    return reinterpret_cast<winograd::Vector<A>>(__builtin_convertvector(upper, Whole) << 16);
+  }
+}
+
+/// Writes it, in bfloat16 rounded to nearest, ties to even.
+template <class T, class V>
+void store_narrowed(T* to, V v) {
+  if constexpr (sizeof(v[0]) == sizeof(T)) {
+    winograd::store(to, v);
+  } else {
+    const Whole bits = reinterpret_cast<Whole>(v), nan = reinterpret_cast<Whole>(v != v);
+    const Whole rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Upper upper = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Upper);
+    std::memcpy(to, &upper, sizeof(upper));
+  }
+}
 
 /// An epilogue whose parameters are converted to the accumulation type, with neutral values for
 /// what is missing, so that the inner loops need no distinction.
@@ -55,11 +89,33 @@ struct ReadyEpilogue {
     const A up = above, low = below;
     for (Index i = 0; i < count; ++i, x += width, y += width) {
       const A shift = noise ? strength * static_cast<A>(noise[n * noise_step + p + i]) : A(0);
+      if constexpr (kByVectors<T>) {
+        if (width >= winograd::kLanes<A>) {
+          one_pixel(y, x, g, b, shift);
+          continue;
+        }
+      }
 #pragma omp simd
       for (Index c = 0; c < width; ++c) {
         y[c] = static_cast<T>(activate<A>(static_cast<A>(x[c]), g[c], shift + b[c], up, low));
       }
     }
+  }
+
+  /// Activates a pixel by whole vectors. The last one may overlap the one before; it is read before
+  /// anything is written, since y may be x.
+  template <class S>
+  void one_pixel(T* y, const S* x, const A* g, const A* b, A shift) const {
+    using V = winograd::Vector<A>;
+    constexpr Index lanes = winograd::kLanes<A>;
+    const V zero{}, up = zero + above, low = zero + below;
+    const auto at = [&](Index c) {
+      const V sum = widened<A>(x + c) * winograd::load(g + c) + (shift + winograd::load(b + c));
+      return sum * (sum > zero ? up : low);
+    };
+    const V last = at(channels - lanes);
+    for (Index c = 0; c + lanes <= channels; c += lanes) store_narrowed(y + c, at(c));
+    store_narrowed(y + channels - lanes, last);
   }
 
   /// Activates `count` pixels of one map of sample n from pixel p on.
@@ -82,6 +138,10 @@ struct ReadyEpilogue {
   }
 };
 
+/// Work for which waking another thread pays: some 10 us, counted in values that are read, changed and
+/// written, and in multiply-accumulates.
+constexpr Index kValues = 65536, kProductsAtOnce = 524288;
+
 /// Pixels per piece of work: about 16 Ki values, whatever the number of threads, so that sums over
 /// pieces do not depend on it.
 Index piece_of(Index values_per_pixel) { return std::max<Index>(1, 16384 / values_per_pixel); }
@@ -95,7 +155,7 @@ void activate_tensor(
   const Index inner = last ? channels : 1;
   const Index piece = std::min(piece_of(inner), pixels);
   const Index pieces = (pixels + piece - 1) / piece;
-  const Index grain = std::max<Index>(1, 16384 / (piece * inner));
+  const Index grain = std::max<Index>(1, kValues / (piece * inner));
   at::parallel_for(0, outer * pieces, grain, [&](Index begin, Index end) {
     for (Index work = begin; work < end; ++work) {
       const Index image = work / pieces, p = work % pieces * piece;
@@ -202,7 +262,8 @@ void fill_gradient(
   const T* inputs = x ? x->const_data_ptr<T>() : nullptr;
   T* result = out.input.mutable_data_ptr<T>();
   A* by_pixel = out.by_pixel.mutable_data_ptr<A>();
-  at::parallel_for(0, layout.batch * pieces, 1, [&](Index begin, Index end) {
+  const Index grain = std::max<Index>(1, kValues / (piece * channels));
+  at::parallel_for(0, layout.batch * pieces, grain, [&](Index begin, Index end) {
     for (Index work = begin; work < end; ++work) {
       const Index n = work / pieces, p = work % pieces * piece;
       const Index count = std::min(piece, pixels - p);
@@ -361,7 +422,7 @@ class FilterPlan {
   void run(T* y, const T* x) const {
     const Index band = 32, bands = (f_.out_height + band - 1) / band;
     const Index values = std::min(band, f_.out_height) * f_.out_width * f_.inner;
-    const Index grain = std::max<Index>(1, 16384 / std::max<Index>(values, 1));
+    const Index grain = std::max<Index>(1, kValues / 2 / std::max<Index>(values, 1));
     at::parallel_for(0, f_.outer * bands, grain, [&](Index begin, Index end) {
       Buffer<A> strip, line, spare;
       line.resize(std::min(strip_, f_.out_width) * f_.inner);
@@ -523,11 +584,12 @@ void convolve(
   const Index n_panels = panels<T>(s);
   const Tensor transformed = at::empty({kProducts * s.weight_matrix}, options);
   T* u = transformed.mutable_data_ptr<T>();
-  at::parallel_for(0, n_panels * inputs, 16, [&](Index begin, Index end) {
+  at::parallel_for(0, n_panels * inputs, 64, [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i) pack_weights(u, weight, s, i / inputs, i % inputs);
   });
   const std::vector<T> zeros(inputs, T(0));
-  const Index grain = std::max<Index>(1, 16384 / (kProducts * std::max(inputs, outputs)));
+  const Index grain = std::max<Index>(1, kValues / (kProducts * std::max(inputs, outputs)));
+  const Index panel = chunk * inputs * kPanel<T>;
   // If there are chunks for all threads, each computes its own, and the loops inside do not start
   // threads again; else the threads share every chunk.
   const Index chunks = (tiles + chunk - 1) / chunk;
@@ -544,7 +606,7 @@ void convolve(
           gather_tile(v, x, style, zeros.data(), s, grid, first + i, i);
         }
       });
-      at::parallel_for(0, kProducts * n_panels, 1, [&](Index begin, Index end) {
+      at::parallel_for(0, kProducts * n_panels, std::max<Index>(1, kProductsAtOnce / panel), [&](Index begin, Index end) {
         for (Index i = begin; i < end; ++i) multiply(m, v, u, s, i / n_panels, i % n_panels);
       });
       at::parallel_for(0, count, grain, [&](Index begin, Index end) {
@@ -558,17 +620,21 @@ void convolve(
   });
 }
 
-Tensor convolved(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& style,
-    const EpilogueTensors* epilogue) {
+void check_convolution(const char* name, const Tensor& x, const Tensor& weight) {
   TORCH_CHECK(
       x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == 3 &&
           weight.size(3) == 3 && weight.scalar_type() == x.scalar_type(),
-      "conv3x3: expected (N, I, H, W) and (O, I, 3, 3) of one type, got ", x.sizes(), " and ",
+      name, ": expected (N, I, H, W) and (O, I, 3, 3) of one type, got ", x.sizes(), " and ",
       weight.sizes());
   TORCH_CHECK(
       x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble,
-      "conv3x3: expected float or double, got ", x.scalar_type());
+      name, ": expected float or double, got ", x.scalar_type());
+}
+
+Tensor convolved(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& style,
+    const EpilogueTensors* epilogue) {
+  check_convolution("conv3x3", x, weight);
   const Tensor values = x.contiguous(at::MemoryFormat::ChannelsLast), w = weight.contiguous();
   const OptionalTensor styles = checked("style", style, x, x.size(0), x.size(1));
   Tensor y = at::empty(
@@ -607,6 +673,184 @@ Tensor styled_conv3x3(
   return convolved(x, weight, style, &epilogue);
 }
 
+// --- Upsampling convolution -----------------------------------------------------------------------
+
+/// A transposed 3 x 3 convolution with stride 2, the 4 x 4 filter of its result padded by one, and the
+/// epilogue, rows by rows: what the convolution makes of some rows of the input stays in the
+/// cache until the filter and the epilogue have read it.
+///
+/// An input pixel adds x W (its I values times an (I, 9 O) matrix, ordered by tap) to 3 x 3 pixels.
+template <class T>
+class Upsampling {
+ public:
+  Upsampling(
+      const T* x, const T* weight, const T* style, const Taps<T>& taps, Index height, Index width,
+      Index inputs, Index outputs, const ReadyEpilogue<T>& epilogue)
+      : x_(x),
+        style_(style),
+        taps_(taps),
+        epilogue_(epilogue),
+        height_(height),
+        width_(width),
+        inputs_(inputs),
+        outputs_(outputs),
+        columns_(winograd::round_up(9 * outputs, winograd::kLanes<T>)),
+        rows_(std::max<Index>(1, 256 / width)),
+        line_((2 * width + 3) * outputs) {
+    weight_.resize(inputs * columns_);
+    std::fill_n(weight_.data(), inputs * columns_, T(0));
+    for (Index tap = 0; tap < 9; ++tap) {
+      for (Index o = 0; o < outputs; ++o) {
+        const Index column = tap * outputs + o, first = column / kPanel * kPanel;
+        const Index panel = std::min(kPanel, columns_ - first);
+        T* to = weight_.data() + first * inputs + column - first;
+        const T* from = weight + o * inputs * 9 + tap;
+        for (Index i = 0; i < inputs; ++i) to[i * panel] = from[i * 9];
+      }
+    }
+  }
+
+  /// Makes the output rows 2 begin to 2 end - 1 of all images, one below the other.
+  void run(T* y, Index begin, Index end) const {
+    Work work;
+    const Index pixels = winograd::round_up(rows_ * width_, winograd::kRows);
+    work.values.resize(pixels * inputs_);
+    std::fill_n(work.values.data(), pixels * inputs_, T(0));
+    work.products.resize(pixels * columns_);
+    work.sums.resize((2 * rows_ + 5) * line_);
+    work.strip.resize(line_);
+    work.line.resize(line_);
+    while (begin < end) {
+      const Index image = begin / height_, stop = std::min(end, (image + 1) * height_);
+      run_image(y, image, begin - image * height_, stop - image * height_, work);
+      begin = stop;
+    }
+  }
+
+ private:
+  static constexpr Index kPanel = winograd::kPanel<T>;
+
+  struct Work {
+    Buffer<T> values, products, sums, strip, line;
+  };
+
+  /// Rows `first` to `last` - 1 of one image. `sums` holds rows of the convolution's result from
+  /// `base` on, with a pixel of zeros on either side; output row p sees rows p - 1 to p + 2.
+  void run_image(T* y, Index image, Index first, Index last, Work& work) const {
+    const Index rows = 2 * rows_ + 5, end = std::min(last + 1, height_);
+    T* sums = work.sums.data();
+    std::fill_n(sums, rows * line_, T(0));
+    Index base = 2 * first - 1, next = 2 * first;
+    for (Index row = std::max<Index>(first - 1, 0); row < end; row += rows_) {
+      const Index stop = std::min(row + rows_, end);
+      multiply(image, row, stop, work);
+      add(sums, base, row, stop, work.products.data());
+      const Index complete = stop == height_ ? 2 * height_ + 1 : 2 * stop - 1;
+      const Index made = std::max(next, std::min(2 * last, complete - 1));
+      for (; next < made; ++next) filter(y, image, next, sums + (next - 1 - base) * line_, work);
+      const Index kept = 2 * stop + 1 - (made - 1), shift = made - 1 - base;
+      std::copy_n(sums + shift * line_, kept * line_, sums);
+      std::fill_n(sums + kept * line_, (rows - kept) * line_, T(0));
+      base = made - 1;
+    }
+  }
+
+  /// What the pixels of some input rows add to the result, (pixels, 9 O).
+  void multiply(Index image, Index row, Index stop, Work& work) const {
+    const Index pixels = (stop - row) * width_;
+    const T* from = x_ + (image * height_ + row) * width_ * inputs_;
+    const T* style = style_ + image * inputs_;
+    T* to = work.values.data();
+    for (Index p = 0; p < pixels; ++p, from += inputs_, to += inputs_) {
+#pragma omp simd
+      for (Index i = 0; i < inputs_; ++i) to[i] = from[i] * style[i];
+    }
+    for (Index c = 0; c < columns_; c += kPanel) {
+      winograd::multiply_panel(
+          work.products.data() + c, work.values.data(), weight_.data() + c * inputs_,
+          std::min(kPanel, columns_ - c), pixels, inputs_, columns_);
+    }
+  }
+
+  /// Adds that to the result's rows from `base` on.
+  void add(T* sums, Index base, Index row, Index stop, const T* products) const {
+    const Index three = 3 * outputs_;
+    for (Index i = row; i < stop; ++i) {
+      for (Index j = 0; j < width_; ++j, products += columns_) {
+        for (Index ky = 0; ky < 3; ++ky) {
+          const Index to = 2 * i + ky - base;
+          if (to < 0) continue;
+          T* sum = sums + to * line_ + (2 * j + 1) * outputs_;
+          const T* from = products + ky * three;
+#pragma omp simd
+          for (Index c = 0; c < three; ++c) sum[c] += from[c];
+        }
+      }
+    }
+  }
+
+  /// One output row from four rows of the convolution's result.
+  void filter(T* y, Index image, Index row, const T* sums, Work& work) const {
+    T* strip = work.strip.data();
+    T* line = work.line.data();
+    const Index width = 2 * width_, values = width * outputs_;
+    if (taps_.separable) {
+      filter_line<4>(strip, sums, line_, line_, taps_.column.data());
+      filter_line<4>(line, strip, values, outputs_, taps_.row.data());
+    } else {
+      std::fill_n(line, values, T(0));
+      for (Index t = 0; t < 4; ++t) {
+        filter_line<4>(strip, sums + t * line_, values, outputs_, taps_.square.data() + 4 * t);
+        for (Index i = 0; i < values; ++i) line[i] += strip[i];
+      }
+    }
+    T* to = y + (image * 2 * height_ + row) * values;
+    epilogue_.channels_last(to, line, image, row * width, width);
+  }
+
+  const T* x_;
+  const T* style_;
+  const Taps<T>& taps_;
+  const ReadyEpilogue<T>& epilogue_;
+  Index height_, width_, inputs_, outputs_, columns_, rows_, line_;
+  Buffer<T> weight_;
+};
+
+Tensor styled_up_conv3x3(
+    const Tensor& x, const Tensor& weight, const Tensor& style, const Tensor& kernel,
+    const OptionalTensor& bias, const OptionalTensor& noise, const OptionalTensor& strength,
+    const OptionalTensor& gain, double slope, double scale) {
+  check_convolution("styled_up_conv3x3", x, weight);
+  TORCH_CHECK(
+      kernel.sizes() == at::IntArrayRef({4, 4}), "styled_up_conv3x3: expected a 4 x 4 filter, got ",
+      kernel.sizes());
+  const Index n = x.size(0), height = x.size(2), width = x.size(3), outputs = weight.size(0);
+  const auto tensors = epilogue_tensors(
+      x, n, outputs, 4 * height * width, bias, noise, strength, gain, slope, scale);
+  const Tensor values = x.contiguous(at::MemoryFormat::ChannelsLast), w = weight.contiguous();
+  const Tensor styles = *checked("style", style, x, n, x.size(1));
+  Tensor y = at::empty(
+      {n, outputs, 2 * height, 2 * width},
+      x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  if (y.numel() == 0) return y;
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Taps<T> taps(kernel, false);
+    const ReadyEpilogue<T> epilogue(tensors.pointers<T>(layout_of(y)), n);
+    const Upsampling<T> upsampling(
+        values.const_data_ptr<T>(), w.const_data_ptr<T>(), styles.const_data_ptr<T>(), taps,
+        height, width, x.size(1), outputs, epilogue);
+    T* to = y.mutable_data_ptr<T>();
+    // Two input rows more are read for every piece of work.
+    const Index grain = std::max<Index>(8, kProductsAtOnce / (width * x.size(1) * outputs * 9));
+    at::parallel_for(0, n * height, grain, [&](Index begin, Index end) {
+      upsampling.run(to, begin, end);
+    });
+  };
+  x.scalar_type() == at::kFloat ? run(float{}) : run(double{});
+  return y;
+}
+
 }  // namespace
 }  // namespace stylegan
 
@@ -628,6 +872,9 @@ TORCH_LIBRARY(stylegan, m) {
   m.def(
       "styled_conv3x3(Tensor x, Tensor weight, Tensor style, Tensor? bias, Tensor? noise, "
       "Tensor? strength, Tensor? gain, float slope, float scale) -> Tensor");
+  m.def(
+      "styled_up_conv3x3(Tensor x, Tensor weight, Tensor style, Tensor kernel, Tensor? bias, "
+      "Tensor? noise, Tensor? strength, Tensor? gain, float slope, float scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(stylegan, CPU, m) {
@@ -637,4 +884,5 @@ TORCH_LIBRARY_IMPL(stylegan, CPU, m) {
   m.impl("filtered_leaky_relu", &stylegan::filtered_leaky_relu);
   m.impl("conv3x3", &stylegan::conv3x3);
   m.impl("styled_conv3x3", &stylegan::styled_conv3x3);
+  m.impl("styled_up_conv3x3", &stylegan::styled_up_conv3x3);
 }

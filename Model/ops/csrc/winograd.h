@@ -237,22 +237,26 @@ void multiply_block(T* c, const T* a, const T* b, Index depth, Index a_step, Ind
   }
 }
 
+/// All rows of one panel of a product (rounded up to kRows): its columns are whole vectors.
+template <class T>
+void multiply_panel(
+    T* c, const T* a, const T* b, Index columns, Index rows, Index depth, Index c_step) {
+  for (Index row = 0; row < rows; row += kRows, a += kRows * depth, c += kRows * c_step) {
+    switch (columns / kLanes<T>) {
+      case 1: multiply_block<1>(c, a, b, depth, depth, c_step); break;
+      case 2: multiply_block<2>(c, a, b, depth, depth, c_step); break;
+      default: multiply_block<kColumns>(c, a, b, depth, depth, c_step);
+    }
+  }
+}
+
 /// One panel of one of the 36 matrix products m = v u, for all tiles of the chunk.
 template <class T>
 void multiply(T* m, const T* v, const T* u, const Sizes& s, Index product, Index panel) {
   const auto [at, columns] = panel_at<T>(s, product, panel);
-  const T* a = v + product * s.input_matrix;
-  T* c = m + product * s.product_matrix + panel * kPanel<T>;
-  for (Index row = 0; row < s.tiles; row += kRows) {
-    const T* from = a + row * s.inputs;
-    T* to = c + row * s.output_step;
-    switch (columns / kLanes<T>) {
-      case 1: multiply_block<1>(to, from, u + at, s.inputs, s.inputs, s.output_step); break;
-      case 2: multiply_block<2>(to, from, u + at, s.inputs, s.inputs, s.output_step); break;
-      default:
-        multiply_block<kColumns>(to, from, u + at, s.inputs, s.inputs, s.output_step);
-    }
-  }
+  T* to = m + product * s.product_matrix + panel * kPanel<T>;
+  const T* from = v + product * s.input_matrix;
+  multiply_panel(to, from, u + at, columns, s.tiles, s.inputs, s.output_step);
 }
 
 /// Transforms row `row` of the products back into the outputs of a tile, and calls
