@@ -8,7 +8,7 @@ from pathlib import Path
 from studies.jobs import Places
 from studies.plan import FOLDER, Plan, read_plan
 from studies.runner import chosen_jobs, describe_jobs, run_study
-from studies.tables import overview, read_table
+from studies.tables import overview, read_table, verdicts
 from Util.cli import OneLineParser, run_script
 from Util.settings import at_least, file_path
 
@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     table = read_table(args.plan, args.results)
     if table.rows:
         print(f"\n{overview(table)}")
+    if table.rows and table.plan.claims:
+        print(f"\n{verdicts(table)}")
     return code
 
 

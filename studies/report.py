@@ -25,6 +25,7 @@ from studies.tables import (
     markdown,
     means,
     number,
+    overview,
     read_table,
     spread,
     verdicts,
@@ -188,6 +189,18 @@ def before_section(table: Table, doc: Path) -> str:
 {joined}"""
 
 
+def other_section(table: Table) -> str:
+    """Write the tables of a plan that has no questions of its own here."""
+    arms = "\n".join(f"- `{arm.name}`: {arm.about}" for arm in table.plan.arms if arm.about)
+    return f"""## {table.plan.about}
+
+{len(table.rows)} of {len(table.plan.jobs)} jobs of the plan `{table.plan.name}`.
+
+{arms}
+
+{overview(table)}"""
+
+
 def picture_section(table: Table, places: Places, doc: Path) -> str:
     """Show the same latents through every arm whose student is still there."""
     seed, ratio = table.plan.seeds[0], table.plan.arms[0].ratios[0]
@@ -251,7 +264,7 @@ Go on by `python -m studies {main.plan.name} --jobs 2`, then `python -m studies.
 
 def page(tables: Sequence[Table], places: Places, doc: Path) -> Iterator[str]:
     """Write the page's sections."""
-    main, before = tables
+    main, before, *others = tables
     yield introduction(main)
     yield judged([t for t in tables if t.rows])
     groups = dict.fromkeys(arm.group for arm in main.plan.arms)
@@ -259,6 +272,7 @@ def page(tables: Sequence[Table], places: Places, doc: Path) -> Iterator[str]:
     yield course_section(main, doc)
     yield picture_section(main, places, doc)
     yield before_section(before, doc)
+    yield from map(other_section, others)
     yield limits(tables)
 
 
@@ -270,7 +284,9 @@ def run(args: argparse.Namespace) -> None:
     if not read_table(MAIN, args.results).rows:
         raise ValueError(f"{args.results}: no result of {MAIN} yet; run python -m studies {MAIN}")
     measure_references(MAIN, places)
-    tables = [read_table(name, args.results) for name in (MAIN, BEFORE)]
+    names = sorted({file.stem for file in FOLDER.glob("*.toml")} - {MAIN, BEFORE, "smoke"})
+    others = [table for name in names if (table := read_table(name, args.results)).rows]
+    tables = [*(read_table(name, args.results) for name in (MAIN, BEFORE)), *others]
     sections = filter(None, page(tables, places, doc))
     text = "\n\n".join(sections) + "\n"
     with atomic_path(args.out) as temporary:

@@ -219,6 +219,4 @@ def overview(table: Table) -> str:
     if compared:
         parts += [f"Differences to {table.plan.control}, paired by seed, 95 % intervals:"]
         parts += [differences(table, compared)]
-    if table.plan.claims:
-        parts.append(verdicts(table))
     return "\n\n".join(parts)

@@ -287,12 +287,14 @@ def test_the_page_says_what_the_results_say(tmp_path, capsys):
     better = {"cagc": 0.9, "everywhere": 0.8}
     value = lambda job, f: better[job.arm.name] + 0.001 * job.seed**2  # noqa: E731
     fake_results(tmp_path, "compression", 5, value)
+    fake_results(tmp_path, "contents", 2, lambda job, f: 0.5)
     own = {"0": {"teacher": {"agreement_inside": 1.0, "frechet": 17.0}}}
     (tmp_path / "compression_references.json").write_text(json.dumps(own))
     arguments = ["--results", str(tmp_path), "--out", str(tmp_path / "doc/Study.md")]
     assert report.main([*arguments, "--work", str(tmp_path)]) == 0
     page = (tmp_path / "doc/Study.md").read_text()
     assert "5 of " in page
+    assert "2 of 9 jobs of the plan `contents`" in page
     assert "| cagc 0.7 | 3 |" in page
     assert "| *teacher* | 1 | - | 1.000 | - |" in page
     assert "| hair | inside | 0.902 | 0.800 |" in page
