@@ -21,8 +21,8 @@ from Util.device import pick_device, set_tf32, tf32_allowed
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
     "prune": "--device cpu --out new.pt",
-    "train": "--device cpu --path data --out new",
-    "train_parser": "--device cpu --path data --out new.pt",
+    "train": "--device cpu --path . --out new",
+    "train_parser": "--device cpu --path . --out new.pt",
     "get_fid": "--device cpu",
     "get_ppl": "--device cpu",
     "get_projected_image": "--device cpu",
@@ -138,9 +138,9 @@ def test_features_in_tf32_are_not_compared_with_those_in_float32(monkeypatch, tm
         read_statistics(tmp_path / "s.npz", plain, False, resizing)
 
 
-def test_an_evaluation_tells_that_it_rounds():
+def test_an_evaluation_tells_that_it_rounds(capsys):
     for tf32 in (False, True):
-        result = Result({}, "", ["PPL: 1"], PathSettings(json=True, tf32=tf32))
-        *text, last = result.output.splitlines()
-        assert ("TensorFloat-32" in "".join(text)) == tf32
-        assert json.loads(last)["settings"]["tf32"] == tf32
+        Result({}, "", ["PPL: 1"], PathSettings(json=True, tf32=tf32)).show()
+        out, err = capsys.readouterr()
+        assert ("TensorFloat-32" in err) == tf32
+        assert json.loads(out)["settings"]["tf32"] == tf32

@@ -72,8 +72,8 @@ def test_the_printed_flags_mean_the_recipe(name, capsys):
             <= (vars(parser.parse_args(flags)) | {"recipe": name}).items()
         )
     _, *flags = shlex.split(next(lines))
-    by_flags = train.parse_config(["--path", "x", *flags, "--recipe", "none"])
-    by_name = train.parse_config(["--path", "x", "--recipe", name])
+    by_flags = train.parse_config(["--path", ".", *flags, "--recipe", "none"])
+    by_name = train.parse_config(["--path", ".", "--recipe", name])
     assert train.replace(by_flags, recipe=name) == by_name
 
 
@@ -96,7 +96,7 @@ def test_flags_win_over_the_recipe_wherever_they_stand():
         ["--recipe", "svs", "--batch_size", "5"],
         ["--batch_size", "5", "--recipe", "svs"],
     ):
-        config = train.parse_config(["--path", "x", *argv, "--relation_step", "2"])
+        config = train.parse_config(["--path", ".", *argv, "--relation_step", "2"])
         assert (config.batch_size, config.iter, config.discriminator) == (5, 468_750, "scratch")
         (options,) = (o for o in config.options if hasattr(o, "relation_step"))
         assert (options.relation_step, options.relation_loss) == (2.0, "kl")
@@ -162,7 +162,7 @@ def test_train_takes_the_recipe_from_the_checkpoint(folder, tmp_path):
     content = checkpoint.read(folder / "teacher.pt")
     file = tmp_path / "pruned.pt"
     checkpoint.save(file, {**content, "config": {"recipe": "stylekd"}})
-    common = ["--path", "x", "--ckpt", str(file)]
+    common = ["--path", ".", "--ckpt", str(file)]
     config = train.parse_config([*common, "--batch_size", "4"])
     assert (config.recipe, config.kd, config.batch_size) == ("stylekd", ("relation=30",), 4)
     config = train.parse_config([*common, "--recipe", "cagc"])
@@ -180,7 +180,7 @@ def test_a_checkpoint_that_remembers_nothing_of_use(folder, tmp_path, config):
 
 def test_bad_recipes_are_one_line(folder, tmp_path, capsys):
     bad = ["--recipe", "none_such", "--out", str(tmp_path / "new")]
-    for call in (lambda: prune.main(bad), lambda: train.main(["--path", "x", *bad])):
+    for call in (lambda: prune.main(bad), lambda: train.main(["--path", ".", *bad])):
         assert "--recipe none_such: unknown; take cagc, " in error_of(capsys, call)
     argv = ["--path", f"{folder}/data", "--recipe", "cagc", "--out", str(tmp_path / "new")]
     assert "--teacher_ckpt is missing; cagc" in error_of(capsys, lambda: train.main(argv))

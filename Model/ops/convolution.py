@@ -6,6 +6,7 @@ from torch import Tensor
 
 from Model.ops.dispatch import Impl, gradient_wanted, use_native
 from Model.ops.epilogue import Epilogue, apply_epilogue, filtered_leaky_relu
+from Model.precision import half_type
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: Impl = "auto") -> Tensor:
@@ -107,9 +108,11 @@ def _modulated(x: Tensor, weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor
 
     Only autocast, which converts the weights in every call anyway, gains by the latter.
     """
-    fewer = len(x) == 1 and 9 * len(weight) < x.shape[2] * x.shape[3]
-    if fewer and torch.is_autocast_enabled(x.device.type) and not gradient_wanted(x, weight, style):
-        return x, weight * style.view(*style.shape, 1, 1)
+    half = half_type(x.device.type)
+    # A traced graph serves any number of images.
+    if half and not torch.compiler.is_compiling() and not gradient_wanted(x, weight, style):
+        if len(x) == 1 and 9 * len(weight) < x.shape[2] * x.shape[3]:
+            return x, weight * style.view(*style.shape, 1, 1)
     return x * style.view(*style.shape, 1, 1).to(x.dtype), weight
 
 
