@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -203,6 +204,8 @@ def test_runtimes_are_held_against_pytorch(monkeypatch, capsys):
         raise RuntimeError("no compiler\nat all")
 
     monkeypatch.setattr(runtimes, "compiled", missing)
+    # In one process with it, later tests crash.
+    monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setitem(runtimes.MODELS, "pruned", lambda: small_generator(8))
     settings = runtimes.RuntimeSettings(only=("pruned",), batches=(1, 3), rounds=5)
     rows = list(runtimes.compare("pruned", settings))
