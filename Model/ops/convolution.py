@@ -108,11 +108,12 @@ def _modulated(x: Tensor, weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor
 
     Only autocast, which converts the weights in every call anyway, gains by the latter.
     """
-    half = half_type(x.device.type)
     # A traced graph serves any number of images.
-    if half and not torch.compiler.is_compiling() and not gradient_wanted(x, weight, style):
-        if len(x) == 1 and 9 * len(weight) < x.shape[2] * x.shape[3]:
-            return x, weight * style.view(*style.shape, 1, 1)
+    fixed = half_type(x.device.type) is not None and not torch.compiler.is_compiling()
+    if not fixed or gradient_wanted(x, weight, style) or len(x) > 1:
+        return x * style.view(*style.shape, 1, 1).to(x.dtype), weight
+    if 9 * len(weight) < x.shape[2] * x.shape[3]:
+        return x, weight * style.view(*style.shape, 1, 1)
     return x * style.view(*style.shape, 1, 1).to(x.dtype), weight
 
 
