@@ -108,11 +108,14 @@ def _modulated(x: Tensor, weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor
 
     Only autocast, which converts the weights in every call anyway, gains by the latter.
     """
-    # A traced graph serves any number of images.
-    fixed = half_type(x.device.type) is not None and not torch.compiler.is_compiling()
-    if not fixed or gradient_wanted(x, weight, style) or len(x) > 1:
-        return x * style.view(*style.shape, 1, 1).to(x.dtype), weight
-    if 9 * len(weight) < x.shape[2] * x.shape[3]:
+    fewer = (
+        half_type(x.device.type) is not None
+        and not torch.compiler.is_compiling()  # a traced graph serves any number of images
+        and not gradient_wanted(x, weight, style)
+        and len(x) == 1
+        and 9 * len(weight) < x.shape[2] * x.shape[3]
+    )
+    if fewer:
         return x, weight * style.view(*style.shape, 1, 1)
     return x * style.view(*style.shape, 1, 1).to(x.dtype), weight
 
