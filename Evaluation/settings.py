@@ -67,8 +67,8 @@ class PrecisionSettings(EvaluationSettings):
 
     precision: str = setting(
         "float32",
-        "of the generator: float32, or bf16, some grey levels off and two to three times as fast"
-        " on CPUs with AVX512-BF16 or AMX",
+        "of the generator: float32, or bf16, some grey levels off and meant for CPUs with"
+        " AVX512-BF16 or AMX",
         choices=tuple(PRECISIONS),
     )
 
