@@ -88,7 +88,7 @@ def pictures_of(face: int, psi: float, mix: tuple[int, range] | None = None) -> 
     for name, file in build.MODELS.items():
         generator = checkpoint.load_generator(file).requires_grad_(False)
         centre = sampling.mean_latent(generator, seed=0)
-        z = sampling.latents(generator, [face, mix[0] if mix else face], seed=0)
+        z = sampling.draw_z(generator, [face, mix[0] if mix else face], seed=0)
         first, second = generator.w_plus([z], truncation=psi, truncation_latent=centre).clone()
         if mix:
             first[mix[1].start : mix[1].stop] = second[mix[1].start : mix[1].stop]
