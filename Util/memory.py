@@ -114,7 +114,7 @@ class Meter(TorchDispatchMode):
         if key in self._sizes:
             return
         self._sizes[key] = size
-        self.held += self._sizes[key]
+        self.held += size
         self.peak = max(self.peak, self.held)
         # PyTorch keeps the Python object of a storage for as long as there is the storage.
         weakref.finalize(storage, self._release, key).atexit = False

@@ -313,28 +313,6 @@ def at_least(low: int) -> Callable[[str], int]:
     return integer
 
 
-def fraction(low_open: bool = False, high_open: bool = False) -> Callable[[str], float]:
-    """Argument type: a number in [0, 1], without 0 or 1 where the end is open."""
-    interval = f"{'(' if low_open else '['}0, 1{')' if high_open else ']'}"
-
-    def number(text: str) -> float:
-        value = float(text)
-        inside = 0 <= value <= 1 and not ((low_open and value == 0) or (high_open and value == 1))
-        if not inside:
-            raise argparse.ArgumentTypeError(f"{text} is not in {interval}")
-        return value
-
-    return number
-
-
-def positive(text: str) -> float:
-    """Argument type: a finite number above 0."""
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
 def boolean(text: str) -> bool:
     """Argument type: True or False; ``bool("False")`` would be true."""
     known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

@@ -1,7 +1,9 @@
 import os
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from Model.generator import Generator
 from tests.golden_fill import fill_from_numpy, load_golden
@@ -31,3 +33,14 @@ def terminal(monkeypatch):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with five training pictures of 8 px in data/."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for i in range(5):
+        pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{i}.png")
+    return tmp_path

@@ -9,7 +9,7 @@ import torch
 import train
 from Compression import batch_memory
 from Compression.batch_memory import Need, check_batch, need
-from tests.test_train_cli import SMALL, folder, run  # noqa: F401
+from tests.test_train_cli import SMALL, run
 from tests.test_training import config, make_trainer
 from Util import memory
 from Util.memory import imagined
@@ -105,7 +105,7 @@ def test_a_small_batch_is_not_counted_and_a_failure_to_count_stops_nothing(count
     assert lines == ["memory: not counted (NotImplementedError)"]
 
 
-def test_training_refuses_before_anything_is_written(folder, monkeypatch, capsys):  # noqa: F811
+def test_training_refuses_before_anything_is_written(folder, monkeypatch, capsys):
     free = 40 * 2**20
     monkeypatch.setattr(batch_memory, "free_bytes", lambda device: free)
     big = f"{SMALL} --iter 1".replace("--batch_size 4", "--batch_size 5000")
@@ -118,7 +118,7 @@ def test_training_refuses_before_anything_is_written(folder, monkeypatch, capsys
     assert 0.9 * free < need(trainer).peak <= free
 
 
-def test_a_dry_run_tells_the_memory(folder, capsys):  # noqa: F811
+def test_a_dry_run_tells_the_memory(folder, capsys):
     assert train.main(f"--path {folder}/data {SMALL} --dry_run".split()) == 0
     assert re.search(r"^memory: a batch of 4 images takes at least", capsys.readouterr().out, re.M)
 

@@ -5,9 +5,7 @@ import re
 import signal
 import time
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import train
 from Compression import run as training_run
@@ -21,16 +19,6 @@ from Util.run_log import checkpoints, read_metrics
 SMALL = (
     "--size 8 --style_dim 8 --n_mlp 1 --channels 4,4,4,4 --batch_size 4 --workers 0 --device cpu"
 )
-
-
-@pytest.fixture
-def folder(tmp_path):
-    rng = np.random.default_rng(0)
-    (tmp_path / "data").mkdir()
-    for i in range(5):
-        pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "data" / f"{i}.png")
-    return tmp_path
 
 
 def flags(folder, more):

@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -37,16 +36,6 @@ DISTANCE = "frechet_parser_distance"
 SMALL = (
     "--size 8 --style_dim 8 --n_mlp 2 --channels 6,5,4,4 --batch_size 4 --workers 0 --device cpu"
 )
-
-
-@pytest.fixture
-def folder(tmp_path):
-    rng = np.random.default_rng(0)
-    (tmp_path / "data").mkdir()
-    for i in range(5):
-        pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "data" / f"{i}.png")
-    return tmp_path
 
 
 def run(folder, flags, out="run"):
