@@ -3,13 +3,21 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from Model.layers import ConstantInput, EqualLinear, PixelNorm, StyledConv, ToRGB
-from Model.precision import in_float32, inference
+from Model.layers import (
+    ConstantInput,
+    EqualLinear,
+    ModulatedConv2d,
+    PixelNorm,
+    StyledConv,
+    ToRGB,
+)
+from Model.modulation import modulate, plan
+from Model.precision import half_type, in_float32, inference
 
 Noise = Sequence[Tensor | None] | Literal["fixed"] | None
 
@@ -94,6 +102,8 @@ class Generator(nn.Module):
     """
 
     precision: torch.dtype | None = None
+    latents: Tensor
+    fan_ins: Tensor
 
     def __init__(
         self,
@@ -126,6 +136,8 @@ class Generator(nn.Module):
         )
         self.to_rgbs = nn.ModuleList(ToRGB(width, style_dim) for width in widths[3::2])
         self.noises = nn.Module()
+        for name, values in zip(("latents", "fan_ins"), plan(*self._modulated), strict=True):
+            self.register_buffer(name, values, persistent=False)
         for i, noise in enumerate(self.make_noise()):
             self.noises.register_buffer(f"noise_{i}", noise)
 
@@ -138,6 +150,11 @@ class Generator(nn.Module):
     def rgb_layers(self) -> list[ToRGB]:
         """The ToRGB of every resolution: ``to_rgb1``, ``to_rgbs.0``, ..."""
         return [self.to_rgb1, *self.to_rgbs]
+
+    @property
+    def _modulated(self) -> tuple[list[ModulatedConv2d], list[ModulatedConv2d]]:
+        """The convolutions of `styled_convs` and of `rgb_layers`."""
+        return [layer.conv for layer in self.styled_convs], [to.conv for to in self.rgb_layers]
 
     def backward_order(self) -> list[nn.Parameter]:
         """All parameters, those first whose gradients a backward pass completes first."""
@@ -245,14 +262,24 @@ class Generator(nn.Module):
         x, rgb = self.input(w_plus.shape[0]), None
         rgbs, kept, rgb_layers = [], [], iter(self.rgb_layers)
         w = w_plus.unbind(1)
+        factors, rgb_weights = self._modulation(w_plus)
         for layer, conv in enumerate(self.styled_convs):
-            x = conv(x, w[layer], maps[layer])
+            x = conv(x, w[layer], maps[layer], factors[layer])
             if features:
                 kept.append(x)
             if layer % 2 == 0:  # the last convolution of a resolution
-                rgb = next(rgb_layers)(x, w[layer + 1], rgb)
+                rgb = next(rgb_layers)(x, w[layer + 1], rgb, rgb_weights[layer // 2])
                 rgbs.append(rgb)
         return Synthesis(rgbs, kept)
+
+    def _modulation(self, w_plus: Tensor) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Compute what w+ sets in styled convolutions and RGBs; None leaves it to the layer.
+
+        A compiler fuses the layers' own operators, and float16 has its own way.
+        """
+        if torch.compiler.is_compiling() or half_type(w_plus.device.type) == torch.float16:
+            return [None] * len(self.styled_convs), [None] * len(self.rgb_layers)
+        return modulate(w_plus, *self._modulated, self.latents, self.fan_ins)
 
     def forward(
         self,

@@ -31,12 +31,16 @@ def fast_layout(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=preferred_layout(kind, half_type(kind) is not None))
 
 
+EPSILON = 1e-8
+"""Added to sums of squares before their root is taken."""
+
+
 class PixelNorm(nn.Module):
     """Normalise every vector along dimension 1 to unit mean square (ProGAN, section 4.2)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x / rms(x), (N, C, ...) -> (N, C, ...)."""
-        return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
+        return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + EPSILON)
 
 
 class EqualLinear(nn.Module):
@@ -184,7 +188,7 @@ class ModulatedConv2d(nn.Module):
         weight = self.weight if weight is None else weight
         power = weight.view(self.weight.shape[1], -1).square()
         taps = power.shape[1] // style.shape[1]
-        return torch.rsqrt(F.linear(style.square().repeat_interleave(taps, 1), power) + 1e-8)
+        return torch.rsqrt(F.linear(style.square().repeat_interleave(taps, 1), power) + EPSILON)
 
     def factors(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what a demodulated layer computes with.
@@ -201,13 +205,13 @@ class ModulatedConv2d(nn.Module):
         """
         if half_type(w.device.type) != torch.float16:
             style = self.style(w)
-            return self.weight[0], style, self.demodulation(style)
+            return self.weight.squeeze(0), style, self.demodulation(style)
         with torch.autocast(w.device.type, enabled=False):
             style = self.modulation(w.float())
             style = style / style.abs().amax(dim=1, keepdim=True).clamp(min=1e-8)
             largest = self.weight.abs().amax(dim=(2, 3, 4), keepdim=True).clamp(min=1e-8)
             weight = self.weight * (self.scale / largest)
-            return weight[0], style, self.demodulation(style, weight)
+            return weight.squeeze(0), style, self.demodulation(style, weight)
 
 
 class NoiseInjection(nn.Module):
@@ -229,13 +233,20 @@ class StyledConv(nn.Module):
         self.noise = NoiseInjection()
         self.activate = FusedLeakyReLU(out_channels)
 
-    def forward(self, x: Tensor, w: Tensor, noise: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        w: Tensor,
+        noise: Tensor | None = None,
+        factors: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Map activations to activations, twice the side where the layer upsamples.
 
         Args:
             x: (N, I, H, W) activations.
             w: (N, style_dim) latents.
             noise: (1 or N, 1, H', W') layer noise; None draws it afresh for every image.
+            factors: those of `ModulatedConv2d.factors`; None computes them from w.
 
         Returns:
             (N, O, H', W') activations.
@@ -243,7 +254,7 @@ class StyledConv(nn.Module):
         if noise is None:
             up = 2 if self.conv.upsample else 1
             noise = torch.randn(len(x), 1, x.shape[2] * up, x.shape[3] * up, device=x.device)
-        weight, style, gain = self.conv.factors(w)
+        weight, style, gain = factors or self.conv.factors(w)
         epilogue = Epilogue(self.activate.bias, noise, self.noise.weight, gain)
         if not self.conv.upsample:
             return bounded(styled_conv3x3(x, weight, style, epilogue))
@@ -266,10 +277,23 @@ class ToRGB(nn.Module):
         if upsample:
             self.upsample = Upsample()
 
-    def forward(self, x: Tensor, w: Tensor, rgb: Tensor | None = None) -> Tensor:
-        """Return (N, 3, H, W) from activations (N, I, H, W) and the last RGB (N, 3, H/2, W/2)."""
-        # With three outputs, modulating the weights (N, 3, I) spares a pass over the activations.
-        weight = self.conv.weight.view(3, -1) * self.conv.style(w)[:, None]
+    def forward(
+        self, x: Tensor, w: Tensor, rgb: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        """Add a resolution's RGB.
+
+        Args:
+            x: (N, I, H, W) activations.
+            w: (N, style_dim) latents.
+            rgb: (N, 3, H/2, W/2) the last RGB.
+            weight: (N, 3, I) modulated weights; None computes them from w.
+
+        Returns:
+            (N, 3, H, W).
+        """
+        # With three outputs, modulating the weights spares a pass over the activations.
+        if weight is None:
+            weight = self.conv.weight.view(3, -1) * self.conv.style(w)[:, None]
         if x.is_contiguous():  # (N, I, HW) is then a view, (N, HW, I) a copy
             y = torch.bmm(weight.to(x.dtype), x.flatten(2)).view(len(x), 3, *x.shape[2:])
         else:

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Half-precision types by their names on the command line."""
@@ -49,18 +51,22 @@ def preferred_layout(kind: str, half: bool) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def in_float32(function: Callable[..., Result]) -> Callable[..., Result]:
     """Make a function of tensors compute in float32 under autocast too.
 
     The arguments are converted, the result is float32. Without autocast nothing changes.
     """
 
     @wraps(function)
-    def full_precision(*args: Any) -> Tensor:
+    def full_precision(*args: Any) -> Result:
         kind = next(a for a in args if isinstance(a, Tensor)).device.type
         if half_type(kind) is None:
             return function(*args)
         with torch.autocast(kind, enabled=False):
-            return function(*(a.float() if isinstance(a, Tensor) else a for a in args))
+            return function(*(a.float() if _is_half(a) else a for a in args))
 
     return full_precision
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in HALVES.values()

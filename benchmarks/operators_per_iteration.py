@@ -77,6 +77,7 @@ def as_on_a_gpu(native: bool) -> Iterator[None]:
     """Choose operators and layouts as on a GPU, with or without compiled operators."""
     with (
         mock.patch("Model.ops.convolution._pays", return_value=False),
+        mock.patch("Model.ops.convolution._up_pays", return_value=False),
         mock.patch("Model.ops.dispatch.WORTH_IT", 0),
         mock.patch("Model.layers.preferred_layout", lambda _, half: preferred_layout("cuda", half)),
         mock.patch.dict(os.environ, {"STYLEGAN_OPS": "auto" if native else "reference"}),

@@ -85,7 +85,7 @@ class _StyledConv(nn.Module):
         self.conv, self.noise = _ModulatedConv(ours.conv), ours.noise
         self.activate = _Activation(ours.activate)
 
-    def forward(self, x: Tensor, w: Tensor, noise: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, w: Tensor, noise: Tensor | None, _: None = None) -> Tensor:
         y = self.conv(x, w)
         if noise is None:
             noise = torch.randn(len(y), 1, *y.shape[2:], device=y.device)
@@ -98,7 +98,7 @@ class _ToRGB(nn.Module):
         self.conv, self.bias = _ModulatedConv(ours.conv), ours.bias
         self.ours = ours
 
-    def forward(self, x: Tensor, w: Tensor, rgb: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, w: Tensor, rgb: Tensor | None, _: None = None) -> Tensor:
         y = self.conv(x, w) + self.bias
         return y if rgb is None else y + upfirdn2d(rgb, self.ours.upsample.kernel, 2, pad=(2, 1))
 
@@ -115,6 +115,8 @@ class _Input(nn.Module):
 def textbook_generator(generator: Generator) -> Generator:
     """A copy whose layers compute as the original's do."""
     copied: Any = copy.deepcopy(generator)
+    layers = len(generator.styled_convs), len(generator.rgb_layers)
+    copied._modulation = lambda w_plus: [[None] * n for n in layers]  # each layer by itself
     copied.input = _Input(copied.input)
     copied.conv1 = _StyledConv(copied.conv1)
     copied.convs = nn.ModuleList(_StyledConv(layer) for layer in copied.convs)
