@@ -11,6 +11,7 @@ The operators (schemas in ``csrc/cpu.cpp``), with d = grad * f'(sum), f = scale 
 - ``conv3x3``: its gradient by the input is itself with the filters turned and transposed, that by
   the weights is PyTorch's.
 - ``styled_conv3x3`` and ``styled_up_conv3x3``: for inference, without a gradient.
+- ``tiles_*`` (``csrc/tiles.cpp``): for `Model.prepared`, where there is AMX; without a gradient.
 """
 
 from collections.abc import Callable
