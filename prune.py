@@ -55,6 +55,7 @@ def run(settings: PruneSettings) -> None:
     if settings.info_pictures:
         saved.append(save_channel_pictures(result.path, result.full, result.scores, settings.seed))
     if settings.info_print:
+        print(f"widths: {result.rule}\n")
         print(f"{details(result.full, result.pruned)}\n")
         print(f"{score_table(result.scores, result.keep)}\n")
         if result.initialised:

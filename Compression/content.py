@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from Compression.parsers import Parser, load_parser
+from Compression.parsers import ClassMapParser, Parser, load_parser
 from Model import bundled
 from Model.layers import fast_layout
-from Model.precision import HALVES
 from Util import memory
 from Util.settings import blame
 
@@ -143,19 +142,19 @@ class ContentParser(nn.Module):
         return super().train(False)
 
     def _chunks(self, images: Tensor) -> Iterable[Tensor]:
-        """What the network says of the images, few at a time."""
+        """The images, few at a time, as the network takes them fastest."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images (N, 3, H, W), got {tuple(images.shape)}")
-        for part in images.split(self.chunk):
-            # On a CPU this is channels last from the start: the convolutions are faster on it, and
-            # the maximum over classes is then taken over contiguous values, several times faster.
-            found = self.network.classify(fast_layout(part.float()))
-            # Where autocast ran the network in half precision, classes still must not tie.
-            yield found.float() if found.dtype in HALVES.values() else found
+        return (fast_layout(part.float()) for part in images.split(self.chunk))
 
-    def _class_map(self, found: Tensor) -> Tensor:
-        # PyTorch's argmax takes twice as long as its max.
-        return found.permute(0, 2, 3, 1).max(dim=3).indices if found.ndim == 4 else found
+    def _class_maps(self, images: Tensor) -> Iterable[Tensor]:
+        """Classes (n, h, w) of the images, few at a time."""
+        network = self.network
+        find = network.class_map if isinstance(network, ClassMapParser) else network.classify
+        for part in self._chunks(images):
+            found = find(part)
+            # PyTorch's argmax takes twice as long as its max.
+            yield found if found.ndim == 3 else found.permute(0, 2, 3, 1).max(dim=3).indices
 
     @torch.no_grad()
     def parse(self, images: Tensor) -> Tensor:
@@ -167,7 +166,7 @@ class ContentParser(nn.Module):
         Returns:
             (N, h, w), int64 class indices, of the size that the parser works at.
         """
-        return torch.cat([self._class_map(found) for found in self._chunks(images)])
+        return torch.cat(list(self._class_maps(images)))
 
     def _inside(self, class_map: Tensor) -> Tensor:
         return self.is_content.to(class_map.device)[class_map].unsqueeze(1)
@@ -185,8 +184,7 @@ class ContentParser(nn.Module):
         Raises:
             ValueError: if `images` is not of that shape.
         """
-        masks = [self._inside(self._class_map(found)) for found in self._chunks(images)]
-        masks = [_resized(mask, images) > 0.5 for mask in masks]
+        masks = [_resized(self._inside(found), images) > 0.5 for found in self._class_maps(images)]
         return torch.cat(masks).to(images.dtype)
 
     @torch.no_grad()
@@ -202,10 +200,12 @@ class ContentParser(nn.Module):
             (N, 1, H, W) in [0, 1], in the images' type.
         """
         masks = []
-        for found in self._chunks(images):
+        for part in self._chunks(images):
+            found = self.network.classify(part)
             if found.ndim == 4:
                 weights = self.is_content.to(found.device)
-                probabilities = found.permute(0, 2, 3, 1).softmax(dim=3)
+                # In half precision under autocast, probabilities would be too coarse.
+                probabilities = found.float().permute(0, 2, 3, 1).softmax(dim=3)
                 mask = (probabilities @ weights).unsqueeze(1).clamp(0, 1)
             else:
                 mask = self._inside(found)

@@ -207,6 +207,7 @@ class PruneResult:
         pruned: the generator after.
         scores: one 1-D tensor per channel group.
         keep: one bool tensor per channel group.
+        rule: what decided the widths, in words.
         initialised: what the initialisation reports, as lines.
         warnings: what to look at before training.
     """
@@ -216,6 +217,7 @@ class PruneResult:
     pruned: Generator
     scores: Scores
     keep: Sequence[Tensor]
+    rule: str
     initialised: Sequence[str] = ()
     warnings: Sequence[str] = ()
 
@@ -245,7 +247,9 @@ def prune(settings: PruneSettings) -> PruneResult:
     scores = _score(settings, full, sampling)
     if budget is None:
         keep = select_channels(scores, settings.ratio or 0.0)
+        rule = f"{settings.ratio:.4g} of every layer removed"
     else:
+        rule = f"{settings.allocation_name}, {budget.describe()}"
         keep = select_widths(scores, _allocate(settings, Problem(full, scores, sampling, budget)))
     pruned = prune_generator(full, keep)
     initialisation = INITIALISATIONS[settings.init]
@@ -260,7 +264,7 @@ def prune(settings: PruneSettings) -> PruneResult:
     path = _save(target, content, overwrite=target == settings.out)
     share = share_warning(metered.share, parser) if metered and parser else ""
     warnings = [text for text in (share, _lacking(settings, others)) if text]
-    return PruneResult(path, full, pruned, scores, keep, lines, warnings)
+    return PruneResult(path, full, pruned, scores, keep, rule, lines, warnings)
 
 
 def _lacking(settings: PruneSettings, others: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ import torch
 from Compression import distillation, recipes
 from Compression.batch_memory import check_batch
 from Compression.content import ContentParser, parser_for
+from Compression.parsers import ClassMapParser
 from Compression.training import Event, NonFiniteError, Teacher, Trainer, iterate
 from Dataset import DatasetError
 from Dataset.batches import EndlessBatches
@@ -316,7 +317,8 @@ def _make_parser(config: TrainConfig, device: torch.device) -> ContentParser | N
         return None
     parser = parser_for(config.parser_ckpt, config.teacher_ckpt, device, config.content)
     if config.compile:
-        compile_method(parser.network, "classify")
+        soft = config.kd_soft_mask or not isinstance(parser.network, ClassMapParser)
+        compile_method(parser.network, "classify" if soft else "class_map")
     return parser
 
 

@@ -74,9 +74,7 @@ class PrecisionSettings(EvaluationSettings):
 
     def load(self, path: Path, device: torch.device) -> Generator:
         """Load the frozen generator of a checkpoint (see there) in the precision that is set."""
-        generator = super().load(path, device)
-        generator.precision = PRECISIONS[self.precision]
-        return generator
+        return super().load(path, device).prepare(PRECISIONS[self.precision])
 
 
 @dataclass(frozen=True, kw_only=True)

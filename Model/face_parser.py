@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from Model.ops import conv2d
+from Model.ops import conv2d, upsampled_argmax
 
 PUBLISHED_WIDTH = 64
 PUBLISHED_STEM_STRIDE = 4
@@ -108,9 +108,9 @@ class ResNet18(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map (N, 3, H, W) to features at 1/8, 1/16 and 1/32 of the side (with stem stride 4)."""
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = self.layer1(self.maxpool(x))
-        feat8 = self.layer2(x)
+        # The maximum commutes with the ReLU, and leaves it a quarter of the values or fewer.
+        x = F.relu(self.maxpool(self.bn1(self.conv1(x))), inplace=True)
+        feat8 = self.layer2(self.layer1(x))
         feat16 = self.layer3(feat8)
         feat32 = self.layer4(feat16)
         return feat8, feat16, feat32
@@ -304,15 +304,20 @@ class BiSeNet(nn.Module):
         main = self.conv_out(self.ffm(detail8, context8))
         return main, self.conv_out16(context8), self.conv_out32(context16)
 
-    def upsample(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """Enlarge logits to the picture's size, bilinearly.
+    @property
+    def corners_coincide(self) -> bool:
+        """Whether the corner pixels' centres coincide when logits are enlarged.
 
-        The published network lets the corner pixels' centres coincide, so the maps drift against
-        the picture by up to half a logit pixel from its middle to its border. With the smaller stem
-        strides, made for thin structures in small pictures, the maps are enlarged evenly.
+        The published network's do, so the maps drift against the picture by up to half a logit
+        pixel from its middle to its border. With the smaller stem strides, made for thin structures
+        in small pictures, the maps are enlarged evenly.
         """
+        return self.stem_stride == 4
+
+    def upsample(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        """Enlarge logits to the picture's size, bilinearly."""
         return F.interpolate(
-            logits, tuple(size), mode="bilinear", align_corners=self.stem_stride == 4
+            logits, tuple(size), mode="bilinear", align_corners=self.corners_coincide
         )
 
     def main_logits(self, images: Tensor) -> Tensor:
@@ -332,6 +337,18 @@ class BiSeNet(nn.Module):
         size = (self.input_size, self.input_size)
         # Enlarged in float32: in half precision, neighbouring logits would tie.
         return self.upsample(self.main_logits(self.prepare(images)).float(), size)
+
+    def class_map(self, images: Tensor) -> Tensor:
+        """Compute the likeliest class of every pixel, as of `classify`.
+
+        Args:
+            images: (N, 3, H, W), nominally in [-1, 1].
+
+        Returns:
+            (N, input_size, input_size) int64.
+        """
+        logits = self.main_logits(self.prepare(images)).float()
+        return upsampled_argmax(logits, (self.input_size,) * 2, self.corners_coincide)
 
     def trunk_features(self, images: Tensor) -> list[Tensor]:
         """Compute the trunk's features, for losses that compare images by them.

@@ -18,6 +18,7 @@ from Model.layers import (
 )
 from Model.modulation import modulate, plan
 from Model.precision import half_type, in_float32, inference
+from Model.prepared import TileSynthesis
 
 Noise = Sequence[Tensor | None] | Literal["fixed"] | None
 
@@ -98,12 +99,14 @@ class Generator(nn.Module):
     Attributes:
         n_latent: style inputs, 2 * log2(size) - 2: one per convolution and one for the last ToRGB.
         precision: torch.bfloat16 synthesises in it where no gradient is recorded (fast on CPUs with
-            AVX512-BF16 or AMX); styles, demodulation and RGB sums stay in float32. None: float32.
+            AVX512-BF16 or AMX, the more after `prepare`); styles, demodulation and RGB sums stay in
+            float32. None: float32.
     """
 
     precision: torch.dtype | None = None
     latents: Tensor
     fan_ins: Tensor
+    _prepared: TileSynthesis | None = None
 
     def __init__(
         self,
@@ -185,6 +188,23 @@ class Generator(nn.Module):
         sides = [4] + [2 ** (3 + i // 2) for i in range(self.n_latent - 2)]
         return [torch.randn(n, 1, side, side, device=device) for side in sides]
 
+    def prepare(self, precision: torch.dtype | None = torch.bfloat16) -> "Generator":
+        """Choose the precision of inference and do once what every image needs again.
+
+        In bfloat16 on a CPU with AMX, weights are packed for its tiles. From then on, synthesis
+        raises `Model.prepared.StaleError` if parameters have changed. Copies are not prepared.
+
+        Returns:
+            This generator.
+        """
+        self.precision, self._prepared = precision, None
+        if precision == torch.bfloat16:
+            self._prepared = TileSynthesis.of(self.input, self.styled_convs, self.rgb_layers)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prepared": None}
+
     @in_float32
     def mapping(self, z: Tensor) -> Tensor:
         """Map latents z (N, style_dim) to w (N, style_dim)."""
@@ -245,6 +265,7 @@ class Generator(nn.Module):
 
         Raises:
             ValueError: not one noise map per styled convolution.
+            StaleError: parameters have changed since `prepare`.
         """
         if noise is None:
             noise = [None] * (self.n_latent - 1)
@@ -252,6 +273,9 @@ class Generator(nn.Module):
         if len(maps) != self.n_latent - 1:
             raise ValueError(f"expected {self.n_latent - 1} noise maps, got {len(maps)}")
 
+        prepared = self._prepared if self.precision == torch.bfloat16 and not features else None
+        if prepared and prepared.applies(w_plus):
+            return Synthesis(prepared(w_plus, maps), [])
         with inference(self.device, self.precision):
             return self._synthesise(w_plus, maps, features)
 

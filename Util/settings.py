@@ -272,12 +272,21 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def command(script: str, settings: Settings) -> str:
-    """The command line that means these settings: every one that is not the default."""
+def command(
+    script: str, settings: Settings, recipe: Mapping[str, Any] = types.MappingProxyType({})
+) -> str:
+    """The command line that means these settings: every one that is not the default.
+
+    Args:
+        script: what comes before the flags.
+        settings: to be told.
+        recipe: what the setting recipe means by itself, by name.
+    """
     words_ = shlex.split(script)
+    defaults = {**recipe, "recipe": ""}
     for item in fields(settings):
         value = getattr(settings, item.name)
-        if "help" in item.metadata and value != item.default:
+        if "help" in item.metadata and value != defaults.get(item.name, item.default):
             words_ += [f"--{item.name}", _text(value)]
     return shlex.join(words_)
 

@@ -1,6 +1,7 @@
 """The bundled models in one table: cost, speed here, and what compression did to the pictures.
 
-``python -m benchmarks.bundled_models`` prints it as Markdown.
+``python -m benchmarks.bundled_models [--also FILE...]`` prints it as Markdown. "Pruned" is what the
+retrained one started from, by the recipe of this project.
 """
 
 import sys
@@ -13,8 +14,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from Compression import recipes
 from Compression.content import ContentParser, load_content_parser
-from Compression.pruning import PruneSettings, prune
+from Compression.pruning import PruneSettings, option_kinds, prune
 from Dataset.batches import in_order
 from Dataset.images import Images
 from Dataset.loading import load_batches
@@ -31,7 +33,7 @@ from Model.complexity import macs, parameters
 from Model.generator import Generator
 from Util.cli import run_settings
 from Util.progress import track
-from Util.settings import Settings, setting
+from Util.settings import Settings, from_flags, setting
 
 Row = dict[str, str]
 
@@ -139,15 +141,20 @@ class TableSettings(Settings):
         None, "real images, whose share of content is told too", metavar="DIR"
     )
     n_pairs: int = setting(1000, "pairs for the path length", low=1)
+    also: tuple[Path, ...] = setting(
+        (), "further compressed models, a row each", nargs="+", metavar="FILE"
+    )
 
 
 def run(settings: TableSettings) -> None:
     """Measure and print."""
     with TemporaryDirectory() as folder:
-        pruned = prune(PruneSettings(out=Path(folder) / "pruned.pt", device="cpu")).pruned
+        values = recipes.prune_values("ours") | {"out": Path(folder) / "pruned.pt", "device": "cpu"}
+        pruned = prune(from_flags(PruneSettings, values, option_kinds())).pruned
     networks = {"teacher": load_generator(bundled.MODEL), "pruned": pruned}
     if bundled.COMPRESSED.is_file():
         networks["retrained"] = load_generator(bundled.COMPRESSED)
+    networks |= {str(file): load_generator(file) for file in settings.also}
     for network in networks.values():
         network.eval().requires_grad_(False)
     print(markdown(rows(networks, settings.n_sample, settings.n_pairs)))

@@ -3,13 +3,14 @@
 ``python -m benchmarks.costs [--only JOB,...] [--sizes 64,256,1024]``. Networks of the published
 sizes with random weights, on one thread of a process of its own, after one image to warm up: time
 of the processor, which other processes hardly change, and peak memory of the whole process.
+``--init reconstruction`` fits to all of its images at once, so it is measured with its own number.
 """
 
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ from torch import nn
 
 from benchmarks.jobs import CPU, frozen, generator, published_parsers, terms
 from benchmarks.timing import Measurement, run_benchmark, some_of, table
+from Compression.initialisation.reconstruction import ReconstructionSettings, reconstruction
 from Compression.scores import channel_scores
+from Compression.scores.sampling import draw_sampling
+from Compression.selection import select_channels
+from Compression.surgery import prune_generator
 from Compression.training import Teacher, Trainer
 from Evaluation.features import Extractor
 from Evaluation.inception import FIDInception
@@ -57,8 +62,24 @@ def training(size: int) -> Work:
     return lambda n: trainer.iterate(torch.rand(n, 3, size, size) * 2 - 1)
 
 
+def reconstructing(size: int) -> Work:
+    """Fit the filters of a pruned generator to the full-size one by N images."""
+    full, (_, parser) = frozen(generator(size)), published_parsers()
+    keep = select_channels([torch.rand(width) for width in full.channels], 0.7)
+    sampling = draw_sampling(full, parser=parser)
+
+    def work(n: int) -> None:
+        options = ReconstructionSettings(init_n_sample=n)
+        reconstruction(prune_generator(full, keep), full, keep, replace(sampling, options=options))
+
+    return work
+
+
+OWN_N = {"reconstruct": ReconstructionSettings().init_n_sample}
+"""Images of the jobs whose cost is not proportional to them."""
 JOBS: Mapping[str, Callable[[int], Work]] = {
     "prune": pruning,
+    "reconstruct": reconstructing,
     "train": training,
     "fid-full": lambda size: measuring(size, 0.0),
     "fid-pruned": lambda size: measuring(size, 0.7),
@@ -116,11 +137,12 @@ def measure(settings: CostSettings) -> dict[str, Any]:
     for job in settings.only:
         for size in settings.sizes:
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                seconds, peak = pool.submit(cost, job, size, settings.n).result()
+                n = OWN_N.get(job, settings.n)
+                seconds, peak = pool.submit(cost, job, size, n).result()
             found[f"{job} {size}"] = {"seconds": seconds, "gib": peak}
-            rows.append([job, size, f"{seconds:.2f}", f"{peak:.2f}"])
+            rows.append([job, size, n, f"{seconds:.2f}", f"{peak:.2f}"])
             print(rows[-1], file=sys.stderr, flush=True)
-    print(table(("job", "px", "CPU seconds an image", "peak GiB"), rows))
+    print(table(("job", "px", "images", "CPU seconds an image", "peak GiB"), rows))
     sizes = {size: disk(size) for size in settings.sizes}
     print(table(("px", "full MB", "pruned MB", "of a run MB"), [[k, *v] for k, v in sizes.items()]))
     return found | {"disk": sizes}

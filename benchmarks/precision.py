@@ -56,7 +56,8 @@ def measure(settings: PrecisionSettings) -> list[dict[str, Any]]:
     clock = time.thread_time if settings.cpu_time else time.perf_counter
     results, rows = [], []
     for name, network, trained in models():
-        w = torch.randn(1, frozen(network).n_latent, network.style_dim)
+        network = frozen(network).prepare(PRECISIONS["bf16"])
+        w = torch.randn(1, network.n_latent, network.style_dim)
         calls = {name: partial(synthesise, network, w, name) for name in PRECISIONS}
         times = interleaved(calls, settings.rounds, clock=clock)
         errors: tuple[float, ...] = ()

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -145,6 +146,8 @@ def runtimes(network: Generator, folder: Path) -> Iterator[tuple[str, Callable[[
     """What makes each runtime, ours first."""
     ours = partial(by_pytorch, FromW(network))
     yield "ours", lambda: ours
+    prepared = deepcopy(network).prepare(torch.bfloat16)
+    yield "ours bf16", lambda: partial(by_pytorch, FromW(prepared))
     yield "PyTorch alone", lambda: plainly(ours)
     yield "torch.compile", partial(compiled, network)
     try:

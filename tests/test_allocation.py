@@ -222,6 +222,8 @@ def test_prunes_to_a_budget_and_remembers_it(folder, capsys):
     printed = capsys.readouterr().out
     assert f"{macs(pruned):,}" in printed
     assert f"{parameters(pruned):,}" in printed
+    rule = f"greedy, at most {most:,} multiply-accumulates, multiples of 2, at least 4 channels a"
+    assert f"widths: {rule} layer" in printed
 
 
 def test_another_allocation_costs_at_most_what_the_ratio_leaves(folder):

@@ -30,7 +30,7 @@ def iterate(on):
     network = distances.ParserDistance(parser)
     if on:
         compiling.compile_method(generator, "synthesis")
-        compiling.compile_method(parser, "classify")
+        compiling.compile_method(parser, "class_map")
         compiling.compile_method(network, "forward")
 
     def perceptual(student, teacher, mask):

@@ -15,7 +15,7 @@ def test_the_main_job_runs_on_the_bundled_model(tmp_path, capsys):
     assert printed.startswith("This renders 20 pictures of toon faces (")
     assert "44,162,048" in printed  # MACs of the teacher
     assert "L1 to teacher inside the content" in (tmp_path / "table.txt").read_text()
-    assert load_generator(tmp_path / "run/checkpoints/000002.pt").channels[0] == 20
+    assert load_generator(tmp_path / "run/checkpoints/000002.pt").channels[0] > 50
     for name in ("comparison.png", "training_curve.png"):
         assert Image.open(tmp_path / name).width > 400
 

@@ -138,7 +138,7 @@ def test_details_and_generated_name(files, tmp_path, capsys):
     for layer in ("style", "input", "conv1", "to_rgb1", "convs.0", "convs.1", "to_rgbs.0"):
         assert re.search(rf"^{layer} ", output, re.MULTILINE)
     assert "10>10       5>5" in output
-    assert "removed" in output
+    assert "widths: 0.5 of every layer removed" in output
 
 
 def test_default_folder(files, tmp_path, monkeypatch):

@@ -67,6 +67,15 @@ class Budget:
         small = self.macs(widths) <= self.most_macs and not self.fits(widths)
         return self.parameters if small else self.macs
 
+    def describe(self) -> str:
+        """Say the limits in words."""
+        words = [f"at most {self.most_macs:,} multiply-accumulates"]
+        if self.limits.max_parameters is not None:
+            words.append(f"at most {self.limits.max_parameters:,} parameters")
+        if self.limits.round_to > 1:
+            words.append(f"multiples of {self.limits.round_to}")
+        return ", ".join([*words, f"at least {self.limits.min_channels} channels a layer"])
+
     def check(self, name: str = "macs") -> None:
         """Refuse limits that cannot be kept, or that hold anyway.
 

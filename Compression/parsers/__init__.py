@@ -10,9 +10,17 @@ from pathlib import Path
 import torch
 
 from Compression.parsers import bisenet, everything, script_module, torchvision_networks
-from Compression.parsers.base import Loaded, Parser, ParserKind, check_output
+from Compression.parsers.base import ClassMapParser, Loaded, Parser, ParserKind, check_output
 
-__all__ = ["PARSERS", "Loaded", "Parser", "ParserKind", "check_output", "load_parser"]
+__all__ = [
+    "PARSERS",
+    "ClassMapParser",
+    "Loaded",
+    "Parser",
+    "ParserKind",
+    "check_output",
+    "load_parser",
+]
 
 PARSERS = {
     "bisenet": ParserKind(bisenet.load, "a face parser, or one of train_parser.py"),

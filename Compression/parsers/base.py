@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,22 @@ class Parser(Protocol):
         Returns:
             Logits or log-probabilities (N, n_classes, h, w), floating; or class maps (N, h, w),
             int64, of a parser that knows no more. Any h and w.
+        """
+        ...
+
+
+@runtime_checkable
+class ClassMapParser(Parser, Protocol):
+    """A parser that finds classes cheaper than by all logits."""
+
+    def class_map(self, images: Tensor) -> Tensor:
+        """Find the likeliest class of every pixel.
+
+        Args:
+            images: (N, 3, H, W), nominally in [-1, 1], of any size.
+
+        Returns:
+            (N, h, w), int64.
         """
         ...
 

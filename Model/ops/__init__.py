@@ -19,6 +19,7 @@ from Model.ops.epilogue import (
     fused_leaky_relu,
 )
 from Model.ops.upfirdn2d import make_kernel, upfirdn2d
+from Model.ops.upsampled_argmax import upsampled_argmax
 
 __all__ = [
     "Epilogue",
@@ -31,4 +32,5 @@ __all__ = [
     "styled_conv3x3",
     "styled_upsampling_conv3x3",
     "upfirdn2d",
+    "upsampled_argmax",
 ]

@@ -306,7 +306,8 @@ def _cpu_library(retry: bool) -> Path:
     march = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
     command = (cxx, *FLAGS, march, "-fopenmp")
     name = f"cpu_{key(_identity(cxx), _processor(), *command)}"
-    return build_once(name, lambda to: compile_library(to, {SOURCES / "cpu.cpp": command}), retry)
+    sources = {SOURCES / "cpu.cpp": command, SOURCES / "tiles.cpp": command}
+    return build_once(name, lambda to: compile_library(to, sources), retry)
 
 
 def _cuda_library(retry: bool, architectures: Sequence[str]) -> Path:

@@ -46,6 +46,13 @@ def why_not(part: "Part") -> str | None:
     return None
 
 
+def tiles_available() -> bool:
+    """Return whether ``auto`` takes the operators on AMX tiles: there are tiles, and they build."""
+    if _mode() == "reference" or why_not("cpu") is not None:
+        return False
+    return torch.ops.stylegan.tiles_available()
+
+
 @functools.cache
 def _warn(part: "Part", reason: str) -> None:
     warnings.warn(

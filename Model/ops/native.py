@@ -11,6 +11,8 @@ The operators (schemas in ``csrc/cpu.cpp``), with d = grad * f'(sum), f = scale 
 - ``conv3x3``: its gradient by the input is itself with the filters turned and transposed, that by
   the weights is PyTorch's.
 - ``styled_conv3x3`` and ``styled_up_conv3x3``: for inference, without a gradient.
+- ``upsampled_argmax``: classes of pixels, which have none.
+- ``tiles_*`` (``csrc/tiles.cpp``): for `Model.prepared`, where there is AMX; without a gradient.
 """
 
 from collections.abc import Callable
@@ -116,6 +118,10 @@ def _fake_convolution(x: Tensor, weight: Tensor, *others: object) -> Tensor:
 def _fake_upsampling_convolution(x: Tensor, weight: Tensor, *others: object) -> Tensor:
     shape = (x.shape[0], weight.shape[0], 2 * x.shape[2], 2 * x.shape[3])
     return x.new_empty(shape).to(memory_format=torch.channels_last)
+
+
+def _fake_argmax(logits: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
+    return logits.new_empty((len(logits), height, width), dtype=torch.int64)
 
 
 # --- Derivatives ----------------------------------------------------------------------------------
@@ -262,5 +268,6 @@ def _register() -> None:
     for name, (fake, backward, setup) in operators.items():
         torch.library.register_fake(f"stylegan::{name}", fake)
         torch.library.register_autograd(f"stylegan::{name}", backward, setup_context=setup)
+    torch.library.register_fake("stylegan::upsampled_argmax", _fake_argmax)
     torch.library.register_fake("stylegan::styled_conv3x3", _fake_convolution)
     torch.library.register_fake("stylegan::styled_up_conv3x3", _fake_upsampling_convolution)

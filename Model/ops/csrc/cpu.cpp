@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "tensors.h"
+#include "upsampled_argmax.h"
 #include "winograd.h"
 
 namespace stylegan {
@@ -851,6 +852,28 @@ Tensor styled_up_conv3x3(
   return y;
 }
 
+// --- Classes --------------------------------------------------------------------------------------
+
+Tensor upsampled_argmax(const Tensor& logits, Index height, Index width, bool align_corners) {
+  TORCH_CHECK(
+      logits.dim() == 4 && logits.size(1) > 0 && logits.size(2) > 0 && logits.size(3) > 0 &&
+          logits.scalar_type() == at::kFloat,
+      "upsampled_argmax: expected float32 (N, classes, h, w), got ", logits.scalar_type(), " ",
+      logits.sizes());
+  TORCH_CHECK(height > 0 && width > 0, "upsampled_argmax: the result would be ", height, " x ", width);
+  const Tensor maps = logits.contiguous();
+  Tensor found = at::empty({maps.size(0), height, width}, maps.options().dtype(at::kLong));
+  const argmax::Between down(maps.size(2), height, align_corners);
+  const argmax::Between across(maps.size(3), width, align_corners);
+  const argmax::Rows rows(
+      maps.const_data_ptr<float>(), maps.size(1), maps.size(2), maps.size(3), down, across);
+  int64_t* to = found.mutable_data_ptr<int64_t>();
+  at::parallel_for(0, maps.size(0) * height, 8, [&](Index begin, Index end) {
+    rows.find(to, begin, end);
+  });
+  return found;
+}
+
 }  // namespace
 }  // namespace stylegan
 
@@ -875,6 +898,8 @@ TORCH_LIBRARY(stylegan, m) {
   m.def(
       "styled_up_conv3x3(Tensor x, Tensor weight, Tensor style, Tensor kernel, Tensor? bias, "
       "Tensor? noise, Tensor? strength, Tensor? gain, float slope, float scale) -> Tensor");
+  m.def(
+      "upsampled_argmax(Tensor logits, int height, int width, bool align_corners) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(stylegan, CPU, m) {
@@ -885,4 +910,5 @@ TORCH_LIBRARY_IMPL(stylegan, CPU, m) {
   m.impl("conv3x3", &stylegan::conv3x3);
   m.impl("styled_conv3x3", &stylegan::styled_conv3x3);
   m.impl("styled_up_conv3x3", &stylegan::styled_up_conv3x3);
+  m.impl("upsampled_argmax", &stylegan::upsampled_argmax);
 }
