@@ -1,7 +1,6 @@
 """The bundled models in one table: cost, speed here, and what compression did to the pictures.
 
-``python -m benchmarks.bundled_models [--also FILE...]`` prints it as Markdown. "Pruned" is what the
-retrained one started from, by the recipe of this project.
+``python -m benchmarks.bundled_models [--also FILE...]`` prints it as Markdown.
 """
 
 import sys
@@ -14,9 +13,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from Compression import recipes
 from Compression.content import ContentParser, load_content_parser
-from Compression.pruning import PruneSettings, option_kinds, prune
+from Compression.pruning import PruneSettings, prune
 from Dataset.batches import in_order
 from Dataset.images import Images
 from Dataset.loading import load_batches
@@ -33,7 +31,7 @@ from Model.complexity import macs, parameters
 from Model.generator import Generator
 from Util.cli import run_settings
 from Util.progress import track
-from Util.settings import Settings, from_flags, setting
+from Util.settings import Settings, setting
 
 Row = dict[str, str]
 
@@ -149,8 +147,7 @@ class TableSettings(Settings):
 def run(settings: TableSettings) -> None:
     """Measure and print."""
     with TemporaryDirectory() as folder:
-        values = recipes.prune_values("ours") | {"out": Path(folder) / "pruned.pt", "device": "cpu"}
-        pruned = prune(from_flags(PruneSettings, values, option_kinds())).pruned
+        pruned = prune(PruneSettings(out=Path(folder) / "pruned.pt", device="cpu")).pruned
     networks = {"teacher": load_generator(bundled.MODEL), "pruned": pruned}
     if bundled.COMPRESSED.is_file():
         networks["retrained"] = load_generator(bundled.COMPRESSED)
