@@ -60,8 +60,9 @@ def test_layers_sum_up():
 
 @pytest.mark.parametrize("channels", [None, PRUNED_256])
 def test_flop_counter(channels):
-    """PyTorch's counter finds our MACs, twice (it counts additions too), and two things more:
-    the filters (blur and RGB upsampling), and demodulation, as many as there are weights.
+    """PyTorch's counter finds our MACs, twice (it counts additions too), and three things more:
+    the filters (blur and RGB upsampling), demodulation, as many as there are weights, and styles by
+    the w of all layers, of which each layer takes its own (`Model.modulation`).
     """
     network = on_meta(256, channels)
     with FlopCounterMode(display=False) as counter:
@@ -76,6 +77,8 @@ def test_flop_counter(channels):
     widths, sides = network.channels[2::2], [8 * 2**i for i in range(6)]
     blur = sum(16 * c * side**2 for c, side in zip(widths, sides, strict=True))
     upsample = sum(16 * 3 * (side // 2) ** 2 for side in sides)
-    more = demodulation + blur + upsample
+    styled = sum(m.weight.shape[2] for m in network.modules() if isinstance(m, ModulatedConv2d))
+    styles = (network.n_latent - 1) * network.style_dim * styled
+    more = demodulation + blur + upsample + styles
     assert counter.get_total_flops() == 2 * (macs(network) + more)
     assert more / macs(network) < 0.025
