@@ -67,8 +67,8 @@ def modulate(
     layers = [layer.modulation for layer in (*convs, *rgbs)]
     weight = _Joined.apply(*[layer.weight for layer in layers])
     bias = _Joined.apply(*[layer.bias for layer in layers])
-    # Of these, each channel's product with its own w is wanted. The others are a thousandth of
-    # what the network computes.
+    # Of these, each channel's product with its own w is wanted. The others are some thousandths of
+    # what a network of 256 px computes.
     products = F.linear(w_plus, weight)
     own = products.gather(1, latents.expand(w_plus.shape[0], 1, -1)).squeeze(1)
     styles = torch.add(bias, own, alpha=1 / math.sqrt(weight.shape[1])) * fan_ins.rsqrt()

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from Model.layers import ConstantInput, ModulatedConv2d, StyledConv, ToRGB
+from Model.layers import EPSILON, ConstantInput, ModulatedConv2d, StyledConv, ToRGB
+from Model.ops import Epilogue
 from Model.ops.dispatch import tiles_available
 from Model.precision import half_type
 
-SLOPE, GAIN = 0.2, 2**0.5
-"""Of the activation (`Model.ops.Epilogue`)."""
+SLOPE, GAIN = Epilogue().negative_slope, Epilogue().scale
+"""Of the activation."""
 
 
 class StaleError(RuntimeError):
@@ -110,7 +111,7 @@ class _Layer:
             self.filter = factors[1].tolist()
         self.weight = torch.ops.stylegan.tiles_pack(taps, groups)
         self.power = (weight.square().sum((2, 3)) / GAIN**2).T.contiguous()
-        self.epsilon = torch.tensor(1e-8 / GAIN**2)
+        self.epsilon = torch.tensor(EPSILON / GAIN**2)
         self.bias = layer.activate.bias * GAIN
         self.strength = layer.noise.weight.item() * GAIN
 
@@ -139,15 +140,14 @@ class _RGBLayer:
     def __init__(self, layer: ToRGB) -> None:
         self.weight = layer.conv.weight.view(3, -1)
         self.bias = layer.bias.flatten().tolist()
-        self.kernel = layer.upsample.kernel if hasattr(layer, "upsample") else None
+        self.upsample = layer.upsample if hasattr(layer, "upsample") else None
 
     def __call__(self, last: Tensor | None, style: Tensor) -> tuple[Tensor, Tensor, list[float]]:
         """Maps to add to, modulated weights and biases."""
-        if last is None or self.kernel is None:
+        if last is None or self.upsample is None:
             maps = torch.zeros(len(style), 3, 4, 4)
         else:
-            side = 2 * last.shape[2]
-            maps = torch.ops.stylegan.upfirdn2d(last, self.kernel, 2, 1, 2, side, side, False)
+            maps = self.upsample(last)
         return maps, self.weight * style[:, None], self.bias
 
 

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <numeric>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "tensors.h"
@@ -175,14 +176,18 @@ void run_layer(const tiles::Layer& layer, const ToRGB* rgb) {
   const Index blocks = tiles::blocks_of(layer.outputs);
   const Index pixels = std::max<Index>(32, rows * layer.in.width);
   const Index grain = kProductsAtOnce / (pixels * layer.inputs * kBlock * 9) + 1;
+  const auto rows_of = [&](Index strip) {
+    const Index first = strip % per_image * rows;
+    return std::pair(first, std::min(first + rows, height));
+  };
   const auto run = [&](Index strip, Index begin, Index end) {
-    const Index first = strip % per_image * rows, last = std::min(first + rows, height);
+    const auto [first, last] = rows_of(strip);
     for (Index block = begin; block < end; ++block) {
       tiles::run(layer, strip / per_image, first, last, block);
     }
   };
   const auto add_rgb = [&](Index strip) {
-    const Index first = strip % per_image * rows, last = std::min(first + rows, height);
+    const auto [first, last] = rows_of(strip);
     if (rgb) rgb->add(layer, strip / per_image, first, last);
   };
   if (strips >= threads) {

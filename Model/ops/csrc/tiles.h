@@ -126,13 +126,18 @@ struct Factors {
   const Index* taps;
 };
 
-/// to (32, 32) = 32 pixels from x on times packed weights of 32 outputs.
-inline void multiply_32x32(float* to, const Bfloat16* x, const Factors& f, const Bfloat16* w) {
-  asm volatile("" ::: "memory");  // which the intrinsics do not say that they read
+/// Zeros in the four tiles of sums.
+inline void clear_sums() {
+  asm volatile("" ::: "memory");  // which the intrinsics to come do not say that they read
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
+}
+
+/// to (32, 32) = 32 pixels from x on times packed weights of 32 outputs.
+inline void multiply_32x32(float* to, const Bfloat16* x, const Factors& f, const Bfloat16* w) {
+  clear_sums();
   for (Index k = 0; k < f.planes; ++k, x += f.plane) {
     for (int t = 0; t < f.count; ++t, w += 2 * kTileValues) {
       const Bfloat16* pixels = x + f.taps[t] * kBlock;
@@ -154,11 +159,7 @@ inline void multiply_32x32(float* to, const Bfloat16* x, const Factors& f, const
 
 /// to (64, 16) = 64 pixels from x on times packed weights of 16 outputs.
 inline void multiply_64x16(float* to, const Bfloat16* x, const Factors& f, const Bfloat16* w) {
-  asm volatile("" ::: "memory");
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  clear_sums();
   for (Index k = 0; k < f.planes; ++k, x += f.plane) {
     for (int t = 0; t < f.count; ++t, w += kTileValues) {
       const Bfloat16* pixels = x + f.taps[t] * kBlock;
