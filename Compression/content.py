@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from Compression.parsers import ClassMapParser, Parser, load_parser
 from Model import bundled
 from Model.layers import fast_layout
+from Model.ops import argmax_of_maps
 from Util import memory
 from Util.settings import blame
 
@@ -153,8 +154,7 @@ class ContentParser(nn.Module):
         find = network.class_map if isinstance(network, ClassMapParser) else network.classify
         for part in self._chunks(images):
             found = find(part)
-            # PyTorch's argmax takes twice as long as its max.
-            yield found if found.ndim == 3 else found.permute(0, 2, 3, 1).max(dim=3).indices
+            yield found if found.ndim == 3 else argmax_of_maps(found)
 
     @torch.no_grad()
     def parse(self, images: Tensor) -> Tensor:

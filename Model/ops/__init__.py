@@ -19,11 +19,12 @@ from Model.ops.epilogue import (
     fused_leaky_relu,
 )
 from Model.ops.upfirdn2d import make_kernel, upfirdn2d
-from Model.ops.upsampled_argmax import upsampled_argmax
+from Model.ops.upsampled_argmax import argmax_of_maps, upsampled_argmax
 
 __all__ = [
     "Epilogue",
     "apply_epilogue",
+    "argmax_of_maps",
     "conv2d",
     "conv3x3",
     "filtered_leaky_relu",

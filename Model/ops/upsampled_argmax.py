@@ -31,5 +31,10 @@ def upsampled_argmax(
     if (fits or impl == "native") and use_native("upsampled_argmax", impl, logits):
         return torch.ops.stylegan.upsampled_argmax(logits, *size, align_corners)
     maps = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=align_corners)
+    return argmax_of_maps(maps)
+
+
+def argmax_of_maps(maps: Tensor) -> Tensor:
+    """Find the largest of the maps (N, C, H, W) at every pixel: (N, H, W) int64."""
     # PyTorch's argmax takes twice as long as its max, and that is fastest over contiguous values.
     return maps.permute(0, 2, 3, 1).max(dim=3).indices
