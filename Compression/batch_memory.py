@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from Compression.training import Trainer
+from Model.discriminator import GROUP
 from Util import distributed
 from Util.memory import free_bytes, imagined
 from Util.settings import SettingError
@@ -38,10 +39,14 @@ class Need:
 
     @property
     def largest(self) -> int:
-        """Images of the largest batch that fits, 0 if none does."""
+        """Images of the largest batch that fits, of whole groups if any does; 0 if none does.
+
+        With other groups than those that were counted, the discriminator would take more.
+        """
         if self.free is None:
             return self.images
-        return int(max(0, self.free - self.fixed) * self.images // max(1, self.peak - self.fixed))
+        most = int(max(0, self.free - self.fixed) * self.images // max(1, self.peak - self.fixed))
+        return most - most % GROUP if most >= GROUP else most
 
     def __str__(self) -> str:
         free = "" if self.free is None else f" of {self.free / GIB:.3g} GiB that are free"
