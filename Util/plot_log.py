@@ -32,12 +32,14 @@ def panels_of(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, list[str]]
     losses = [key for key in logged if key.endswith("_loss")]
     terms = [key for key in logged if key.startswith("kd_")]
     lengths = [key for key in logged if key == "path_length"]
-    measured = [key for key in logged if key not in (*losses, *terms, *lengths)]
+    norms = [key for key in logged if key.startswith("grad_norm_")]
+    measured = [key for key in logged if key not in (*losses, *terms, *lengths, *norms)]
     panels = {
         "GAN losses": losses,
         "distance to the teacher": terms,
         "measured on samples": measured,
         "path length": lengths,
+        "gradient norms": norms,
     }
     return [(title, keys) for title, keys in panels.items() if keys]
 

@@ -104,7 +104,10 @@ def test_a_term_from_the_command_line(folder, monkeypatch):
     rows = read_metrics(folder / "run")
     assert all(row["kd_toy"] >= 0 for row in rows)
     assert read_config(folder / "run")["toy_power"] == 3
-    assert ("distance to the teacher", ["kd_l1", "kd_toy"]) in panels_of(rows)
+    panels = panels_of(rows)
+    assert ("distance to the teacher", ["kd_l1", "kd_toy"]) in panels
+    assert "gradient norms" in dict(panels)
+    assert "measured on samples" not in dict(panels)
     # A resumed run keeps the term and its settings.
     assert train.main(["--resume", str(folder / "run"), "--iter", "6"]) == 0
     assert json.loads((folder / "run/config.json").read_text())["config"]["toy_power"] == 3
