@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from lpips import LPIPS
+from torch import Tensor, nn
 
 from benchmarks.jobs import CPU, frozen, generator, published_parsers, terms
 from benchmarks.timing import Measurement, run_benchmark, some_of, table
@@ -26,8 +27,10 @@ from Compression.scores.sampling import draw_sampling
 from Compression.selection import select_channels
 from Compression.surgery import prune_generator
 from Compression.training import Teacher, Trainer
+from Evaluation.distances import at_most
 from Evaluation.features import Extractor
 from Evaluation.inception import FIDInception
+from Evaluation.ppl import PathPairs, pair_distances
 from Evaluation.sampling import images
 from Model.discriminator import Discriminator
 from train_hyperparams import TrainConfig
@@ -51,6 +54,17 @@ def measuring(size: int, ratio: float) -> Work:
     network = frozen(generator(size, ratio))
     inception = frozen(FIDInception()).to(memory_format=torch.channels_last)
     return lambda n: Extractor(inception, "", "")(images(network, range(n), 0))
+
+
+def path_lengths(size: int) -> Work:
+    """Make N pairs of the pruned generator's images and their perceptual distances."""
+    pairs = PathPairs(frozen(generator(size, 0.7)), 1e-4, 0, shared_noise=False)
+    lpips = frozen(LPIPS(net="vgg", pnet_rand=True, verbose=False))
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        return lpips(at_most(a, 256), at_most(b, 256))
+
+    return lambda n: pair_distances(pairs, distance, [range(n)])
 
 
 def training(size: int) -> Work:
@@ -83,6 +97,7 @@ JOBS: Mapping[str, Callable[[int], Work]] = {
     "train": training,
     "fid-full": lambda size: measuring(size, 0.0),
     "fid-pruned": lambda size: measuring(size, 0.7),
+    "ppl-pruned": path_lengths,
 }
 
 
