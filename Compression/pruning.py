@@ -93,6 +93,13 @@ class PruneSettings(DeviceSettings):
         choices=(AUTO, *ALLOCATIONS),
         metavar="NAME",
     )
+    second_kernel: int | None = setting(
+        None,
+        "side in px of the filters of every resolution's second convolution; 1, StyleKD's heter,"
+        " leaves the middle of each (default: the full-size model's, 3)",
+        choices=(3, 1),
+        metavar="K",
+    )
     info_print: bool = setting(False, "print the details of every layer")
     info_pictures: bool = setting(
         False,
@@ -251,7 +258,7 @@ def prune(settings: PruneSettings) -> PruneResult:
     else:
         rule = f"{settings.allocation_name}, {budget.describe()}"
         keep = select_widths(scores, _allocate(settings, Problem(full, scores, sampling, budget)))
-    pruned = prune_generator(full, keep)
+    pruned = prune_generator(full, keep, settings.second_kernel)
     initialisation = INITIALISATIONS[settings.init]
     own = replace(sampling, options=chosen(settings.options, initialisation.options))
     lines = initialisation.function(pruned, full, keep, own) or ()
@@ -285,6 +292,10 @@ def _load_full_size(
         content = checkpoint.read(settings.ckpt)
         generator = checkpoint.load_generator(settings.ckpt, device=device)
     check_size("generated_img_size", settings.generated_img_size, settings.ckpt, generator)
+    if (settings.second_kernel or 1) > generator.second_kernel:
+        raise SettingError(
+            "second_kernel", f"{settings.ckpt} has filters of 1 px there, which cannot grow"
+        )
     return generator, {"d": content["d"]} if "d" in content else {}
 
 
@@ -296,7 +307,7 @@ def _budget(settings: PruneSettings, full: Generator) -> Budget | None:
     """
     if not settings.has_budget:
         return None
-    macs, parameters = costs_like(full)
+    macs, parameters = costs_like(full, settings.second_kernel)
     limits = chosen(settings.options, AllocationSettings)
     assert isinstance(limits, AllocationSettings)
     if settings.macs is None:
@@ -395,6 +406,7 @@ def _config(
         "source": settings.ckpt.name,
         "parser": parser.name if parser else "",
         "content": parser.content if parser else "",
+        "second_kernel": after.second_kernel,
         "channels_before": list(before.channels),
         "channels_after": list(after.channels),
     }

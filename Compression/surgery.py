@@ -32,8 +32,13 @@ def _check_keep(generator: Generator, keep: Sequence[Tensor]) -> None:
 def _copy_conv(
     source: ModulatedConv2d, target: ModulatedConv2d, keep_in: Tensor, keep_out: Tensor | None
 ) -> None:
-    """Copy the kept filters; the modulation has one row per input channel. None keeps all."""
-    weight = source.weight[:, :, keep_in]
+    """Copy the kept filters; the modulation has one row per input channel. None keeps all.
+
+    Of filters that become smaller, the middle stays.
+    """
+    cut = (source.weight.shape[-1] - target.weight.shape[-1]) // 2
+    side = slice(cut, source.weight.shape[-1] - cut)
+    weight = source.weight[:, :, keep_in, side, side]
     target.weight.copy_(weight if keep_out is None else weight[:, keep_out])
     target.modulation.weight.copy_(source.modulation.weight[keep_in])
     target.modulation.bias.copy_(source.modulation.bias[keep_in])
@@ -53,7 +58,9 @@ def _copy_to_rgb(source: ToRGB, target: ToRGB, keep_in: Tensor) -> None:
 
 
 @torch.no_grad()
-def prune_generator(generator: Generator, keep: Sequence[Tensor]) -> Generator:
+def prune_generator(
+    generator: Generator, keep: Sequence[Tensor], second_kernel: int | None = None
+) -> Generator:
     """Build the generator that has only the kept channels, with their weights.
 
     It computes what the full one computes with the styles of the removed channels set to zero, with
@@ -64,19 +71,24 @@ def prune_generator(generator: Generator, keep: Sequence[Tensor]) -> Generator:
     Args:
         generator: the full network; left as it is.
         keep: one bool tensor (C,) per channel group, True where the channel stays.
+        second_kernel: see `Generator`; 1 leaves the middle of 3x3 filters, and what is computed is
+            another thing then. None leaves the filters as large as they are.
 
     Returns:
         A new generator on the same device, all of its parameters trainable. Mapping network and
         noise maps are copies.
 
     Raises:
-        ValueError: the masks do not fit the generator or keep nothing of a group.
+        ValueError: the masks do not fit the generator or keep nothing of a group, or filters would
+            become larger.
     """
     _check_keep(generator, keep)
+    if (second_kernel or 1) > generator.second_kernel:
+        raise ValueError(f"filters of {generator.second_kernel} px cannot become {second_kernel}")
     keep = [mask.to(generator.device) for mask in keep]
     with torch.random.fork_rng(devices=[]):  # the initial values are all overwritten
         widths = [int(mask.sum()) for mask in keep]
-        pruned = Generator(generator.size, generator.style_dim, generator.n_mlp, widths)
+        pruned = generator.like(widths, second_kernel)
     pruned.to(generator.input.input).train(generator.training)
 
     pruned.style.load_state_dict(generator.style.state_dict())

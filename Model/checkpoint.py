@@ -269,9 +269,12 @@ def load_generator(
         raise CheckpointError(f"{name} makes {found_size} px images, but {size} px were asked for")
     n_mlp = _count(state, "style.{}.weight", start=1)
     style_dim = _shape(state, "style.1.weight", 2, name)[0]
-    network = _build(
-        lambda: Generator(found_size, style_dim, n_mlp, widths), state, name, optional="noises."
-    )
+    kernel = _shape(state, "convs.1.conv.weight", 5, name)[4]
+
+    def make() -> Generator:
+        return Generator(found_size, style_dim, n_mlp, widths, second_kernel=kernel)
+
+    network = _build(make, state, name, optional="noises.")
     return network.to(device)
 
 

@@ -95,6 +95,9 @@ class Generator(nn.Module):
         channels: 2 * log2(size) - 2 widths: the constant input, then the outputs of ``conv1``,
             ``convs.0``, ``convs.1``, ... None gives the full-size network.
         channel_multiplier: width factor of the full-size network above 32 px.
+        second_kernel: side of the filters of ``convs.1``, ``convs.3``, ..., the convolutions that
+            do not upsample: 3, or 1 for a student that is not of the teacher's architecture (Xu et
+            al., "Mind the Gap in Distilling StyleGANs", ECCV 2022).
 
     Attributes:
         n_latent: style inputs, 2 * log2(size) - 2: one per convolution and one for the last ToRGB.
@@ -115,6 +118,7 @@ class Generator(nn.Module):
         n_mlp: int = 8,
         channels: Sequence[int] | None = None,
         channel_multiplier: int = 2,
+        second_kernel: int = 3,
     ) -> None:
         super().__init__()
         log2 = resolution_log2(size)
@@ -125,6 +129,9 @@ class Generator(nn.Module):
             raise ValueError(
                 f"a {size} px generator needs {self.n_latent} positive channel counts, got {widths}"
             )
+        if second_kernel not in (1, 3):
+            raise ValueError(f"second convolutions have filters of 3 or 1, not {second_kernel} px")
+        self.second_kernel = second_kernel
 
         mapping = (
             EqualLinear(style_dim, style_dim, lr_mul=0.01, activation=True) for _ in range(n_mlp)
@@ -134,7 +141,13 @@ class Generator(nn.Module):
         self.conv1 = StyledConv(widths[0], widths[1], style_dim)
         self.to_rgb1 = ToRGB(widths[1], style_dim, upsample=False)
         self.convs = nn.ModuleList(
-            StyledConv(widths[i + 1], widths[i + 2], style_dim, upsample=i % 2 == 0)
+            StyledConv(
+                widths[i + 1],
+                widths[i + 2],
+                style_dim,
+                upsample=i % 2 == 0,
+                kernel_size=second_kernel if i % 2 else 3,
+            )
             for i in range(self.n_latent - 2)
         )
         self.to_rgbs = nn.ModuleList(ToRGB(width, style_dim) for width in widths[3::2])
@@ -181,6 +194,16 @@ class Generator(nn.Module):
     def fixed_noise(self) -> list[Tensor]:
         """The stored noise maps, (1, 1, h, w) each, in layer order."""
         return [getattr(self.noises, f"noise_{i}") for i in range(self.n_latent - 1)]
+
+    def like(self, channels: Sequence[int], second_kernel: int | None = None) -> "Generator":
+        """Make a generator with random weights that differs in its widths, or its filters, alone.
+
+        Args:
+            channels: see the class.
+            second_kernel: see the class; None takes this generator's.
+        """
+        kernel = self.second_kernel if second_kernel is None else second_kernel
+        return Generator(self.size, self.style_dim, self.n_mlp, channels, second_kernel=kernel)
 
     def make_noise(self, n: int = 1) -> list[Tensor]:
         """Draw (n, 1, h, w) standard normal noise maps, one list entry per styled convolution."""
@@ -299,9 +322,11 @@ class Generator(nn.Module):
     def _modulation(self, w_plus: Tensor) -> tuple[Sequence[Any], Sequence[Any]]:
         """Compute what w+ sets in styled convolutions and RGBs; None leaves it to the layer.
 
-        A compiler fuses the layers' own operators, and float16 has its own way.
+        A compiler fuses the layers' own operators, float16 has its own way, and `modulate` takes
+        filters of one size.
         """
-        if torch.compiler.is_compiling() or half_type(w_plus.device.type) == torch.float16:
+        half = half_type(w_plus.device.type) == torch.float16
+        if torch.compiler.is_compiling() or half or self.second_kernel != 3:
             return [None] * len(self.styled_convs), [None] * len(self.rgb_layers)
         return modulate(w_plus, *self._modulated, self.latents, self.fan_ins)
 

@@ -15,7 +15,7 @@ from Model.ops import (
     conv2d,
     fused_leaky_relu,
     make_kernel,
-    styled_conv3x3,
+    styled_conv,
     styled_upsampling_conv3x3,
     upfirdn2d,
 )
@@ -226,10 +226,17 @@ class StyledConv(nn.Module):
     """Modulated convolution, layer noise, bias and leaky ReLU (StyleGAN2, figure 2d)."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, style_dim: int, upsample: bool = False
+        self,
+        in_channels: int,
+        out_channels: int,
+        style_dim: int,
+        upsample: bool = False,
+        kernel_size: int = 3,
     ) -> None:
         super().__init__()
-        self.conv = ModulatedConv2d(in_channels, out_channels, 3, style_dim, upsample=upsample)
+        self.conv = ModulatedConv2d(
+            in_channels, out_channels, kernel_size, style_dim, upsample=upsample
+        )
         self.noise = NoiseInjection()
         self.activate = FusedLeakyReLU(out_channels)
 
@@ -257,7 +264,7 @@ class StyledConv(nn.Module):
         weight, style, gain = factors or self.conv.factors(w)
         epilogue = Epilogue(self.activate.bias, noise, self.noise.weight, gain)
         if not self.conv.upsample:
-            return bounded(styled_conv3x3(x, weight, style, epilogue))
+            return bounded(styled_conv(x, weight, style, epilogue))
         kernel = self.conv.blur.kernel
         return bounded(styled_upsampling_conv3x3(x, weight, style, kernel, epilogue))
 

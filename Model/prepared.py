@@ -164,6 +164,7 @@ class TileSynthesis:
         fits = (
             all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
             and all(separated(c.conv.blur.kernel) for c in convs if c.conv.upsample)
+            and all(c.conv.weight.shape[-1] == 3 for c in convs)
             and tiles_available()
         )
         with torch.no_grad():

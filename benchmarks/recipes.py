@@ -211,7 +211,7 @@ def seconds(names: Sequence[str], rounds: int) -> dict[str, Timing]:
     widths = [c - int(0.7 * c) for c in teacher.channels]
     variants: dict[str, Callable[[], object]] = {}
     for name in names:
-        student = Generator(teacher.size, teacher.style_dim, teacher.n_mlp, widths)
+        student = teacher.like(widths)
         job = trainer(name, teacher, student, content, Trainer)
         variants |= {f"{name} {kind}": run for kind, run in phases(job).items()}
     times = interleaved(variants, rounds, clock=time.process_time)

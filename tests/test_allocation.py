@@ -226,6 +226,25 @@ def test_prunes_to_a_budget_and_remembers_it(folder, capsys):
     assert f"widths: {rule} layer" in printed
 
 
+def test_smaller_filters_are_counted_kept_and_remembered(folder, capsys):
+    out, full = folder / "heter.pt", generator()
+    flags = ["--remove_ratio", 0.5, "--allocation", "power", "--second_kernel", 1]
+    assert run(folder, *flags, "--out", out) == 0
+    pruned = checkpoint.load_generator(out)
+    assert pruned.second_kernel == checkpoint.read(out)["config"]["second_kernel"] == 1
+    counted, parameters_counted = costs_like(full, 1)
+    assert counted(pruned.channels) == macs(pruned)
+    assert parameters_counted(pruned.channels) == parameters(pruned)
+    assert macs(pruned) <= counted([width - width // 2 for width in full.channels])
+    kept = pruned.convs[1].conv.weight.flatten().detach()
+    assert torch.isin(kept, full.convs[1].conv.weight[..., 1, 1].detach()).all()
+    pruned([torch.randn(2, pruned.style_dim)]).square().mean().backward()
+    assert all(p.grad is not None for p in pruned.parameters())
+    assert run_code(folder, ["--ckpt", str(out), "--second_kernel", "3"]) == 2
+    assert "--second_kernel" in (error := capsys.readouterr().err)
+    assert "cannot grow" in error
+
+
 def test_another_allocation_costs_at_most_what_the_ratio_leaves(folder):
     costs = []
     for flags in ((), ("--allocation", "power")):

@@ -33,12 +33,19 @@ def test_sizes_are_read_off_the_tensors(tmp_path, networks):
     checkpoint.save(tmp_path / "a" / "model.pt", networks)
     generator = load_generator(tmp_path / "a" / "model.pt")
     assert (generator.size, generator.style_dim, generator.n_mlp) == (16, 8, 2)
-    assert generator.channels == CHANNELS
+    assert (generator.channels, generator.second_kernel) == (CHANNELS, 3)
     equal_states(generator, networks["g_ema"])
     equal_states(load_generator(str(tmp_path / "a" / "model.pt"), key="g"), networks["g"])
     discriminator = load_discriminator(tmp_path / "a" / "model.pt")
     assert discriminator.channels == (6, 5, 4)
     equal_states(discriminator, networks["d"])
+
+
+def test_the_size_of_filters_is_read_off_too(networks):
+    small = networks["g"].like(CHANNELS, second_kernel=1)
+    loaded = load_generator({"g_ema": small.state_dict()})
+    assert loaded.second_kernel == 1
+    equal_states(loaded, small)
 
 
 def test_files_without_noise_or_with_latent_avg_or_with_one_network_load(tmp_path, networks):

@@ -30,6 +30,13 @@ def test_published_numbers(size):
         assert parameters(network) == pytest.approx(expected, abs=5e3)
 
 
+def test_smaller_filters_spare_eight_of_nine_weights():
+    widths = pruned_channels(256)
+    spared = sum(8 * widths[i] * widths[i + 1] * 4 ** (i // 2 + 2) for i in range(2, 14, 2))
+    small = on_meta(256, widths, second_kernel=1)
+    assert macs(small) == MACS[256][1] - spared == 1_516_889_824
+
+
 def test_published_channels():
     assert tuple(pruned_channels(256)) == PRUNED_256
 

@@ -51,10 +51,10 @@ def weight_modulation(conv: ModulatedConv2d, x, w):
     return y.reshape(n, -1, *y.shape[2:])
 
 
-@pytest.mark.parametrize("upsample", [False, True])
-def test_modulating_activations_equals_modulating_weights(upsample):
+@pytest.mark.parametrize(("upsample", "side"), [(False, 3), (True, 3), (False, 1)])
+def test_modulating_activations_equals_modulating_weights(upsample, side):
     x, w = torch.randn(3, 5, 8, 8), torch.randn(3, 7)
-    layer = StyledConv(5, 4, 7, upsample)
+    layer = StyledConv(5, 4, 7, upsample, side)
     layer.noise.weight.data.fill_(0.3)
     layer.activate.bias.data.normal_()
     y = weight_modulation(layer.conv, x, w)

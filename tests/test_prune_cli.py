@@ -65,6 +65,7 @@ def test_prunes(files, tmp_path, capsys, terminal):
         "metric": "content_aware",
         "content": "all,-background,-cloth",
         "init": "pruned",
+        "second_kernel": 3,
         "remove_ratio": 0.7,
         "macs": None,
         "allocation": "uniform",

@@ -223,15 +223,16 @@ def objective(generator, full, sampling):
 
 @pytest.mark.parametrize("ratio", [0.3, 0.7])
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("second_kernel", [3, 1])
 @torch.no_grad()
-def test_never_worse_than_the_kept_weights(seed, ratio):
+def test_never_worse_than_the_kept_weights(seed, ratio, second_kernel):
     torch.manual_seed(seed)
     full = Generator(8, 8, 2, (8, 8, 6, 6))
     for layer in full.styled_convs:
         layer.activate.bias.data.normal_()
         layer.noise.weight.data.fill_(0.1)
     keep = select_channels([torch.rand(width) for width in full.channels], ratio)
-    pruned = prune_generator(full, keep)
+    pruned = prune_generator(full, keep, second_kernel)
     options = ReconstructionSettings(init_n_sample=12)
     sampling = replace(draw_sampling(full, parser=half, seed=seed), options=options)
     before = objective(pruned, full, sampling)

@@ -33,18 +33,19 @@ class Cost:
         return self.constant + own + sum(b * c * d for b, c, d in pairs)
 
 
-def costs_like(generator: Generator) -> tuple[Cost, Cost]:
+def costs_like(generator: Generator, second_kernel: int | None = None) -> tuple[Cost, Cost]:
     """Read off the multiply-accumulates and the parameters of generators of other widths.
 
     Args:
-        generator: tells image size, style_dim and n_mlp.
+        generator: tells all but the widths.
+        second_kernel: see `Generator.like`.
     """
     groups = len(generator.channels)
 
     def layers(even: int, odd: int) -> list[LayerCost]:
         widths = [odd if i % 2 else even for i in range(groups)]
         with torch.device("meta"):
-            made = Generator(generator.size, generator.style_dim, generator.n_mlp, widths)
+            made = generator.like(widths, second_kernel)
         return layer_costs(made)
 
     # Of two groups that follow one another, one is even and one is odd.

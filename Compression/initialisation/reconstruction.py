@@ -161,7 +161,8 @@ def _fit_styled(
     power = torch.cat(styles).square()
     scale = power.mean(dim=0).sqrt().clamp(min=1e-12)
     count = sum(chunk.at[side].index.numel() for chunk in chunks)
-    rows, done = scale.new_empty(count, 9 * len(scale)), 0
+    taps = conv.weight[0, 0, 0].numel()
+    rows, done = scale.new_empty(count, taps * len(scale)), 0
     for chunk, style in zip(chunks, styles, strict=True):
         part = neighbourhoods(conv, chunk.x, style / scale, chunk.at[side])
         rows[done : done + len(part)] = part
@@ -172,7 +173,7 @@ def _fit_styled(
         torch.cat([chunk.at[side].take(chunk.noise[i]) for chunk in chunks]) * layer.noise.weight,
         torch.cat([chunk.at[side].weight for chunk in chunks]),
         power / scale.square(),
-        filters(conv) * scale.repeat(9),
+        filters(conv) * scale.repeat(taps),
         layer.activate.bias,
         options.init_ridge,
     )

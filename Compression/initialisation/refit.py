@@ -4,7 +4,7 @@ A styled convolution computes for picture n, position p and output channel o, wi
 
     a = f(y + noise + b_o),     y = d_o(n) X u_o,     d_o(n) = 1 / |s(n) u_o|
 
-X holds the 3x3 neighbourhoods of the modulated inputs and u_o the filter, in columns of unit root
+X holds the k x k neighbourhoods of the modulated inputs and u_o the filter, in columns of unit root
 mean square style. Demodulation divides the filter's length out, so the fit has |u_o| = 1, and
 that is all the ridge it needs. With the full generator's t for y, and weights m of the positions:
 
@@ -45,7 +45,7 @@ def _leaky(y: Tensor) -> Tensor:
 
 
 def neighbourhoods(conv: ModulatedConv2d, x: Tensor, style: Tensor, at: Positions) -> Tensor:
-    """The inputs of a modulated 3x3 convolution at positions of its output.
+    """The inputs of a modulated k x k convolution at positions of its output.
 
     An upsampling convolution, transposed and then blurred, is an ordinary one of the blurred
     enlarged map with its kernel turned round.
@@ -57,33 +57,34 @@ def neighbourhoods(conv: ModulatedConv2d, x: Tensor, style: Tensor, at: Position
         at: P positions of each picture.
 
     Returns:
-        (n * P, 9 * I), in the order of `filters`.
+        (n * P, k * k * I), in the order of `filters`.
     """
     x = x * style[:, :, None, None]
+    k = conv.weight.shape[-1]
     if conv.upsample:
         x = upfirdn2d(x, conv.blur.kernel, up=2, pad=(3, 2))
     else:
-        x = F.pad(x, (1, 1, 1, 1))
+        x = F.pad(x, (k // 2,) * 4)
     n, channels, side, _ = x.shape
     row, column = at.index // at.side, at.index % at.side
     first = torch.arange(n, device=x.device)[:, None] * side**2 + row * side + column
-    tap = torch.arange(3, device=x.device)
+    tap = torch.arange(k, device=x.device)
     index = first[..., None] + (tap[:, None] * side + tap).flatten()
     flat = x.permute(0, 2, 3, 1).reshape(-1, channels)
-    return flat[index.flatten()].view(at.index.numel(), 9 * channels)
+    return flat[index.flatten()].view(at.index.numel(), k * k * channels)
 
 
 def filters(conv: ModulatedConv2d) -> Tensor:
-    """Weights (1, O, I, 3, 3) as (O, 9 * I), as `neighbourhoods` lays out the inputs."""
+    """Weights (1, O, I, k, k) as (O, k * k * I), as `neighbourhoods` lays out the inputs."""
     weight = conv.weight[0].flip((2, 3)) if conv.upsample else conv.weight[0]
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def _set_filters(conv: ModulatedConv2d, found: Tensor) -> None:
-    """Store filters (O, 9 * I), each as long as the one that it replaces."""
+    """Store filters (O, k * k * I), each as long as the one that it replaces."""
     old = filters(conv)
     found = found * (old.norm(dim=1) / found.norm(dim=1))[:, None]
-    weight = found.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+    weight = found.unflatten(1, (*conv.weight.shape[3:], -1)).permute(0, 3, 1, 2)
     conv.weight.copy_((weight.flip((2, 3)) if conv.upsample else weight)[None])
 
 
@@ -95,12 +96,12 @@ class LayerFit:
     """The fit of one styled convolution; see the module for the equations.
 
     Args:
-        rows: (n * P, 9 * I), X divided by the root mean square styles.
+        rows: (n * P, T * I) for T taps, X divided by the root mean square styles.
         target: (n, P, O) pre-activations t + noise + b of the full generator.
         noise: (n, P, 1), times its strength.
         weight: (n, P), m; scaled to the sum 1.
         power: (n, I) squared styles divided by their mean over n.
-        start: (O, 9 * I) kept filters times the root mean square styles.
+        start: (O, T * I) kept filters times the root mean square styles.
         bias: (O,).
         ridge: least lambda in units of the mean eigenvalue of X'mX.
     """
@@ -117,6 +118,7 @@ class LayerFit:
         ridge: float,
     ) -> None:
         self.rows, self.noise, self.power = rows, noise, power
+        self.taps = rows.shape[1] // power.shape[1]
         self.weight = (weight / weight.sum())[..., None]
         self.target, self.activation = target, _leaky(target)
         mean = (self.activation * self.weight).sum(dim=(0, 1))
@@ -138,7 +140,7 @@ class LayerFit:
 
     def _demodulation(self, filters: Tensor) -> Tensor:
         """d, (n, 1, O)."""
-        per_input = filters.view(len(filters), 9, -1).square().sum(dim=1)
+        per_input = filters.view(len(filters), self.taps, -1).square().sum(dim=1)
         return torch.rsqrt(F.linear(self.power, per_input))[:, None]
 
     def _move_to(self, filters: Tensor) -> None:
@@ -151,7 +153,7 @@ class LayerFit:
         return (self.rows @ filters.T).view((*self.target.shape[:2], -1))
 
     def _transposed(self, values: Tensor) -> Tensor:
-        """X' of (n, P, O), (9 * I, O)."""
+        """X' of (n, P, O), (T * I, O)."""
         return self.rows.T @ values.flatten(0, 1)
 
     def _error(self, y: Tensor, bias: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ class LayerFit:
         self.error = self._error(self.y, bias)
 
     def _constrained(self, goal: Tensor) -> Tensor:
-        """(X'mX + lambda)^-1 goal, (O, 9 * I), by bisection for the lambda that gives length 1.
+        """(X'mX + lambda)^-1 goal, (O, T * I), by bisection for the lambda that gives length 1.
 
         Where no lambda of at least the least does, the least is taken.
         """
@@ -211,14 +213,14 @@ class LayerFit:
             self._step(direction.T, down.sum(dim=(0, 1)) / curvature, slope, residual)
 
     def _descent(self, down: Tensor) -> Tensor:
-        """Minus half the gradient of the error in the filters, (9 * I, O), through demodulation."""
+        """Minus half the gradient of the error in the filters, (T * I, O), through demodulation."""
         radial = (down * self.y).sum(dim=1) * self.gain[:, 0].square()
-        return self._transposed(down * self.gain) - (self.power.T @ radial).repeat(9, 1) * (
+        return self._transposed(down * self.gain) - (self.power.T @ radial).repeat(self.taps, 1) * (
             self.filters.T
         )
 
     def _step(self, direction: Tensor, bias: Tensor, slope: Tensor, residual: Tensor) -> None:
-        """Go along a direction of filters (O, 9 * I) and biases (O,), as far as it helps each."""
+        """Go along a direction of filters (O, T * I) and biases (O,), as far as it helps each."""
         raw = self._apply(direction)
         linear = slope * (raw * self.gain + bias)
         square = (linear.square() * self.weight).sum(dim=(0, 1)).clamp(min=1e-30)
@@ -241,7 +243,7 @@ class LayerFit:
 
 def store(layer: StyledConv, fit: LayerFit, scale: Tensor) -> None:
     """Give a layer the fitted filters and biases; scale: root mean square styles, (I,)."""
-    _set_filters(layer.conv, fit.filters / scale.repeat(9))
+    _set_filters(layer.conv, fit.filters / scale.repeat(fit.taps))
     layer.activate.bias.copy_(fit.bias)
 
 

@@ -26,6 +26,6 @@ def scratch(pruned: Generator, full: Generator, keep: Sequence[Tensor], sampling
     """Draw every weight anew from the seed; the stored noise maps stay."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sampling.stream(INITIALISATION).initial_seed())
-        drawn = Generator(pruned.size, pruned.style_dim, pruned.n_mlp, pruned.channels)
+        drawn = pruned.like(pruned.channels)
     drawn.noises.load_state_dict(pruned.noises.state_dict())
     pruned.load_state_dict(drawn.state_dict())

@@ -9,6 +9,7 @@ are built when first used (`Model.ops.build`); see doc/operators.md.
 from Model.ops.convolution import (
     conv2d,
     conv3x3,
+    styled_conv,
     styled_conv3x3,
     styled_upsampling_conv3x3,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "filtered_leaky_relu",
     "fused_leaky_relu",
     "make_kernel",
+    "styled_conv",
     "styled_conv3x3",
     "styled_upsampling_conv3x3",
     "upfirdn2d",

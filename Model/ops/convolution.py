@@ -71,6 +71,14 @@ def styled_conv3x3(
     return apply_epilogue(y, epilogue.to(y.dtype), impl)
 
 
+def styled_conv(x: Tensor, weight: Tensor, style: Tensor, epilogue: Epilogue) -> Tensor:
+    """Compute `styled_conv3x3`, or the same of 1x1 weights, where PyTorch multiplies matrices."""
+    if weight.shape[2:] == (3, 3):
+        return styled_conv3x3(x, weight, style, epilogue)
+    y = F.conv2d(*_modulated(x, weight, style))
+    return apply_epilogue(y, epilogue.to(y.dtype))
+
+
 def styled_upsampling_conv3x3(
     x: Tensor,
     weight: Tensor,
