@@ -1,6 +1,7 @@
 """The reconstruction against plain evaluations: loops, float64, one filter at a time."""
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -260,3 +261,20 @@ def test_nothing_removed_is_reconstructed_exactly():
     z = torch.randn(2, 8)
     a, b = (g([z], randomize_noise=False) for g in (pruned, full))
     torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+def test_large_maps_are_computed_again_to_the_same_end(monkeypatch):
+    torch.manual_seed(0)
+    full = Generator(16, 8, 2, (8, 8, 6, 6, 5, 5))
+    keep = select_channels([torch.rand(width) for width in full.channels], 0.5)
+    options = ReconstructionSettings(init_n_sample=12)
+    sampling = replace(draw_sampling(full, parser=half), options=options)
+    module, results = sys.modules[reconstruction.__module__], []
+    for largest in (128, 4, 0):
+        monkeypatch.setattr(module, "LARGEST_KEPT", largest)
+        pruned = prune_generator(full, keep)
+        reconstruction(pruned, full, keep, sampling)
+        results.append(pruned.state_dict())
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])

@@ -6,13 +6,15 @@ generator's running RGB sum. Errors count by the content mask. `Compression.init
 has the equations of a layer. Both generators see the same latents and layer noise.
 
 Where there are many positions, those fitted to are drawn by their weight, so that the memory and
-the time of a layer do not depend on its resolution.
+the time of a layer's fit do not depend on its resolution. Large maps are not kept for all images
+but computed again when a layer needs them.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from Compression.initialisation.refit import (
@@ -30,10 +32,12 @@ from Compression.scores.sampling import (
     layer_noise,
 )
 from Model.generator import Generator
-from Model.layers import StyledConv, ToRGB
 from Util import memory
 from Util.progress import Progress, track
 from Util.settings import Settings, setting
+
+LARGEST_KEPT = 128
+"""Side in px of the largest maps that are kept for all images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +76,9 @@ class _Chunk:
         at: positions of every resolution by the side.
         targets: the full generator's pre-activations (n, P, O) of every styled convolution.
         target_rgbs: its RGB sum (n, P, 3) of every resolution.
-        x: the pruned generator's activations (n, C, h, w) so far.
-        rgb: its RGB sum so far.
+        x: the pruned generator's activations (n, C, h, w) after ``done`` convolutions.
+        rgb: its RGB sum there.
+        done: the convolutions whose results are kept.
     """
 
     w: Tensor
@@ -83,6 +88,25 @@ class _Chunk:
     target_rgbs: list[Tensor]
     x: Tensor
     rgb: Tensor | None = None
+    done: int = 0
+
+    def after(self, pruned: Generator, layers: int) -> tuple[Tensor, Tensor | None]:
+        """Return activations after ``layers`` convolutions, and the RGB sum before they join it."""
+        x, rgb = self.x, self.rgb
+        for i in range(self.done, layers):
+            x = pruned.styled_convs[i](x, self.w, self.noise[i])
+            if i % 2 == 0 and i + 1 < layers:
+                rgb = pruned.rgb_layers[i // 2](x, self.w, rgb)
+        return x, rgb
+
+    def keep(self, pruned: Generator, layers: int) -> None:
+        """Keep what ``layers`` convolutions have made, unless it is large."""
+        if self.noise[layers - 1].shape[-1] > LARGEST_KEPT:
+            return
+        self.x, self.rgb = self.after(pruned, layers)
+        if layers % 2:  # the last convolution of a resolution
+            self.rgb = pruned.rgb_layers[layers // 2](self.x, self.w, self.rgb)
+        self.done = layers
 
 
 def _chunks(
@@ -130,16 +154,16 @@ def reconstruction(
     before = _pictures_r2(pruned, chunks)
     lines = [f"{'layer':<10} {'px':>5} {'R^2 before':>11} {'R^2 after':>10}"]
     convs = pruned.styled_convs
-    layers = track(convs, len(convs), "reconstruction: layers", "layer")
-    for i, layer in enumerate(layers):
+    for i in track(range(len(convs)), len(convs), "reconstruction: layers", "layer"):
         name = f"convs.{i - 1}" if i else "conv1"
-        lines.append(_line(name, chunks, i, *_fit_styled(layer, chunks, i, sampling.options)))
-        for chunk in chunks:
-            chunk.x = layer(chunk.x, chunk.w, chunk.noise[i])
+        lines.append(_line(name, chunks, i, *_fit_styled(pruned, chunks, i, sampling.options)))
         if i % 2 == 0:
-            pair = full.rgb_layers[i // 2], pruned.rgb_layers[i // 2]
             name = f"to_rgbs.{i // 2 - 1}" if i else "to_rgb1"
-            lines.append(_line(name, chunks, i, *_fit_rgb(*pair, chunks, i, sampling.options)))
+            lines.append(
+                _line(name, chunks, i, *_fit_rgb(full, pruned, chunks, i, sampling.options))
+            )
+        for chunk in chunks:
+            chunk.keep(pruned, i + 1)
     after = _pictures_r2(pruned, chunks)
     lines.append(f"{'pictures':<10} {pruned.size:>5} {before:>11.3f} {after:>10.3f}")
     if not after > before:
@@ -153,9 +177,10 @@ def _line(name: str, chunks: Sequence[_Chunk], i: int, before: float, after: flo
 
 
 def _fit_styled(
-    layer: StyledConv, chunks: Sequence[_Chunk], i: int, options: ReconstructionSettings
+    pruned: Generator, chunks: Sequence[_Chunk], i: int, options: ReconstructionSettings
 ) -> tuple[float, float]:
     """Fit a styled convolution; returns R^2 of its activations before and after."""
+    layer = pruned.styled_convs[i]
     side, conv = chunks[0].noise[i].shape[-1], layer.conv
     styles = [conv.style(chunk.w) for chunk in chunks]
     power = torch.cat(styles).square()
@@ -164,7 +189,8 @@ def _fit_styled(
     taps = conv.weight[0, 0, 0].numel()
     rows, done = scale.new_empty(count, taps * len(scale)), 0
     for chunk, style in zip(chunks, styles, strict=True):
-        part = neighbourhoods(conv, chunk.x, style / scale, chunk.at[side])
+        x, _ = chunk.after(pruned, i)
+        part = neighbourhoods(conv, x, style / scale, chunk.at[side])
         rows[done : done + len(part)] = part
         done += len(part)
     fit = LayerFit(
@@ -185,43 +211,47 @@ def _fit_styled(
 
 
 def _fit_rgb(
-    full: ToRGB, layer: ToRGB, chunks: Sequence[_Chunk], i: int, options: ReconstructionSettings
+    full: Generator,
+    pruned: Generator,
+    chunks: Sequence[_Chunk],
+    i: int,
+    options: ReconstructionSettings,
 ) -> tuple[float, float]:
-    """Fit a ToRGB and go on with its RGB sum; returns R^2 of the sum before and after."""
-    at = [chunk.at[chunk.noise[i].shape[-1]] for chunk in chunks]
-    target = [chunk.target_rgbs[i // 2] for chunk in chunks]
-    weight = torch.cat([a.weight for a in at])
+    """Fit the ToRGB that follows a convolution; returns R^2 of the RGB sum before and after."""
+    layer, whole = pruned.rgb_layers[i // 2], full.rgb_layers[i // 2]
+    inputs, sums = [], []
+    for chunk in chunks:
+        at = chunk.at[chunk.noise[i].shape[-1]]
+        x, rgb = chunk.after(pruned, i + 1)
+        inputs.append(at.take(x) * layer.conv.style(chunk.w)[:, None])
+        below = inputs[-1].new_zeros(()) if rgb is None else at.take(layer.upsample(rgb))
+        sums.append(below.expand(*inputs[-1].shape[:2], 3))
+    rows, below = torch.cat(inputs), torch.cat(sums)
+    target = torch.cat([chunk.target_rgbs[i // 2] for chunk in chunks])
+    weight = torch.cat([chunk.at[chunk.noise[i].shape[-1]].weight for chunk in chunks])
 
     def r2() -> float:
-        made = [layer(chunk.x, chunk.w, chunk.rgb) for chunk in chunks]
-        return _r2([a.take(rgb) for a, rgb in zip(at, made, strict=True)], target, weight)
+        made = F.linear(rows, layer.conv.weight.view(3, -1), layer.bias.flatten())
+        return _r2(made + below, target, weight)
 
     before = r2()
-    rows, missing = [], []
-    for chunk, a, goal in zip(chunks, at, target, strict=True):
-        rows.append(a.take(chunk.x) * layer.conv.style(chunk.w)[:, None])
-        below = 0 if chunk.rgb is None else a.take(layer.upsample(chunk.rgb))
-        missing.append(goal - below)
     fit_to_rgb(
         layer,
         # Surgery has raised the gain of what it kept; the full generator's is the start.
-        layer.conv.weight[0, :, :, 0, 0] * (full.conv.scale / layer.conv.scale),
-        torch.cat(rows).flatten(0, 1),
-        torch.cat(missing).flatten(0, 1),
+        layer.conv.weight[0, :, :, 0, 0] * (whole.conv.scale / layer.conv.scale),
+        rows.flatten(0, 1),
+        (target - below).flatten(0, 1),
         weight.flatten(),
         options.init_ridge,
     )
-    after = r2()
-    for chunk in chunks:
-        chunk.rgb = layer(chunk.x, chunk.w, chunk.rgb)
-    return before, after
+    return before, r2()
 
 
-def _r2(made: Sequence[Tensor], target: Sequence[Tensor], weight: Tensor) -> float:
-    """Weighted share of the target's variance that is explained."""
-    y, t, m = torch.cat(list(made)), torch.cat(list(target)), (weight / weight.sum())[..., None]
-    variance = ((t - (t * m).sum(dim=(0, 1))).square() * m).sum()
-    return 1 - (((y - t).square() * m).sum() / variance.clamp(min=1e-30)).item()
+def _r2(made: Tensor, target: Tensor, weight: Tensor) -> float:
+    """Share of the variance of a target (n, P, 3) that is explained, with weights (n, P)."""
+    m = (weight / weight.sum())[..., None]
+    variance = ((target - (target * m).sum(dim=(0, 1))).square() * m).sum()
+    return 1 - (((made - target).square() * m).sum() / variance.clamp(min=1e-30)).item()
 
 
 def _pictures_r2(generator: Generator, chunks: Sequence[_Chunk]) -> float:
@@ -231,6 +261,6 @@ def _pictures_r2(generator: Generator, chunks: Sequence[_Chunk]) -> float:
         generator.synthesis(chunk.w[:, None].expand(-1, generator.n_latent, -1), chunk.noise).image
         for chunk in chunks
     )
-    pictures = [a.take(image) for a, image in zip(at, made, strict=True)]
-    weight = torch.cat([a.weight for a in at])
-    return _r2(pictures, [chunk.target_rgbs[-1] for chunk in chunks], weight)
+    pictures = torch.cat([a.take(image) for a, image in zip(at, made, strict=True)])
+    target = torch.cat([chunk.target_rgbs[-1] for chunk in chunks])
+    return _r2(pictures, target, torch.cat([a.weight for a in at]))
