@@ -131,7 +131,7 @@ class _FloatLayer(_Layer):
         self, x: Tensor, style: Tensor, noise: Tensor | None, side: int, next_style: Tensor | None,
         *rgb: object,
     ) -> Tensor:  # fmt: skip
-        """Map activations (N, I, side, side) to activations.
+        """Map activations (N, I, side, side) to activations, none if `next_style` is None.
 
         ``rgb`` are maps to add the activations to, their weights (N, 3, O), and three biases.
         """
@@ -140,7 +140,7 @@ class _FloatLayer(_Layer):
         layer = x, self.weight, self.outputs, style
         if self.kernel is not None:
             return torch.ops.stylegan.packed_up_conv3x3(*layer, self.kernel, *epilogue)
-        return torch.ops.stylegan.packed_conv3x3(*layer, *epilogue, *rgb)
+        return torch.ops.stylegan.packed_conv3x3(*layer, *epilogue, *rgb, next_style is None)
 
 
 class _TileLayer(_Layer):

@@ -594,7 +594,7 @@ Tensor transformed(const Tensor& weight) {
 /// Convolves by transformed weights u, and calls finish as `scatter_tile` does.
 template <class T, class Finish>
 void convolve(
-    T* y, const T* x, const T* u, const T* style, const winograd::Grid& grid, Index inputs,
+    const T* x, const T* u, const T* style, const winograd::Grid& grid, Index inputs,
     Index outputs, const at::TensorOptions& options, Finish finish) {
   using namespace winograd;
   const Index tiles = grid.tiles(), chunk = tiles_of_chunk(inputs, outputs, tiles);
@@ -623,8 +623,9 @@ void convolve(
         for (Index i = begin; i < end; ++i) multiply(m, v, u, s, i / n_panels, i % n_panels);
       });
       at::parallel_for(0, count, grain, [&](Index begin, Index end) {
+        std::vector<T> made(kTile * kTile * outputs);
         for (Index i = begin; i < end; ++i) {
-          scatter_tile(y, m, s, grid, first + i, i, finish);
+          scatter_tile(made.data(), m, s, grid, first + i, i, finish);
         }
       });
     }
@@ -658,11 +659,17 @@ Tensor convolved(
     const T* s = styles ? styles->const_data_ptr<T>() : nullptr;
     std::optional<ReadyEpilogue<T>> ready;
     if (epilogue) ready.emplace(epilogue->pointers<T>(layout_of(y)), x.size(0));
+    T* to = y.mutable_data_ptr<T>();
+    const Index outputs = weight.size(0), pixels = x.size(2) * x.size(3);
     convolve<T>(
-        y.mutable_data_ptr<T>(), values.const_data_ptr<T>(),
-        transformed<T>(w).template const_data_ptr<T>(), s, grid, x.size(1), weight.size(0),
-        w.options(), [&](T* line, Index n, Index p, Index width) {
-          if (ready) ready->channels_last(line, line, n, p, width);
+        values.const_data_ptr<T>(), transformed<T>(w).template const_data_ptr<T>(), s, grid,
+        x.size(1), outputs, w.options(), [&](const T* line, Index n, Index p, Index width) {
+          T* at = to + (n * pixels + p) * outputs;
+          if (ready) {
+            ready->channels_last(at, line, n, p, width);
+          } else {
+            std::copy_n(line, width * outputs, at);
+          }
         });
   };
   x.scalar_type() == at::kFloat ? run(float{}) : run(double{});
@@ -888,59 +895,47 @@ Tensor styled_up_conv3x3(
 
 // --- Inference with weights that are packed once --------------------------------------------------
 
-/// Adds activations that were just written to RGB maps: weights (N, 3, O), padded so that the last of
-/// whole vectors may overlap the one before.
+/// Adds activations that were just computed to RGB maps (N, 3, H, W).
 class ToRGB {
  public:
+  /// Weights are (N, 3, O).
   ToRGB(Tensor& maps, const Tensor& weights, at::ArrayRef<double> bias, Index outputs)
       : maps_(maps.mutable_data_ptr<float>()),
         outputs_(outputs),
         pixels_(maps.size(2) * maps.size(3)),
-        padded_(winograd::round_up(outputs, kLanes)),
-        weight_(3 * maps.size(0) * padded_, 0.0f),
-        bias_{float(bias[0]), float(bias[1]), float(bias[2])} {
+        weight_(maps.size(0) * outputs) {
     const Tensor values = weights.contiguous();
     const float* from = values.const_data_ptr<float>();
-    const Index whole = outputs / kLanes * kLanes;
-    for (Index row = 0; row < 3 * maps.size(0); ++row, from += outputs) {
-      float* to = weight_.data() + row * padded_;
-      std::copy_n(from, whole, to);
-      std::copy(from + whole, from + outputs, to + (whole ? padded_ - (outputs - whole) : 0));
+    for (Index n = 0; n < maps.size(0); ++n, from += 3 * outputs) {
+      for (Index c = 0; c < outputs; ++c) {
+        weight_[n * outputs + c] = Colour{from[c], from[outputs + c], from[2 * outputs + c], 0};
+      }
     }
+    for (int k = 0; k < 3; ++k) bias_[k] = static_cast<float>(bias[k]);
   }
 
   /// Adds `count` pixels of image n from pixel p on.
   void add(const float* line, Index n, Index p, Index count) const {
-    const float* w = weight_.data() + 3 * n * padded_;
+    const Colour* weight = weight_.data() + n * outputs_;
     for (Index i = 0; i < count; ++i, line += outputs_) {
-      winograd::Vector<float> sums[3] = {};
-      for (Index c = 0; c < padded_; c += kLanes) {
-        const Index at = std::max<Index>(0, std::min(c, outputs_ - kLanes));
-        const auto values = winograd::load(line + at, outputs_);
-        for (int k = 0; k < 3; ++k) sums[k] += values * winograd::load(w + k * padded_ + c);
+      Colour sums[4] = {bias_};
+      Index c = 0;
+      for (; c + 4 <= outputs_; c += 4) {
+        for (int j = 0; j < 4; ++j) sums[j] += line[c + j] * weight[c + j];
       }
-      for (int k = 0; k < 3; ++k) {
-        maps_[(3 * n + k) * pixels_ + p + i] += sum_of(sums[k]) + bias_[k];
-      }
+      for (; c < outputs_; ++c) sums[0] += line[c] * weight[c];
+      const Colour sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      for (Index k = 0; k < 3; ++k) maps_[(3 * n + k) * pixels_ + p + i] += sum[k];
     }
   }
 
  private:
-  static constexpr Index kLanes = winograd::kLanes<float>;
-
-  static float sum_of(winograd::Vector<float> v) {
-    float parts[kLanes];
-    winograd::store(parts, v);
-    for (Index half = kLanes / 2; half > 0; half /= 2) {
-      for (Index i = 0; i < half; ++i) parts[i] += parts[i + half];
-    }
-    return parts[0];
-  }
+  typedef float Colour __attribute__((vector_size(16)));  // three, and room for a fourth
 
   float* maps_;
-  Index outputs_, pixels_, padded_;
-  std::vector<float> weight_;
-  std::array<float, 3> bias_;
+  Index outputs_, pixels_;
+  std::vector<Colour> weight_;
+  Colour bias_{};
 };
 
 /// Weights (O, I, 3, 3) as `packed_conv3x3` takes them, or `packed_up_conv3x3`.
@@ -965,19 +960,20 @@ Tensor packed_conv3x3(
     const Tensor& x, const Tensor& packed, int64_t outputs, const Tensor& style,
     const OptionalTensor& bias, const OptionalTensor& noise, const OptionalTensor& strength,
     const OptionalTensor& gain, double slope, double scale, std::optional<Tensor> rgb,
-    const OptionalTensor& rgb_weight, at::ArrayRef<double> rgb_bias) {
-  const Index inputs = x.size(1);
+    const OptionalTensor& rgb_weight, at::ArrayRef<double> rgb_bias, bool rgb_alone) {
+  const Index inputs = x.size(1), pixels = x.size(2) * x.size(3);
   const auto sizes = winograd::Sizes::of<float>(inputs, outputs, 0);
   check_packed(x, packed, winograd::kProducts * sizes.weight_matrix);
   const auto tensors = epilogue_tensors(
-      x, x.size(0), outputs, x.size(2) * x.size(3), bias, noise, strength, gain, slope, scale);
+      x, x.size(0), outputs, pixels, bias, noise, strength, gain, slope, scale);
   const Tensor values = x.contiguous(at::MemoryFormat::ChannelsLast);
   const Tensor styles = *checked("style", style, x, x.size(0), inputs);
   Tensor y = at::empty(
-      {x.size(0), outputs, x.size(2), x.size(3)},
+      {rgb_alone ? 0 : x.size(0), outputs, x.size(2), x.size(3)},
       x.options().memory_format(at::MemoryFormat::ChannelsLast));
-  if (y.numel() == 0) return y;
-  const ReadyEpilogue<float> epilogue(tensors.pointers<float>(layout_of(y)), x.size(0));
+  if (x.numel() == 0) return y;
+  const Layout layout{x.size(0), outputs, pixels, true, at::MemoryFormat::ChannelsLast};
+  const ReadyEpilogue<float> epilogue(tensors.pointers<float>(layout), x.size(0));
   std::optional<ToRGB> to_rgb;
   if (rgb) {
     TORCH_CHECK(
@@ -987,13 +983,15 @@ Tensor packed_conv3x3(
         "packed_conv3x3: RGB maps ", rgb->sizes(), " and ", rgb_bias.size(), " biases");
     to_rgb.emplace(*rgb, *rgb_weight, rgb_bias, outputs);
   }
+  float* to = y.mutable_data_ptr<float>();
   convolve<float>(
-      y.mutable_data_ptr<float>(), values.const_data_ptr<float>(), packed.const_data_ptr<float>(),
+      values.const_data_ptr<float>(), packed.const_data_ptr<float>(),
       styles.const_data_ptr<float>(), winograd::Grid::of(x.size(0), x.size(2), x.size(3)), inputs,
       outputs, x.options().memory_format(std::nullopt),
       [&](float* line, Index n, Index p, Index width) {
-        epilogue.channels_last(line, line, n, p, width);
-        if (to_rgb) to_rgb->add(line, n, p, width);
+        float* at = rgb_alone ? line : to + (n * pixels + p) * outputs;
+        epilogue.channels_last(at, line, n, p, width);
+        if (to_rgb) to_rgb->add(at, n, p, width);
       });
   return y;
 }
@@ -1058,7 +1056,7 @@ TORCH_LIBRARY(stylegan, m) {
   m.def(
       "packed_conv3x3(Tensor x, Tensor packed, int outputs, Tensor style, Tensor? bias, "
       "Tensor? noise, Tensor? strength, Tensor? gain, float slope, float scale, "
-      "Tensor(a!)? rgb, Tensor? rgb_weight, float[] rgb_bias) -> Tensor");
+      "Tensor(a!)? rgb, Tensor? rgb_weight, float[] rgb_bias, bool rgb_alone) -> Tensor");
   m.def(
       "packed_up_conv3x3(Tensor x, Tensor packed, int outputs, Tensor style, Tensor kernel, "
       "Tensor? bias, Tensor? noise, Tensor? strength, Tensor? gain, float slope, float scale) "
