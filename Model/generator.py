@@ -206,8 +206,8 @@ class Generator(nn.Module):
         dtype = PREPARED[precision] if isinstance(precision, str) else precision
         self.precision, self._prepared = None if dtype == torch.float32 else dtype, None
         ways = {torch.float32: FloatSynthesis, torch.bfloat16: TileSynthesis}
-        if way := ways.get(dtype):
-            self._prepared = way.of(self.input, self.styled_convs, self.rgb_layers)
+        if dtype in ways:
+            self._prepared = ways[dtype].of(self.input, self.styled_convs, self.rgb_layers)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
