@@ -17,8 +17,8 @@ from Model.layers import (
     ToRGB,
 )
 from Model.modulation import modulate, plan
-from Model.precision import half_type, in_float32, inference
-from Model.prepared import TileSynthesis
+from Model.precision import PREPARED, half_type, in_float32, inference
+from Model.prepared import FloatSynthesis, TileSynthesis
 
 Noise = Sequence[Tensor | None] | Literal["fixed"] | None
 
@@ -109,7 +109,7 @@ class Generator(nn.Module):
     precision: torch.dtype | None = None
     latents: Tensor
     fan_ins: Tensor
-    _prepared: TileSynthesis | None = None
+    _prepared: FloatSynthesis | None = None
 
     def __init__(
         self,
@@ -211,18 +211,26 @@ class Generator(nn.Module):
         sides = [4] + [2 ** (3 + i // 2) for i in range(self.n_latent - 2)]
         return [torch.randn(n, 1, side, side, device=device) for side in sides]
 
-    def prepare(self, precision: torch.dtype | None = torch.bfloat16) -> "Generator":
+    def prepare(self, precision: torch.dtype | str | None = torch.bfloat16) -> "Generator":
         """Choose the precision of inference and do once what every image needs again.
 
-        In bfloat16 on a CPU with AMX, weights are packed for its tiles. From then on, synthesis
-        raises `Model.prepared.StaleError` if parameters have changed. Copies are not prepared.
+        On a CPU, weights are packed: in float32 for minimal filtering, which takes four times their
+        memory for the 3x3 layers that keep the size; in bfloat16 for the tiles of AMX, where there
+        are any. From then on, synthesis raises `Model.prepared.StaleError` if parameters have
+        changed. Copies are not prepared.
+
+        Args:
+            precision: "fp32" or torch.float32, "bf16" or torch.bfloat16; None is float32 without
+                packing.
 
         Returns:
             This generator.
         """
-        self.precision, self._prepared = precision, None
-        if precision == torch.bfloat16:
-            self._prepared = TileSynthesis.of(self.input, self.styled_convs, self.rgb_layers)
+        dtype = PREPARED[precision] if isinstance(precision, str) else precision
+        self.precision, self._prepared = None if dtype == torch.float32 else dtype, None
+        ways = {torch.float32: FloatSynthesis, torch.bfloat16: TileSynthesis}
+        if dtype in ways:
+            self._prepared = ways[dtype].of(self.input, self.styled_convs, self.rgb_layers)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -296,8 +304,8 @@ class Generator(nn.Module):
         if len(maps) != self.n_latent - 1:
             raise ValueError(f"expected {self.n_latent - 1} noise maps, got {len(maps)}")
 
-        prepared = self._prepared if self.precision == torch.bfloat16 and not features else None
-        if prepared and prepared.applies(w_plus):
+        prepared = None if features else self._prepared
+        if prepared and prepared.precision == self.precision and prepared.applies(w_plus):
             return Synthesis(prepared(w_plus, maps), [])
         with inference(self.device, self.precision):
             return self._synthesise(w_plus, maps, features)

@@ -20,6 +20,9 @@ HALF_CLAMP = 256.0
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
 """Names of the precisions of inference, and what ``torch.autocast`` then computes in."""
 
+PREPARED = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Precisions that `Model.generator.Generator.prepare` packs weights for."""
+
 
 def inference(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
     """Run a block in half precision where no gradient is recorded; None leaves it as it is."""

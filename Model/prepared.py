@@ -1,7 +1,7 @@
-"""Synthesis in bfloat16 with weights that are packed once, for CPUs with AMX (doc/operators.md).
+"""Synthesis with weights that are packed once, on CPUs (doc/operators.md).
 
-Every layer is one compiled operator, which writes its activations times the style of the layer that
-reads them: styles cost no pass over memory, and all images share the weights.
+Every layer is one compiled operator, and all images share the weights. `FloatSynthesis` computes in
+float32, `TileSynthesis` in bfloat16 on AMX.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from Model.layers import EPSILON, ConstantInput, ModulatedConv2d, StyledConv, ToRGB
 from Model.ops import Epilogue
-from Model.ops.dispatch import tiles_available
+from Model.ops.dispatch import packing_available, tiles_available
 from Model.precision import half_type
 
 SLOPE, GAIN = Epilogue().negative_slope, Epilogue().scale
@@ -95,7 +95,7 @@ def blurred(weight: Tensor, column: Tensor) -> Tensor:
 
 
 class _Layer:
-    """A styled convolution: packed weights, and what its epilogue needs.
+    """A styled convolution: what its epilogue needs.
 
     The activation's gain is in demodulation, bias and noise, since leaky ReLU is homogeneous.
     """
@@ -104,16 +104,58 @@ class _Layer:
         weight = layer.conv.weight[0]
         self.outputs, self.inputs = weight.shape[:2]
         self.up = 2 if layer.conv.upsample else 1
+        self.power = (weight.square().sum((2, 3)) / GAIN**2).T.contiguous()
+        self.epsilon = torch.tensor(EPSILON / GAIN**2)
+        self.bias = layer.activate.bias * GAIN
+        self.strength = layer.noise.weight * GAIN
+
+    def gain(self, style: Tensor) -> Tensor:
+        """Demodulation (N, O) of styles (N, I)."""
+        return torch.addmm(self.epsilon, style.square(), self.power).rsqrt_()
+
+    def noise(self, given: Tensor | None, batch: int, side: int) -> Tensor:
+        """Noise for an input of that side; drawn if none is given."""
+        shape = batch, 1, self.up * side, self.up * side
+        return torch.randn(shape) if given is None else given
+
+
+class _FloatLayer(_Layer):
+    """A styled convolution in float32; the weights are transformed."""
+
+    def __init__(self, layer: StyledConv) -> None:
+        super().__init__(layer)
+        self.kernel = layer.conv.blur.kernel if layer.conv.upsample else None
+        self.weight = torch.ops.stylegan.packed_weights(layer.conv.weight[0], layer.conv.upsample)
+
+    def __call__(
+        self, x: Tensor, style: Tensor, noise: Tensor | None, side: int, next_style: Tensor | None,
+        *rgb: object,
+    ) -> Tensor:  # fmt: skip
+        """Map activations (N, I, side, side) to activations, none if `next_style` is None.
+
+        ``rgb`` are maps to add the activations to, their weights (N, 3, O), and three biases.
+        """
+        noise = self.noise(noise, len(style), side)
+        epilogue = self.bias, noise, self.strength, self.gain(style), SLOPE, 1.0
+        layer = x, self.weight, self.outputs, style
+        if self.kernel is not None:
+            return torch.ops.stylegan.packed_up_conv3x3(*layer, self.kernel, *epilogue)
+        return torch.ops.stylegan.packed_conv3x3(*layer, *epilogue, *rgb, next_style is None)
+
+
+class _TileLayer(_Layer):
+    """A styled convolution in bfloat16; the weights are in tiles."""
+
+    def __init__(self, layer: StyledConv) -> None:
+        super().__init__(layer)
+        weight = layer.conv.weight[0]
         self.filter: list[float] = []
         taps, groups = weight.flatten(2), [9]
         if layer.conv.upsample and (factors := separated(layer.conv.blur.kernel)):
             taps, groups = blurred(weight, factors[0]), [6, 3, 6, 3]
             self.filter = factors[1].tolist()
         self.weight = torch.ops.stylegan.tiles_pack(taps, groups)
-        self.power = (weight.square().sum((2, 3)) / GAIN**2).T.contiguous()
-        self.epsilon = torch.tensor(EPSILON / GAIN**2)
-        self.bias = layer.activate.bias * GAIN
-        self.strength = layer.noise.weight.item() * GAIN
+        self.factor = self.strength.item()
 
     def __call__(
         self, x: Tensor, style: Tensor, noise: Tensor | None, side: int, next_style: Tensor | None,
@@ -123,14 +165,11 @@ class _Layer:
 
         ``rgb`` are maps to add the activations to, their weights (N, 3, O), and three biases.
         """
-        batch = len(style)
-        if noise is None:
-            noise = torch.randn(batch, 1, self.up * side, self.up * side)
-        gain = torch.addmm(self.epsilon, style.square(), self.power).rsqrt_()
-        size = (batch, self.inputs, side, side)
+        noise = self.noise(noise, len(style), side)
+        size = (len(style), self.inputs, side, side)
         return torch.ops.stylegan.tiles_conv3x3(
-            x, size, self.weight, gain, self.bias, noise, self.strength, SLOPE, next_style,
-            self.filter, *rgb,
+            x, size, self.weight, self.gain(style), self.bias, noise, self.factor, SLOPE,
+            next_style, self.filter, *rgb,
         )  # fmt: skip
 
 
@@ -151,21 +190,34 @@ class _RGBLayer:
         return maps, self.weight * style[:, None], self.bias
 
 
-class TileSynthesis:
+class FloatSynthesis:
     """The synthesis network of a generator with packed weights (see `Generator.prepare`)."""
+
+    precision: torch.dtype | None = None
+    layer_type: type[_FloatLayer] | type[_TileLayer] = _FloatLayer
+
+    @staticmethod
+    def available() -> bool:
+        """Return whether the operators are there, and to be taken."""
+        return packing_available()
+
+    @staticmethod
+    def fits(convs: Sequence[StyledConv]) -> bool:
+        """Return whether the operators can compute these layers."""
+        return all(c.conv.blur.kernel.shape == (4, 4) for c in convs if c.conv.upsample)
 
     @classmethod
     def of(
         cls, constant: ConstantInput, convs: Sequence[StyledConv], rgbs: Sequence[ToRGB]
-    ) -> "TileSynthesis | None":
-        """Pack the weights of a synthesis network; None where it can not run on tiles."""
+    ) -> "FloatSynthesis | None":
+        """Pack the weights of a synthesis network; None where the operators can not run."""
         parts = (constant, *convs, *rgbs)
         tensors = [source.tensor for part in parts for source in _sources(part)]
         fits = (
             all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-            and all(separated(c.conv.blur.kernel) for c in convs if c.conv.upsample)
             and all(c.conv.weight.shape[-1] == 3 for c in convs)
-            and tiles_available()
+            and cls.fits(convs)
+            and cls.available()
         )
         with torch.no_grad():
             return cls(constant, convs, rgbs) if fits else None
@@ -175,7 +227,7 @@ class TileSynthesis:
     ) -> None:
         self.sources = [s for part in (constant, *convs, *rgbs) for s in _sources(part)]
         self.constant = constant.input
-        self.layers = [_Layer(layer) for layer in convs]
+        self.layers = [self.layer_type(layer) for layer in convs]
         self.rgb_layers = [_RGBLayer(layer) for layer in rgbs]
         # One w is read by a convolution and, at every other, by the ToRGB of the one before.
         readers = [[layer.conv] for layer in convs] + [[]]
@@ -183,8 +235,7 @@ class TileSynthesis:
             readers[2 * i + 1].append(rgb.conv)
         self.styles = [_Styles(convolutions) for convolutions in readers]
 
-    @staticmethod
-    def applies(w_plus: Tensor) -> bool:
+    def applies(self, w_plus: Tensor) -> bool:
         """Return whether it may run here: an image or more, no gradient, autocast or tracing."""
         return (
             len(w_plus) > 0
@@ -192,8 +243,12 @@ class TileSynthesis:
             and half_type("cpu") is None
             and not torch.compiler.is_compiling()
             and w_plus.dtype == torch.float32
-            and tiles_available()
+            and self.available()
         )
+
+    def first(self, style: Tensor) -> Tensor:
+        """What the first layer reads, for styles (N, C)."""
+        return self.constant.expand(len(style), -1, -1, -1)
 
     def __call__(self, w_plus: Tensor, noise: Sequence[Tensor | None]) -> list[Tensor]:
         """Compute the running RGB sum (N, 3, r, r) of every resolution, for N >= 1.
@@ -208,8 +263,7 @@ class TileSynthesis:
         if not all(source.unchanged() for source in self.sources):
             raise StaleError("the generator has changed since it was prepared: prepare() it again")
         styles = [style(w) for style, w in zip(self.styles, w_plus.unbind(1), strict=True)]
-        constant = self.constant.expand(len(w_plus), -1, -1, -1)
-        x = torch.ops.stylegan.tiles_input(constant, styles[0])
+        x = self.first(styles[0])
         rgbs: list[Tensor] = []
         side = 4
         for i, layer in enumerate(self.layers):
@@ -226,3 +280,27 @@ class TileSynthesis:
             )
             side *= layer.up
         return rgbs
+
+
+class TileSynthesis(FloatSynthesis):
+    """The same in bfloat16. A layer writes its activations times the style of the next one.
+
+    So styles cost no pass over memory.
+    """
+
+    precision = torch.bfloat16
+    layer_type = _TileLayer
+
+    @staticmethod
+    def available() -> bool:
+        """Return whether the operators are there, and to be taken."""
+        return tiles_available()
+
+    @staticmethod
+    def fits(convs: Sequence[StyledConv]) -> bool:
+        """Return whether the operators can compute these layers."""
+        return all(separated(c.conv.blur.kernel) for c in convs if c.conv.upsample)
+
+    def first(self, style: Tensor) -> Tensor:
+        """What the first layer reads, for styles (N, C)."""
+        return torch.ops.stylegan.tiles_input(super().first(style), style)

@@ -106,19 +106,30 @@ class Pair:
 Pairs = Iterator[Pair]
 
 
+def synthesis(size: int, label: str, ratio: float, batches: Sequence[int]) -> Pairs:
+    """Images of the w of a prepared generator."""
+    ours = frozen(generator(size, ratio)).prepare("fp32")
+    theirs = textbook.textbook_generator(ours)
+    run_theirs, run_ours = torch.no_grad()(theirs.synthesis), torch.no_grad()(ours.synthesis)
+    for batch in batches:
+        w = torch.randn(batch, ours.n_latent, 512)
+        yield Pair(
+            f"generator {size} px {label}, batch {batch}",
+            partial(run_theirs, w, "fixed"),
+            partial(run_ours, w, "fixed"),
+            macs(ours) * batch,
+        )
+
+
 def inference() -> Pairs:
     """Images of the 256 px generator, full size and pruned."""
-    for label, ratio in (("full size", 0.0), ("pruned by 0.7", 0.7)):
-        ours = frozen(generator(256, ratio))
-        theirs = textbook.textbook_generator(ours)
-        for batch in (1, 8):
-            w = torch.randn(batch, ours.n_latent, 512)
-            yield Pair(
-                f"generator 256 px {label}, batch {batch}",
-                partial(theirs.synthesis, w, "fixed"),
-                partial(ours.synthesis, w, "fixed"),
-                macs(ours) * batch,
-            )
+    yield from synthesis(256, "full size", 0.0, (1, 8))
+    yield from synthesis(256, "pruned by 0.7", 0.7, (1, 8))
+
+
+def large() -> Pairs:
+    """Images of the 1024 px generator, pruned."""
+    yield from synthesis(1024, "pruned by 0.7", 0.7, (1,))
 
 
 def scoring(batch: int = 4) -> Pairs:
@@ -207,6 +218,7 @@ def evaluation() -> Pairs:
 
 JOBS: dict[str, Callable[[], Pairs]] = {
     "inference": inference,
+    "large": large,
     "scoring": scoring,
     "training": training,
     "masks": masks,

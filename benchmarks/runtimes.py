@@ -5,8 +5,9 @@ the stored noise, at batch 1 and 8: the 256 px generator, full size and pruned b
 weights, on which speed does not depend; and the bundled 64 px models. Every runtime's images are
 compared with those of PyTorch's own operators: by the largest difference in grey levels and by the
 peak signal-to-noise ratio. The time of the processor, summed over threads, is beside that on the
-clock; with one thread the two agree unless the machine is busy, and "/ ours" is of the former. A
-runtime that is missing or fails is named and left out.
+clock; with one thread the two agree unless the machine is busy, and "/ prepared" is of the former,
+against "ours prepared": `Generator.prepare("fp32")`. A runtime that is missing or fails is named
+and left out.
 """
 
 import os
@@ -146,8 +147,9 @@ def runtimes(network: Generator, folder: Path) -> Iterator[tuple[str, Callable[[
     """What makes each runtime, ours first."""
     ours = partial(by_pytorch, FromW(network))
     yield "ours", lambda: ours
-    prepared = deepcopy(network).prepare(torch.bfloat16)
-    yield "ours bf16", lambda: partial(by_pytorch, FromW(prepared))
+    for name, precision in (("ours prepared", "fp32"), ("ours bf16", "bf16")):
+        prepared = FromW(deepcopy(network).prepare(precision))
+        yield name, partial(partial, by_pytorch, prepared)
     yield "PyTorch alone", lambda: plainly(ours)
     yield "torch.compile", partial(compiled, network)
     try:
@@ -216,7 +218,7 @@ def compare(label: str, settings: RuntimeSettings) -> Iterator[Result]:
                     "runtime": name,
                     "wall": asdict(wall),
                     "cpu": asdict(cpu),
-                    "ratio": cpu.median / times["ours"][1].median,
+                    "ratio": cpu.median / times["ours prepared"][1].median,
                     **asdict(parity[name]),
                 }
 
@@ -240,7 +242,7 @@ def measure(settings: RuntimeSettings) -> list[Result]:
         for result in compare(label, settings):
             results.append(result)
             print(row(result), file=sys.stderr, flush=True)
-    head = ("model", "runtime", "ms", "processor ms", "/ ours", "grey levels off (dB)")
+    head = ("model", "runtime", "ms", "processor ms", "/ prepared", "grey levels off (dB)")
     print(table(head, [row(result) for result in results]))
     return results
 

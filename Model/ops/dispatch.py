@@ -46,11 +46,14 @@ def why_not(part: "Part") -> str | None:
     return None
 
 
+def packing_available() -> bool:
+    """Return whether ``auto`` takes the CPU's operators on packed weights: they build."""
+    return _mode() != "reference" and why_not("cpu") is None
+
+
 def tiles_available() -> bool:
     """Return whether ``auto`` takes the operators on AMX tiles: there are tiles, and they build."""
-    if _mode() == "reference" or why_not("cpu") is not None:
-        return False
-    return torch.ops.stylegan.tiles_available()
+    return packing_available() and torch.ops.stylegan.tiles_available()
 
 
 @functools.cache

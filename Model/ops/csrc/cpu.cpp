@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -575,19 +576,30 @@ Index tiles_of_chunk(Index inputs, Index outputs, Index tiles) {
   return winograd::round_up((tiles + chunks - 1) / chunks, winograd::kRows);
 }
 
+/// The 36 matrices of a layer's weights (O, I, 3, 3).
 template <class T>
+Tensor transformed(const Tensor& weight) {
+  using namespace winograd;
+  const Index inputs = weight.size(1);
+  const auto s = Sizes::of<T>(inputs, weight.size(0), 0);
+  Tensor matrices = at::empty({kProducts * s.weight_matrix}, weight.options());
+  T* u = matrices.mutable_data_ptr<T>();
+  const T* from = weight.const_data_ptr<T>();
+  at::parallel_for(0, panels<T>(s) * inputs, 64, [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) pack_weights(u, from, s, i / inputs, i % inputs);
+  });
+  return matrices;
+}
+
+/// Convolves by transformed weights u, and calls finish as `scatter_tile` does.
+template <class T, class Finish>
 void convolve(
-    T* y, const T* x, const T* weight, const T* style, const winograd::Grid& grid, Index inputs,
-    Index outputs, const at::TensorOptions& options, const ReadyEpilogue<T>* epilogue) {
+    const T* x, const T* u, const T* style, const winograd::Grid& grid, Index inputs,
+    Index outputs, const at::TensorOptions& options, Finish finish) {
   using namespace winograd;
   const Index tiles = grid.tiles(), chunk = tiles_of_chunk(inputs, outputs, tiles);
   const auto s = Sizes::of<T>(inputs, outputs, chunk);
   const Index n_panels = panels<T>(s);
-  const Tensor transformed = at::empty({kProducts * s.weight_matrix}, options);
-  T* u = transformed.mutable_data_ptr<T>();
-  at::parallel_for(0, n_panels * inputs, 64, [&](Index begin, Index end) {
-    for (Index i = begin; i < end; ++i) pack_weights(u, weight, s, i / inputs, i % inputs);
-  });
   const std::vector<T> zeros(inputs, T(0));
   const Index grain = std::max<Index>(1, kValues / (kProducts * std::max(inputs, outputs)));
   const Index panel = chunk * inputs * kPanel<T>;
@@ -611,10 +623,9 @@ void convolve(
         for (Index i = begin; i < end; ++i) multiply(m, v, u, s, i / n_panels, i % n_panels);
       });
       at::parallel_for(0, count, grain, [&](Index begin, Index end) {
+        std::vector<T> made(kTile * kTile * outputs);
         for (Index i = begin; i < end; ++i) {
-          scatter_tile(y, m, s, grid, first + i, i, [&](T* line, Index n, Index p, Index width) {
-            if (epilogue) epilogue->channels_last(line, line, n, p, width);
-          });
+          scatter_tile(made.data(), m, s, grid, first + i, i, finish);
         }
       });
     }
@@ -648,9 +659,18 @@ Tensor convolved(
     const T* s = styles ? styles->const_data_ptr<T>() : nullptr;
     std::optional<ReadyEpilogue<T>> ready;
     if (epilogue) ready.emplace(epilogue->pointers<T>(layout_of(y)), x.size(0));
+    T* to = y.mutable_data_ptr<T>();
+    const Index outputs = weight.size(0), pixels = x.size(2) * x.size(3);
     convolve<T>(
-        y.mutable_data_ptr<T>(), values.const_data_ptr<T>(), w.const_data_ptr<T>(), s, grid,
-        x.size(1), weight.size(0), w.options(), ready ? &*ready : nullptr);
+        values.const_data_ptr<T>(), transformed<T>(w).template const_data_ptr<T>(), s, grid,
+        x.size(1), outputs, w.options(), [&](const T* line, Index n, Index p, Index width) {
+          T* at = to + (n * pixels + p) * outputs;
+          if (ready) {
+            ready->channels_last(at, line, n, p, width);
+          } else {
+            std::copy_n(line, width * outputs, at);
+          }
+        });
   };
   x.scalar_type() == at::kFloat ? run(float{}) : run(double{});
   return y;
@@ -684,10 +704,29 @@ Tensor styled_conv3x3(
 template <class T>
 class Upsampling {
  public:
+  /// The weights (O, I, 3, 3) as `multiply` reads them, panel by panel.
+  static Tensor packed(const Tensor& weight) {
+    const Index outputs = weight.size(0), inputs = weight.size(1), columns = columns_of(outputs);
+    Tensor panels = at::zeros({inputs * columns}, weight.options());
+    const T* values = weight.const_data_ptr<T>();
+    T* packed = panels.mutable_data_ptr<T>();
+    for (Index tap = 0; tap < 9; ++tap) {
+      for (Index o = 0; o < outputs; ++o) {
+        const Index column = tap * outputs + o, first = column / kPanel * kPanel;
+        const Index panel = std::min(kPanel, columns - first);
+        T* to = packed + first * inputs + column - first;
+        const T* from = values + o * inputs * 9 + tap;
+        for (Index i = 0; i < inputs; ++i) to[i * panel] = from[i * 9];
+      }
+    }
+    return panels;
+  }
+
   Upsampling(
       const T* x, const T* weight, const T* style, const Taps<T>& taps, Index height, Index width,
       Index inputs, Index outputs, const ReadyEpilogue<T>& epilogue)
       : x_(x),
+        weight_(weight),
         style_(style),
         taps_(taps),
         epilogue_(epilogue),
@@ -695,21 +734,9 @@ class Upsampling {
         width_(width),
         inputs_(inputs),
         outputs_(outputs),
-        columns_(winograd::round_up(9 * outputs, winograd::kLanes<T>)),
+        columns_(columns_of(outputs)),
         rows_(std::max<Index>(1, 256 / width)),
-        line_((2 * width + 3) * outputs) {
-    weight_.resize(inputs * columns_);
-    std::fill_n(weight_.data(), inputs * columns_, T(0));
-    for (Index tap = 0; tap < 9; ++tap) {
-      for (Index o = 0; o < outputs; ++o) {
-        const Index column = tap * outputs + o, first = column / kPanel * kPanel;
-        const Index panel = std::min(kPanel, columns_ - first);
-        T* to = weight_.data() + first * inputs + column - first;
-        const T* from = weight + o * inputs * 9 + tap;
-        for (Index i = 0; i < inputs; ++i) to[i * panel] = from[i * 9];
-      }
-    }
-  }
+        line_((2 * width + 3) * outputs) {}
 
   /// Makes the output rows 2 begin to 2 end - 1 of all images, one below the other.
   void run(T* y, Index begin, Index end) const {
@@ -730,6 +757,10 @@ class Upsampling {
 
  private:
   static constexpr Index kPanel = winograd::kPanel<T>;
+
+  static Index columns_of(Index outputs) {
+    return winograd::round_up(9 * outputs, winograd::kLanes<T>);
+  }
 
   struct Work {
     Buffer<T> values, products, sums, strip, line;
@@ -768,7 +799,7 @@ class Upsampling {
     }
     for (Index c = 0; c < columns_; c += kPanel) {
       winograd::multiply_panel(
-          work.products.data() + c, work.values.data(), weight_.data() + c * inputs_,
+          work.products.data() + c, work.values.data(), weight_ + c * inputs_,
           std::min(kPanel, columns_ - c), pixels, inputs_, columns_);
     }
   }
@@ -810,46 +841,169 @@ class Upsampling {
   }
 
   const T* x_;
+  const T* weight_;
   const T* style_;
   const Taps<T>& taps_;
   const ReadyEpilogue<T>& epilogue_;
   Index height_, width_, inputs_, outputs_, columns_, rows_, line_;
-  Buffer<T> weight_;
 };
+
+/// An upsampling layer; `packed` are the weights by `Upsampling::packed`.
+template <class T>
+Tensor upsampled(
+    const Tensor& x, const Tensor& packed, Index outputs, const Tensor& style, const Tensor& kernel,
+    const EpilogueTensors& tensors) {
+  const Index n = x.size(0), height = x.size(2), width = x.size(3);
+  TORCH_CHECK(
+      kernel.sizes() == at::IntArrayRef({4, 4}), "styled_up_conv3x3: expected a 4 x 4 filter, got ",
+      kernel.sizes());
+  const Tensor values = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor styles = *checked("style", style, x, n, x.size(1));
+  Tensor y = at::empty(
+      {n, outputs, 2 * height, 2 * width},
+      x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  if (y.numel() == 0) return y;
+  const Taps<T> taps(kernel, false);
+  const ReadyEpilogue<T> epilogue(tensors.pointers<T>(layout_of(y)), n);
+  const Upsampling<T> upsampling(
+      values.const_data_ptr<T>(), packed.const_data_ptr<T>(), styles.const_data_ptr<T>(), taps,
+      height, width, x.size(1), outputs, epilogue);
+  T* to = y.mutable_data_ptr<T>();
+  // Two input rows more are read for every piece of work.
+  const Index grain = std::max<Index>(8, kProductsAtOnce / (width * x.size(1) * outputs * 9));
+  at::parallel_for(0, n * height, grain, [&](Index begin, Index end) {
+    upsampling.run(to, begin, end);
+  });
+  return y;
+}
 
 Tensor styled_up_conv3x3(
     const Tensor& x, const Tensor& weight, const Tensor& style, const Tensor& kernel,
     const OptionalTensor& bias, const OptionalTensor& noise, const OptionalTensor& strength,
     const OptionalTensor& gain, double slope, double scale) {
   check_convolution("styled_up_conv3x3", x, weight);
-  TORCH_CHECK(
-      kernel.sizes() == at::IntArrayRef({4, 4}), "styled_up_conv3x3: expected a 4 x 4 filter, got ",
-      kernel.sizes());
-  const Index n = x.size(0), height = x.size(2), width = x.size(3), outputs = weight.size(0);
-  const auto tensors = epilogue_tensors(
-      x, n, outputs, 4 * height * width, bias, noise, strength, gain, slope, scale);
-  const Tensor values = x.contiguous(at::MemoryFormat::ChannelsLast), w = weight.contiguous();
-  const Tensor styles = *checked("style", style, x, n, x.size(1));
-  Tensor y = at::empty(
-      {n, outputs, 2 * height, 2 * width},
-      x.options().memory_format(at::MemoryFormat::ChannelsLast));
-  if (y.numel() == 0) return y;
+  const auto epilogue = epilogue_tensors(
+      x, x.size(0), weight.size(0), 4 * x.size(2) * x.size(3), bias, noise, strength, gain, slope,
+      scale);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    const Taps<T> taps(kernel, false);
-    const ReadyEpilogue<T> epilogue(tensors.pointers<T>(layout_of(y)), n);
-    const Upsampling<T> upsampling(
-        values.const_data_ptr<T>(), w.const_data_ptr<T>(), styles.const_data_ptr<T>(), taps,
-        height, width, x.size(1), outputs, epilogue);
-    T* to = y.mutable_data_ptr<T>();
-    // Two input rows more are read for every piece of work.
-    const Index grain = std::max<Index>(8, kProductsAtOnce / (width * x.size(1) * outputs * 9));
-    at::parallel_for(0, n * height, grain, [&](Index begin, Index end) {
-      upsampling.run(to, begin, end);
-    });
+    const Tensor packed = Upsampling<T>::packed(weight.contiguous());
+    return upsampled<T>(x, packed, weight.size(0), style, kernel, epilogue);
   };
-  x.scalar_type() == at::kFloat ? run(float{}) : run(double{});
+  return x.scalar_type() == at::kFloat ? run(float{}) : run(double{});
+}
+
+// --- Inference with weights that are packed once --------------------------------------------------
+
+/// Adds activations that were just computed to RGB maps (N, 3, H, W).
+class ToRGB {
+ public:
+  /// Weights are (N, 3, O).
+  ToRGB(Tensor& maps, const Tensor& weights, at::ArrayRef<double> bias, Index outputs)
+      : maps_(maps.mutable_data_ptr<float>()),
+        outputs_(outputs),
+        pixels_(maps.size(2) * maps.size(3)),
+        weight_(maps.size(0) * outputs) {
+    const Tensor values = weights.contiguous();
+    const float* from = values.const_data_ptr<float>();
+    for (Index n = 0; n < maps.size(0); ++n, from += 3 * outputs) {
+      for (Index c = 0; c < outputs; ++c) {
+        weight_[n * outputs + c] = Colour{from[c], from[outputs + c], from[2 * outputs + c], 0};
+      }
+    }
+    for (int k = 0; k < 3; ++k) bias_[k] = static_cast<float>(bias[k]);
+  }
+
+  /// Adds `count` pixels of image n from pixel p on.
+  void add(const float* line, Index n, Index p, Index count) const {
+    const Colour* weight = weight_.data() + n * outputs_;
+    for (Index i = 0; i < count; ++i, line += outputs_) {
+      Colour sums[4] = {bias_};
+      Index c = 0;
+      for (; c + 4 <= outputs_; c += 4) {
+        for (int j = 0; j < 4; ++j) sums[j] += line[c + j] * weight[c + j];
+      }
+      for (; c < outputs_; ++c) sums[0] += line[c] * weight[c];
+      const Colour sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      for (Index k = 0; k < 3; ++k) maps_[(3 * n + k) * pixels_ + p + i] += sum[k];
+    }
+  }
+
+ private:
+  typedef float Colour __attribute__((vector_size(16)));  // three, and room for a fourth
+
+  float* maps_;
+  Index outputs_, pixels_;
+  std::vector<Colour> weight_;
+  Colour bias_{};
+};
+
+/// Weights (O, I, 3, 3) as `packed_conv3x3` takes them, or `packed_up_conv3x3`.
+Tensor packed_weights(const Tensor& weight, bool up) {
+  TORCH_CHECK(
+      weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 &&
+          weight.scalar_type() == at::kFloat,
+      "packed_weights: expected (O, I, 3, 3) floats, got ", weight.sizes());
+  const Tensor values = weight.contiguous();
+  return up ? Upsampling<float>::packed(values) : transformed<float>(values);
+}
+
+void check_packed(const Tensor& x, const Tensor& packed, Index size) {
+  TORCH_CHECK(
+      x.dim() == 4 && x.scalar_type() == at::kFloat && packed.scalar_type() == at::kFloat &&
+          packed.is_contiguous() && packed.numel() == size,
+      "expected (N, I, H, W) floats and their packed weights, got ", x.sizes(), " and ",
+      packed.sizes());
+}
+
+Tensor packed_conv3x3(
+    const Tensor& x, const Tensor& packed, int64_t outputs, const Tensor& style,
+    const OptionalTensor& bias, const OptionalTensor& noise, const OptionalTensor& strength,
+    const OptionalTensor& gain, double slope, double scale, std::optional<Tensor> rgb,
+    const OptionalTensor& rgb_weight, at::ArrayRef<double> rgb_bias, bool rgb_alone) {
+  const Index inputs = x.size(1), pixels = x.size(2) * x.size(3);
+  const auto sizes = winograd::Sizes::of<float>(inputs, outputs, 0);
+  check_packed(x, packed, winograd::kProducts * sizes.weight_matrix);
+  const auto tensors = epilogue_tensors(
+      x, x.size(0), outputs, pixels, bias, noise, strength, gain, slope, scale);
+  const Tensor values = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor styles = *checked("style", style, x, x.size(0), inputs);
+  Tensor y = at::empty(
+      {rgb_alone ? 0 : x.size(0), outputs, x.size(2), x.size(3)},
+      x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  if (x.numel() == 0) return y;
+  const Layout layout{x.size(0), outputs, pixels, true, at::MemoryFormat::ChannelsLast};
+  const ReadyEpilogue<float> epilogue(tensors.pointers<float>(layout), x.size(0));
+  std::optional<ToRGB> to_rgb;
+  if (rgb) {
+    TORCH_CHECK(
+        rgb->sizes() == at::IntArrayRef({x.size(0), 3, x.size(2), x.size(3)}) &&
+            rgb->is_contiguous() && rgb->scalar_type() == at::kFloat && rgb_bias.size() == 3 &&
+            rgb_weight && rgb_weight->numel() == x.size(0) * 3 * outputs,
+        "packed_conv3x3: RGB maps ", rgb->sizes(), " and ", rgb_bias.size(), " biases");
+    to_rgb.emplace(*rgb, *rgb_weight, rgb_bias, outputs);
+  }
+  float* to = y.mutable_data_ptr<float>();
+  convolve<float>(
+      values.const_data_ptr<float>(), packed.const_data_ptr<float>(),
+      styles.const_data_ptr<float>(), winograd::Grid::of(x.size(0), x.size(2), x.size(3)), inputs,
+      outputs, x.options().memory_format(std::nullopt),
+      [&](float* line, Index n, Index p, Index width) {
+        float* at = rgb_alone ? line : to + (n * pixels + p) * outputs;
+        epilogue.channels_last(at, line, n, p, width);
+        if (to_rgb) to_rgb->add(at, n, p, width);
+      });
   return y;
+}
+
+Tensor packed_up_conv3x3(
+    const Tensor& x, const Tensor& packed, int64_t outputs, const Tensor& style,
+    const Tensor& kernel, const OptionalTensor& bias, const OptionalTensor& noise,
+    const OptionalTensor& strength, const OptionalTensor& gain, double slope, double scale) {
+  check_packed(x, packed, x.size(1) * winograd::round_up(9 * outputs, winograd::kLanes<float>));
+  const auto epilogue = epilogue_tensors(
+      x, x.size(0), outputs, 4 * x.size(2) * x.size(3), bias, noise, strength, gain, slope, scale);
+  return upsampled<float>(x, packed, outputs, style, kernel, epilogue);
 }
 
 // --- Classes --------------------------------------------------------------------------------------
@@ -898,6 +1052,15 @@ TORCH_LIBRARY(stylegan, m) {
   m.def(
       "styled_up_conv3x3(Tensor x, Tensor weight, Tensor style, Tensor kernel, Tensor? bias, "
       "Tensor? noise, Tensor? strength, Tensor? gain, float slope, float scale) -> Tensor");
+  m.def("packed_weights(Tensor weight, bool up) -> Tensor");
+  m.def(
+      "packed_conv3x3(Tensor x, Tensor packed, int outputs, Tensor style, Tensor? bias, "
+      "Tensor? noise, Tensor? strength, Tensor? gain, float slope, float scale, "
+      "Tensor(a!)? rgb, Tensor? rgb_weight, float[] rgb_bias, bool rgb_alone) -> Tensor");
+  m.def(
+      "packed_up_conv3x3(Tensor x, Tensor packed, int outputs, Tensor style, Tensor kernel, "
+      "Tensor? bias, Tensor? noise, Tensor? strength, Tensor? gain, float slope, float scale) "
+      "-> Tensor");
   m.def(
       "upsampled_argmax(Tensor logits, int height, int width, bool align_corners) -> Tensor");
 }
@@ -910,5 +1073,8 @@ TORCH_LIBRARY_IMPL(stylegan, CPU, m) {
   m.impl("conv3x3", &stylegan::conv3x3);
   m.impl("styled_conv3x3", &stylegan::styled_conv3x3);
   m.impl("styled_up_conv3x3", &stylegan::styled_up_conv3x3);
+  m.impl("packed_weights", &stylegan::packed_weights);
+  m.impl("packed_conv3x3", &stylegan::packed_conv3x3);
+  m.impl("packed_up_conv3x3", &stylegan::packed_up_conv3x3);
   m.impl("upsampled_argmax", &stylegan::upsampled_argmax);
 }

@@ -259,17 +259,12 @@ void multiply(T* m, const T* v, const T* u, const Sizes& s, Index product, Index
   multiply_panel(to, from, u + at, columns, s.tiles, s.inputs, s.output_step);
 }
 
-/// Transforms row `row` of the products back into the outputs of a tile, and calls
-/// finish(pixels, image, first pixel, count) for each of its lines.
+/// Transforms row `row` of the products back into the outputs (4, 4, O) of a tile, and calls
+/// finish(pixels, image, first pixel, count) for each of its lines that is in the image.
 template <class T, class Finish>
 void scatter_tile(
-    T* y, const T* m, const Sizes& s, const Grid& g, Index tile, Index row, Finish finish) {
-  const Index image = tile / (g.rows * g.columns), place = tile % (g.rows * g.columns);
-  const Index top = place / g.columns * kTile, left = place % g.columns * kTile;
-  const Index height = g.height - top < kTile ? g.height - top : kTile;
-  const Index width = g.width - left < kTile ? g.width - left : kTile;
+    T* outputs, const T* m, const Sizes& s, const Grid& g, Index tile, Index row, Finish finish) {
   const T* from = m + row * s.output_step;
-  T* to = y + ((image * g.height + top) * g.width + left) * s.outputs;
   by_vectors<T>(s.outputs, [&](Index c) {
     Vector<T> column[kSpan], lines[kTile * kSpan], values[kTile];
     for (int px = 0; px < kSpan; ++px) {
@@ -278,14 +273,18 @@ void scatter_tile(
       }
       transform_output<T>(column, 1, lines + px, kSpan);
     }
-    for (Index py = 0; py < height; ++py) {
+    T* pixel = outputs + c;
+    for (int py = 0; py < kTile; ++py) {
       transform_output<T>(lines + py * kSpan, 1, values, 1);
-      T* pixel = to + py * g.width * s.outputs + c;
-      for (Index px = 0; px < width; ++px, pixel += s.outputs) store(pixel, values[px], s.outputs);
+      for (int px = 0; px < kTile; ++px, pixel += s.outputs) store(pixel, values[px], s.outputs);
     }
   });
+  const Index image = tile / (g.rows * g.columns), place = tile % (g.rows * g.columns);
+  const Index top = place / g.columns * kTile, left = place % g.columns * kTile;
+  const Index height = g.height - top < kTile ? g.height - top : kTile;
+  const Index width = g.width - left < kTile ? g.width - left : kTile;
   for (Index py = 0; py < height; ++py) {
-    finish(to + py * g.width * s.outputs, image, (top + py) * g.width + left, width);
+    finish(outputs + py * kTile * s.outputs, image, (top + py) * g.width + left, width);
   }
 }
 
