@@ -74,7 +74,8 @@ class PrecisionSettings(EvaluationSettings):
 
     def load(self, path: Path, device: torch.device) -> Generator:
         """Load the frozen generator of a checkpoint (see there) in the precision that is set."""
-        return super().load(path, device).prepare(PRECISIONS[self.precision])
+        precision = PRECISIONS[self.precision] or torch.float32
+        return super().load(path, device).prepare(precision)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ The operators (schemas in ``csrc/cpu.cpp``), with d = grad * f'(sum), f = scale 
   the weights is PyTorch's.
 - ``styled_conv3x3`` and ``styled_up_conv3x3``: for inference, without a gradient.
 - ``upsampled_argmax``: classes of pixels, which have none.
+- ``packed_*``: for `Model.prepared`, in float32; without a gradient.
 - ``tiles_*`` (``csrc/tiles.cpp``): for `Model.prepared`, where there is AMX; without a gradient.
 """
 

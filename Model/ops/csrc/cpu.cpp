@@ -779,7 +779,8 @@ class Upsampling {
       add(sums, base, row, stop, work.products.data());
       const Index complete = stop == height_ ? 2 * height_ + 1 : 2 * stop - 1;
       const Index made = std::max(next, std::min(2 * last, complete - 1));
-      for (; next < made; ++next) filter(y, image, next, sums + (next - 1 - base) * line_, work);
+      filter(y, image, next, made, sums + (next - 1 - base) * line_, work);
+      next = made;
       const Index kept = 2 * stop + 1 - (made - 1), shift = made - 1 - base;
       std::copy_n(sums + shift * line_, kept * line_, sums);
       std::fill_n(sums + kept * line_, (rows - kept) * line_, T(0));
@@ -821,23 +822,33 @@ class Upsampling {
     }
   }
 
-  /// One output row from four rows of the convolution's result.
-  void filter(T* y, Index image, Index row, const T* sums, Work& work) const {
-    T* strip = work.strip.data();
-    T* line = work.line.data();
-    const Index width = 2 * width_, values = width * outputs_;
-    if (taps_.separable) {
-      filter_line<4>(strip, sums, line_, line_, taps_.column.data());
-      filter_line<4>(line, strip, values, outputs_, taps_.row.data());
-    } else {
-      std::fill_n(line, values, T(0));
-      for (Index t = 0; t < 4; ++t) {
-        filter_line<4>(strip, sums + t * line_, values, outputs_, taps_.square.data() + 4 * t);
-        for (Index i = 0; i < values; ++i) line[i] += strip[i];
+  /// Output rows `first` to `last` - 1, each from four rows of the convolution's result, of which
+  /// `sums` is the first. Pieces of rows stay in the nearest cache until the next row has read them.
+  void filter(T* y, Index image, Index first, Index last, const T* sums, Work& work) const {
+    const Index width = 2 * width_, most = std::max<Index>(1, 1024 / outputs_);
+    for (Index left = 0; left < width; left += most) {
+      const Index count = std::min(most, width - left);
+      for (Index row = first; row < last; ++row) {
+        const T* from = sums + (row - first) * line_ + left * outputs_;
+        filter_piece(work.line.data(), from, count * outputs_, work.strip.data());
+        const Index pixel = row * width + left;
+        T* to = y + (image * 2 * height_ * width + pixel) * outputs_;
+        epilogue_.channels_last(to, work.line.data(), image, pixel, count);
       }
     }
-    T* to = y + (image * 2 * height_ + row) * values;
-    epilogue_.channels_last(to, line, image, row * width, width);
+  }
+
+  void filter_piece(T* line, const T* sums, Index values, T* strip) const {
+    if (taps_.separable) {
+      filter_line<4>(strip, sums, values + 3 * outputs_, line_, taps_.column.data());
+      filter_line<4>(line, strip, values, outputs_, taps_.row.data());
+      return;
+    }
+    std::fill_n(line, values, T(0));
+    for (Index t = 0; t < 4; ++t) {
+      filter_line<4>(strip, sums + t * line_, values, outputs_, taps_.square.data() + 4 * t);
+      for (Index i = 0; i < values; ++i) line[i] += strip[i];
+    }
   }
 
   const T* x_;
