@@ -266,9 +266,8 @@ class Update:
         for part in parts:
             loss = loss_of(part)
             total = loss.detach() if total is None else total + loss.detach()
-            if part is parts[-1]:
-                self.gradients.arm(total)
-            (loss * self.scale.value if self.scale.enabled else loss).backward()
+            scaled = loss * self.scale.value if self.scale.enabled else loss
+            self.gradients.backward(scaled, total if part is parts[-1] else None)
         gradients, mean_loss = self.gradients.finish()
         norms = torch.stack(torch._foreach_norm(gradients))
         forgiven = None
