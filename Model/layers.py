@@ -5,6 +5,8 @@ section 4.1). Parameter names are those of the widely used PyTorch checkpoint fo
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +70,16 @@ class EqualLinear(nn.Module):
 
 
 class EqualConv2d(nn.Module):
-    """Bias-free convolution with equalised learning rate: weight / sqrt(in_channels * k * k)."""
+    """Bias-free convolution with equalised learning rate: weight / sqrt(in_channels * k * k).
+
+    Args:
+        in_channels: I.
+        out_channels: O.
+        kernel_size: k.
+        stride: of the convolution.
+        padding: zeros on every side.
+        gain: further factor of the weight.
+    """
 
     def __init__(
         self,
@@ -77,27 +88,59 @@ class EqualConv2d(nn.Module):
         kernel_size: int,
         stride: int = 1,
         padding: int = 0,
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
-        self.stride, self.padding = stride, padding
+        self.stride, self.padding, self.gain = stride, padding, gain
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve (N, I, H, W) to (N, O, H', W')."""
-        scale = 1 / math.sqrt(math.prod(self.weight.shape[1:]))
-        return conv2d(x, self.weight * scale, stride=self.stride, padding=self.padding)
+    @property
+    def scale(self) -> float:
+        """Factor of the weight."""
+        return self.gain / math.sqrt(math.prod(self.weight.shape[1:]))
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Convolve (N, I, H, W) to (N, O, H', W').
+
+        Args:
+            x: (N, I, H, W).
+            weight: that of `scaled_weights`; None scales it here.
+        """
+        weight = self.weight * self.scale if weight is None else weight
+        return conv2d(x, weight, stride=self.stride, padding=self.padding)
+
+
+def scaled_weights(layers: Sequence[EqualConv2d]) -> dict[nn.Module, Tensor]:
+    """Scale the weights of all layers at once: layer -> weight (O, I, k, k)."""
+    scales = [layer.scale for layer in layers]
+    weights = _Scaled.apply(scales, *[layer.weight for layer in layers])
+    return dict(zip(layers, weights, strict=True))
+
+
+class _Scaled(torch.autograd.Function):
+    """Tensors times numbers; forward and derivative are one operator each, however many."""
+
+    @staticmethod
+    def forward(ctx: Any, scales: list[float], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.scales = scales
+        return tuple(torch._foreach_mul(tensors, scales))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *torch._foreach_mul(grads, ctx.scales))
 
 
 class FusedLeakyReLU(nn.Module):
-    """`fused_leaky_relu` with a learned bias per channel."""
+    """`fused_leaky_relu` with a learned bias per channel, and a gain after it."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, scale: float = 2**0.5) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(channels))
+        self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Activate (N, C, ...)."""
-        return bounded(fused_leaky_relu(x, self.bias.to(x.dtype)))
+        return bounded(fused_leaky_relu(x, self.bias.to(x.dtype), scale=self.scale))
 
 
 class Blur(nn.Module):
