@@ -19,7 +19,6 @@ from Model.layers import (
 from Model.precision import bounded, in_float32
 from Util import distributed
 
-
 Weights = Mapping[nn.Module, Tensor]
 """Convolution -> its scaled weight, see `Model.layers.scaled_weights`; one that is missing scales
 its weight itself."""
@@ -124,9 +123,13 @@ def minibatch_stddev(
 
 
 def _stddev_maps(x: Tensor) -> Tensor:
-    """Mean standard deviation of each image's group: (B, group, n, C, H, W) -> (B*group*n, 1, H, W).
+    """Mean standard deviation of each image's group, as a map.
 
-    A group's images have the same first and third index.
+    Args:
+        x: (B, group, n, C, H, W); a group's images have the same first and third index.
+
+    Returns:
+        (B * group * n, 1, H, W).
     """
     stddev = torch.sqrt(x.var(dim=1, unbiased=False, keepdim=True) + 1e-8)
     means = stddev.mean(dim=(3, 4, 5), keepdim=True)

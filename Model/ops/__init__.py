@@ -17,6 +17,7 @@ from Model.ops.epilogue import (
     apply_epilogue,
     filtered_leaky_relu,
     fused_leaky_relu,
+    scaled_maps,
 )
 from Model.ops.upfirdn2d import make_kernel, upfirdn2d
 from Model.ops.upsampled_argmax import argmax_of_maps, upsampled_argmax
@@ -30,6 +31,7 @@ __all__ = [
     "filtered_leaky_relu",
     "fused_leaky_relu",
     "make_kernel",
+    "scaled_maps",
     "styled_conv3x3",
     "styled_upsampling_conv3x3",
     "upfirdn2d",
