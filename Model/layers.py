@@ -21,6 +21,7 @@ from Model.ops import (
     styled_upsampling_conv3x3,
     upfirdn2d,
 )
+from Model.ops.dispatch import gradient_wanted
 from Model.precision import bounded, half_type, in_float32, preferred_layout
 
 
@@ -65,8 +66,44 @@ class EqualLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_features) to (N, out_features), through leaky ReLU when ``activation``."""
         scale = self.lr_mul / math.sqrt(self.weight.shape[1])
-        y = torch.addmm(self.bias, x, self.weight.T, beta=self.lr_mul, alpha=scale)
+        if gradient_wanted(x, self.weight, self.bias) and not torch.compiler.is_compiling():
+            y = _ScaledLinear.apply(x, self.weight, self.bias, scale, self.lr_mul)
+        else:
+            y = torch.addmm(self.bias, x, self.weight.T, beta=self.lr_mul, alpha=scale)
         return fused_leaky_relu(y) if self.activation else y
+
+
+class _ScaledLinear(torch.autograd.Function):
+    """x (scale W)^T + lr_mul b, with the scales inside the products of its derivative too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: float, lr_mul: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.scale, ctx.lr_mul = scale, lr_mul
+        return torch.addmm(bias, x, weight.T, beta=lr_mul, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        (grad,) = grads
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = _scaled_product(grad, weight, ctx.scale, x)
+        if ctx.needs_input_grad[1]:
+            dweight = _scaled_product(grad.t(), x, ctx.scale, weight)
+        if ctx.needs_input_grad[2]:
+            dbias = grad.sum(0)
+            dbias = dbias if ctx.lr_mul == 1 else dbias * ctx.lr_mul
+        return dx, dweight, dbias, None, None
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float, like: Tensor) -> Tensor:
+    """Scale a product that has the shape of another tensor."""
+    if torch.is_grad_enabled():  # the derivative of what follows would reach `like`
+        return (a @ b) * scale
+    return torch.addmm(like, a, b, beta=0, alpha=scale)
 
 
 class EqualConv2d(nn.Module):

@@ -160,7 +160,8 @@ def _parameter_gradients(
         dnoise = by_pixel if strength is None else by_pixel * strength
         dnoise = dnoise.sum_to_size(noise.shape).to(dtype)
     if noise is not None and strength is not None and needed[2]:
-        dstrength = (by_pixel * noise).sum().view(strength.shape).to(dtype)
+        # The sums have one channel, which makes the shape that of the strength.
+        dstrength = (by_pixel * noise).sum([0, *range(2, noise.ndim)]).to(dtype)
     dgain = products.to(dtype) if needed[3] else None
     return dbias, dnoise, dstrength, dgain
 
