@@ -142,7 +142,8 @@ class Judge:
         known = self._seen.get(phase)
         self._seen[phase] = seen if known is None else torch.where(self.failed, known, seen)
         self._names[phase] = names
-        bad = ~seen.sum().isfinite()
+        total = seen.sum()
+        bad = (total - total).ne(0)  # of what is not finite, not a number
         self.failed = self.failed | (bad if forgiven is None else bad & ~forgiven)
         return (self.failed | bad).float()
 

@@ -323,8 +323,8 @@ class Trainer:
                 fake_logits, real_logits = update.network(both, batches=2).chunk(2)
             loss = losses.d_logistic_loss(real_logits, fake_logits)
             sums.add(part, f"d_loss{suffix}", loss)
-            sums.add(part, f"real_score{suffix}", real_logits.detach().mean())
-            sums.add(part, f"fake_score{suffix}", fake_logits.detach().mean())
+            sums.add(part, f"real_score{suffix}", real_logits.mean())
+            sums.add(part, f"fake_score{suffix}", fake_logits.mean())
             for name, weight, distance in critics(part) if critics else ():
                 sums.add(part, f"kd_{name}", distance)
                 loss = loss + weight * distance

@@ -111,7 +111,7 @@ class Gradients:
 def _laid_out(pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> list[Tensor]:
     """Gradients in the layout of their parameters, which the fused Adam asks for."""
     found = {i: g for i, (p, g) in enumerate(pairs) if not _alike(p, g)}
-    copies = [torch.empty_like(pairs[i][0]).detach() for i in found]
+    copies = [torch.empty_like(pairs[i][0]) for i in found]
     if copies:
         torch._foreach_copy_(copies, list(found.values()))
     replaced = dict(zip(found, copies, strict=True))
