@@ -53,6 +53,10 @@ class Teacher:
     content_mask: Callable[[Tensor], Tensor] | None = None
     terms: Sequence[Term] = ()
 
+    def __post_init__(self) -> None:
+        """Keep what the generator need not compute in every iteration."""
+        self.generator.freeze()
+
 
 PartNoise = Mapping[Part, list[Tensor] | None]
 """Layer noise of a batch's parts; None is drawn layer by layer."""

@@ -68,19 +68,83 @@ def modulate(
     layers = [layer.modulation for layer in (*convs, *rgbs)]
     weight = _Joined.apply(0, *[layer.weight for layer in layers])
     bias = _Joined.apply(0, *[layer.bias for layer in layers])
-    # Of these, each channel's product with its own w is wanted. The others are some thousandths of
-    # what a network of 256 px computes.
-    products = F.linear(w_plus, weight)
-    own = products.gather(1, latents.expand(w_plus.shape[0], 1, -1)).squeeze(1)
-    styles = torch.add(bias, own, alpha=1 / math.sqrt(weight.shape[1])) * fan_ins.rsqrt()
-
+    styles = _styles(w_plus, weight, bias, latents, fan_ins)
     widths = [conv.weight.shape[2] for conv in convs]
     of_convs, of_rgbs = styles.split([sum(widths), styles.shape[1] - sum(widths)], 1)
     found = _Demodulation.apply(of_convs, *[conv.weight for conv in convs])
     gains, weights = found[: len(convs)], found[len(convs) :]
     factors = list(zip(weights, of_convs.split(widths, 1), gains, strict=True))
-    rows = _Joined.apply(2, *[rgb.weight for rgb in rgbs]).view(1, 3, -1) * of_rgbs.unsqueeze(1)
+    rows = _rows(rgbs) * of_rgbs.unsqueeze(1)
     return factors, rows.split([rgb.weight.shape[2] for rgb in rgbs], 2)
+
+
+def _styles(
+    w_plus: Tensor, weight: Tensor, bias: Tensor, latents: Tensor, fan_ins: Tensor
+) -> Tensor:
+    """Styles of all layers, (N, inputs of all layers), by their joined affine maps."""
+    # Of these, each channel's product with its own w is wanted. The others are some thousandths of
+    # what a network of 256 px computes.
+    products = F.linear(w_plus, weight)
+    own = products.gather(1, latents.expand(w_plus.shape[0], 1, -1)).squeeze(1)
+    return torch.add(bias, own, alpha=1 / math.sqrt(weight.shape[1])) * fan_ins.rsqrt()
+
+
+def _rows(rgbs: Sequence[ModulatedConv2d]) -> Tensor:
+    """Join the RGBs' weights: (1, 3, inputs of all)."""
+    return _Joined.apply(2, *[rgb.weight for rgb in rgbs]).view(1, 3, -1)
+
+
+class FrozenModulation:
+    """`modulate` of a network that is not trained: what no latent changes is computed once.
+
+    That are the joined weights, and the weights' squares summed over the taps. Where a parameter
+    was written to, moved or replaced, they are computed again. Records no gradient of parameters.
+
+    Args:
+        convs: see `plan`.
+        rgbs: see `plan`.
+    """
+
+    def __init__(self, convs: Sequence[ModulatedConv2d], rgbs: Sequence[ModulatedConv2d]) -> None:
+        self._convs, self._rgbs = convs, rgbs
+        self._marks: list[tuple[int, int]] = []
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        convs, layers = self._convs, (*self._convs, *self._rgbs)
+        read = [p for layer in layers for p in layer.parameters()]
+        marks = [(p.data_ptr(), p._version) for p in read]
+        if marks == self._marks:
+            return
+        self._marks = marks
+        self._weight = torch.cat([layer.modulation.weight for layer in layers])
+        self._bias = torch.cat([layer.modulation.bias for layer in layers])
+        self._weights = [conv.weight.squeeze(0) for conv in convs]
+        self._powers = [weight.square().sum((2, 3)).t().contiguous() for weight in self._weights]
+        self._row = _rows(self._rgbs)
+        self._widths = [layer.weight.shape[2] for layer in layers]
+
+    @in_float32
+    def _compute(
+        self, w_plus: Tensor, latents: Tensor, fan_ins: Tensor
+    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], tuple[Tensor, ...]]:
+        styles = _styles(w_plus, self._weight, self._bias, latents, fan_ins)
+        count = len(self._weights)
+        squares = styles.square().split(self._widths, 1)[:count]
+        sums = [s @ power for s, power in zip(squares, self._powers, strict=True)]
+        gains = torch._foreach_rsqrt(torch._foreach_add(sums, EPSILON))
+        parts = styles.split(self._widths, 1)
+        factors = list(zip(self._weights, parts[:count], gains, strict=True))
+        of_rgbs = styles[:, sum(self._widths[:count]) :]
+        rows = self._row * of_rgbs.unsqueeze(1)
+        return factors, rows.split(self._widths[count:], 2)
+
+    def __call__(
+        self, w_plus: Tensor, latents: Tensor, fan_ins: Tensor
+    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], tuple[Tensor, ...]]:
+        """Compute what `modulate` does."""
+        self._refresh()
+        return self._compute(w_plus, latents, fan_ins)
 
 
 class _Joined(torch.autograd.Function):
