@@ -144,7 +144,10 @@ class Judge:
         self._names[phase] = names
         total = seen.sum()
         bad = (total - total).ne(0)  # of what is not finite, not a number
-        self.failed = self.failed | (bad if forgiven is None else bad & ~forgiven)
+        if forgiven is None:
+            self.failed = self.failed | bad
+            return self.failed.float()
+        self.failed = self.failed | (bad & ~forgiven)
         return (self.failed | bad).float()
 
     def post(self) -> None:

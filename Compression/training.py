@@ -403,7 +403,7 @@ class Trainer:
                 logits = self.discriminator(student.made.image)
             loss = losses.g_nonsaturating_loss(logits)
             sums.add(part, "g_loss", loss)
-            loss = self._gan_weight * loss
+            loss = loss if self._gan_weight == 1 else self._gan_weight * loss
             if teacher is not None:
                 target = self._pass(
                     teacher.generator, rows, layer, other[part], self._without_gradients, features

@@ -297,8 +297,10 @@ class Generator(nn.Module):
         # By shape, since len() would make the batch size a constant of an exported graph.
         x, rgb = self.input(w_plus.shape[0]), None
         rgbs, kept, rgb_layers = [], [], iter(self.rgb_layers)
-        w = w_plus.unbind(1)
         factors, rgb_weights = self._modulation(w_plus)
+        # Where all is known that a layer computes from its w, none looks at it.
+        known = factors[0] is not None
+        w = [w_plus] * self.n_latent if known else w_plus.unbind(1)
         for layer, conv in enumerate(self.styled_convs):
             x = conv(x, w[layer], maps[layer], factors[layer])
             if features:

@@ -122,22 +122,21 @@ class FrozenModulation:
         self._weights = [conv.weight.squeeze(0) for conv in convs]
         self._powers = [weight.square().sum((2, 3)).t().contiguous() for weight in self._weights]
         self._row = _rows(self._rgbs)
-        self._widths = [layer.weight.shape[2] for layer in layers]
+        self._rgb_widths = [rgb.weight.shape[2] for rgb in self._rgbs]
+        self._widths = [*[conv.weight.shape[2] for conv in convs], sum(self._rgb_widths)]
 
     @in_float32
     def _compute(
         self, w_plus: Tensor, latents: Tensor, fan_ins: Tensor
     ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], tuple[Tensor, ...]]:
         styles = _styles(w_plus, self._weight, self._bias, latents, fan_ins)
-        count = len(self._weights)
-        squares = styles.square().split(self._widths, 1)[:count]
-        sums = [s @ power for s, power in zip(squares, self._powers, strict=True)]
+        squares = styles.square().split(self._widths, 1)
+        sums = [s @ power for s, power in zip(squares[:-1], self._powers, strict=True)]
         gains = torch._foreach_rsqrt(torch._foreach_add(sums, EPSILON))
-        parts = styles.split(self._widths, 1)
-        factors = list(zip(self._weights, parts[:count], gains, strict=True))
-        of_rgbs = styles[:, sum(self._widths[:count]) :]
+        *of_convs, of_rgbs = styles.split(self._widths, 1)
+        factors = list(zip(self._weights, of_convs, gains, strict=True))
         rows = self._row * of_rgbs.unsqueeze(1)
-        return factors, rows.split(self._widths[count:], 2)
+        return factors, rows.split(self._rgb_widths, 2)
 
     def __call__(
         self, w_plus: Tensor, latents: Tensor, fan_ins: Tensor

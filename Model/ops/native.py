@@ -5,8 +5,8 @@ The operators (schemas in ``csrc/cpu.cpp``), with d = grad * f'(sum), f = scale 
 - ``upfirdn2d``: its gradient is itself, with the filter turned and up and down swapped.
 - ``fused_leaky_relu``: y = f(x * gain + strength * noise + bias).
 - ``fused_leaky_relu_backward``: (d * gain, d summed by channel over the batch, d * x summed by
-  channel, d summed by pixel). It is linear in grad, x and gain, and f' depends only on the sign of y, so its own
-  gradient is the operator again.
+  channel, d summed by pixel). It is linear in grad, x and gain, and f' depends only on the sign of
+  y, so its own gradient is the operator again.
 - ``filtered_leaky_relu``: a blur and ``fused_leaky_relu`` in one pass; its gradient is theirs.
 - ``conv3x3``: its gradient by the input is itself with the filters turned and transposed, that by
   the weights is PyTorch's.
