@@ -11,7 +11,7 @@ they compute. The derivatives here are operators on lists, and can be derived ag
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -188,6 +188,20 @@ def _by_output(joined: Tensor, weights: Sequence[Tensor], dim: int) -> tuple[Ten
     return joined.split([w.shape[1] for w in weights], dim)
 
 
+class _Kept(NamedTuple):
+    """What the derivatives of `_Demodulation` take from it, tensors that it has made itself.
+
+    Attributes:
+        sums: the q (N, O) of every layer.
+        columns: see `_columns`; views of the parameters.
+        rows: S by tap, (N, I * k * k) of every layer.
+    """
+
+    sums: list[Tensor]
+    columns: list[Tensor]
+    rows: tuple[Tensor, ...]
+
+
 class _Demodulation(torch.autograd.Function):
     """g = q^-1/2 with q = S P^T + epsilon, the squares S of the styles and P of the weights.
 
@@ -203,7 +217,7 @@ class _Demodulation(torch.autograd.Function):
         sums = [row @ power for row, power in zip(rows, powers, strict=True)]
         torch._foreach_add_(sums, EPSILON)
         ctx.save_for_backward(styles, *weights)
-        ctx.sums = sums
+        ctx.kept = _Kept(sums, columns, rows)
         return (*torch._foreach_rsqrt(sums), *[weight.squeeze(0) for weight in weights])
 
     @staticmethod
@@ -212,10 +226,10 @@ class _Demodulation(torch.autograd.Function):
         of_gains, of_weights = grads[: len(weights)], grads[len(weights) :]
         if all(grad is None for grad in of_gains):
             return (None, *(g if g is None else g.unsqueeze(0) for g in of_weights))
-        pairs = zip(of_gains, ctx.sums, strict=True)
+        pairs = zip(of_gains, ctx.kept.sums, strict=True)
         filled = [torch.zeros_like(q) if grad is None else grad for grad, q in pairs]
         needed = any(ctx.needs_input_grad[1:])
-        return _DemodulationBackward.apply(ctx.sums, needed, styles, *weights, *filled, *of_weights)
+        return _DemodulationBackward.apply(ctx.kept, needed, styles, *weights, *filled, *of_weights)
 
 
 class _DemodulationBackward(torch.autograd.Function):
@@ -227,21 +241,19 @@ class _DemodulationBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sums: list[Tensor], needed: bool, styles: Tensor, *others: Tensor | None
+        ctx: Any, kept: _Kept, needed: bool, styles: Tensor, *others: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.sums = sums
+        ctx.kept = kept
         ctx.save_for_backward(styles, *others)
-        count = len(sums)
+        count = len(kept.sums)
         weights, of_gains, of_weights = others[:count], others[count : 2 * count], others[-count:]
-        slopes = _slopes(torch.cat(sums, 1), torch.cat(of_gains, 1))
-        columns, taps = _columns(weights), _taps(weights)
+        slopes = _slopes(torch.cat(kept.sums, 1), torch.cat(of_gains, 1))
         turned = _by_output(slopes.t(), weights, 0)
-        of_styles = _times_powers(turned, columns, taps).mul_(styles)
+        of_styles = _times_powers(turned, kept.columns, _taps(weights)).mul_(styles)
         if not needed:
             return (of_styles, *[None] * count)
-        rows = _split(_by_tap(styles.square(), taps), weights, 1)
-        products = [h @ row for h, row in zip(turned, rows, strict=True)]
+        products = [h @ row for h, row in zip(turned, kept.rows, strict=True)]
         return (of_styles, *_of_weights(products, weights, of_weights))
 
     @staticmethod
@@ -251,14 +263,14 @@ class _DemodulationBackward(torch.autograd.Function):
 
         dL/d(dL/dg) = -g^3 T,  dL/ds = a (h P) + 2 s (r P),  dL/dW = 2 W (h^T b + r^T S)
         """
-        count, needed = len(ctx.sums), any(ctx.needs_input_grad[3:])
-        styles, *others = ctx.saved_tensors
+        (kept_sums, columns, _), needed = ctx.kept, any(ctx.needs_input_grad[3:])
+        count, (styles, *others) = len(columns), ctx.saved_tensors
         weights, of_gains = others[:count], others[count : 2 * count]
         a, *of_products = grads
         if a is None or any(grad is not None for grad in of_products):
             return (None, None, *_derived_again(ctx.saved_tensors, grads))
-        sums, along = torch.cat(ctx.sums, 1), torch.cat(of_gains, 1)
-        columns, taps, rows = _columns(weights), _taps(weights), a * styles
+        sums, along = torch.cat(kept_sums, 1), torch.cat(of_gains, 1)
+        taps, rows = _taps(weights), a * styles
         powers = torch._foreach_mul(columns, columns)
         parts = _split(_by_tap(rows, taps), weights, 1)
         reached = torch.cat([part @ power for part, power in zip(parts, powers, strict=True)], 1)
