@@ -8,7 +8,7 @@ quarter, as often as they come. Views take no kernel of a GPU, and the host's ti
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
@@ -107,10 +107,23 @@ def count(trainer: Trainer, size: int) -> dict[str, Operators]:
     return found
 
 
+def per_iteration(found: Mapping[str, Operators]) -> dict[str, float]:
+    """Add up the phases, each as often as it comes."""
+    often = {"R1": 1 / 16, "path length": 1 / 4}
+    counts = {
+        "operators": lambda o: o.operators,
+        "without views": lambda o: o.computing,
+        "waits": lambda o: o.waits,
+    }
+    return {
+        kind: sum(often.get(name, 1.0) * number(operators) for name, operators in found.items())
+        for kind, number in counts.items()
+    }
+
+
 def measure(settings: Measurement) -> dict[str, dict[str, float]]:
     """Print a table; return the numbers of an iteration by case."""
     size, results = 256, {}
-    often = {"R1": 1 / 16, "path length": 1 / 4}
     rows: list[list[object]] = []
     for case, native in (("compiled operators", True), ("plain PyTorch", False)):
         with as_on_a_gpu(native):
@@ -118,16 +131,9 @@ def measure(settings: Measurement) -> dict[str, dict[str, float]]:
         for name, operators in found.items():
             row = [case, name, operators.operators, operators.computing, operators.waits]
             rows.append([str(cell) for cell in row])
-        sums = [
-            sum(often.get(name, 1.0) * number(operators) for name, operators in found.items())
-            for number in (
-                lambda o: o.operators,
-                lambda o: o.computing,
-                lambda o: o.waits,
-            )
-        ]
-        rows.append([case, "an iteration", *(f"{value:.0f}" for value in sums)])
-        results[case] = dict(zip(("operators", "without views", "waits"), sums, strict=True))
+        results[case] = per_iteration(found)
+        numbers = (f"{value:.0f}" for value in results[case].values())
+        rows.append([case, "an iteration", *numbers])
     print(table(("", "phase", "operators", "without views", "host waits"), rows))
     return results
 
