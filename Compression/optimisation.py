@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from Util import distributed
 from Util.gradients import Gradients
 
 
@@ -251,6 +252,11 @@ class Update:
         self.names = [name for name, p in network.named_parameters() if p.requires_grad]
         own = list(network.parameters())
         self.gradients = Gradients(own, reversed(own) if order is None else order)
+
+    def keep_to_itself(self) -> None:
+        """Exchange no gradients with other processes from now on."""
+        with distributed.alone():
+            self.gradients = Gradients(self.gradients.parameters)
 
     def step(
         self, phase: str, parts: Sequence[Part], loss_of: Callable[[Part], Tensor]

@@ -168,6 +168,11 @@ class Trainer:
         return Update(network, adam, self.judge, self.scaler, s.grad_clip, order)
 
     @property
+    def updates(self) -> list[Update]:
+        """Those of all trained networks."""
+        return [self._g, *self._discriminators.values()]
+
+    @property
     def g_optim(self) -> Adam:
         """The generator's optimiser."""
         return self._g.adam
