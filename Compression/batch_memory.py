@@ -21,16 +21,25 @@ class Need:
     """What an iteration needs.
 
     Attributes:
-        images: of a batch.
+        images: of a process.
         peak: bytes of tensors at most, besides the networks.
         fixed: of these, bytes that do not depend on the batch.
         free: bytes that can be had; None where nothing tells.
+        processes: that share the batch, with equally many images each.
+        part: images that a process computes at a time (--batch_gpu); 0: all.
     """
 
     images: int
     peak: int
     fixed: int
     free: int | None
+    processes: int = 1
+    part: int = 0
+
+    @property
+    def together(self) -> int:
+        """Images that a process computes at a time."""
+        return min(self.part or self.images, self.images)
 
     @property
     def fits(self) -> bool:
@@ -39,31 +48,53 @@ class Need:
 
     @property
     def largest(self) -> int:
-        """Images of the largest batch that fits, of whole groups if any does; 0 if none does.
+        """Images that a process can compute at a time, of whole groups if any fits; 0 if none does.
 
         With other groups than those that were counted, the discriminator would take more.
         """
         if self.free is None:
-            return self.images
-        most = int(max(0, self.free - self.fixed) * self.images // max(1, self.peak - self.fixed))
+            return self.together
+        most = int(max(0, self.free - self.fixed) * self.together // max(1, self.peak - self.fixed))
         return most - most % GROUP if most >= GROUP else most
+
+    @property
+    def remedy(self) -> str:
+        """What to do where it does not fit."""
+        if self.processes == 1 and self.together == self.images:
+            return f"take {self.largest} or less" if self.largest else "even one does not fit"
+        groups = self.largest >= GROUP and self.images % GROUP == 0
+        divided = f"--batch_gpu {self.largest}" if groups else ""
+        whole = self.largest * self.processes if self.together == self.images else 0
+        choices = [divided, f"a batch of {whole} or less" if whole else ""]
+        found = " or ".join(choice for choice in choices if choice)
+        return f"take {found}" if found else "fewer at a time do not fit either"
+
+    def _who(self) -> str:
+        if self.processes == 1 and self.together == self.images:
+            return f"a batch of {self.images} images takes"
+        parts = f", {self.together} at a time," if self.together < self.images else ""
+        return f"each process with {self.images} images{parts} takes"
 
     def __str__(self) -> str:
         free = "" if self.free is None else f" of {self.free / GIB:.3g} GiB that are free"
         return (
-            f"a batch of {self.images} images takes at least {self.peak / GIB:.3g} GiB{free},"
+            f"{self._who()} at least {self.peak / GIB:.3g} GiB{free},"
             f" {self.fixed / GIB:.3g} of them whatever the batch"
         )
 
 
 def need(trainer: Trainer) -> Need:
-    """Count what an iteration with all its phases takes, without computing it.
+    """Count what an iteration with all its phases takes in a process, without computing it.
 
-    In a run of one process; see `Util.memory.imagined`.
+    No other process takes part; see `Util.memory.imagined`. Groups of images that lie in several
+    processes are left out: a few maps of 4 x 4.
     """
-    images, size = trainer.settings.batch_size, trainer.generator.size
-    with imagined(trainer) as (copied, meter):
+    processes, size = distributed.world_size(), trainer.generator.size
+    images = trainer.settings.batch_size // processes
+    with imagined(trainer) as (copied, meter), distributed.alone():
         copied.iteration = 0  # where all regularisers are due
+        for update in copied.updates:
+            update.keep_to_itself()
         real = torch.empty(images, 3, size, size, device=trainer.device)
         copied.iterate(real)
         peak = meter.peak
@@ -75,7 +106,16 @@ def need(trainer: Trainer) -> Need:
     ):
         held = sum(p.numel() * p.element_size() for p in network.parameters())
         fixed += held * (1 if optimizer.state else 3)
-    return Need(images, peak, min(fixed, peak), free_bytes(trainer.device))
+    free, part = _own_share(trainer.device), trainer.settings.batch_gpu
+    return Need(images, peak, min(fixed, peak), free, processes, part)
+
+
+def _own_share(device: torch.device) -> int | None:
+    """Free bytes for this process; those of a machine's CPUs share its memory."""
+    free = free_bytes(device)
+    if free is None or device.type != "cpu":
+        return free
+    return free // distributed.local_processes()
 
 
 def check_batch(trainer: Trainer, announce: Callable[[str], None], always: bool = False) -> None:
@@ -91,7 +131,7 @@ def check_batch(trainer: Trainer, announce: Callable[[str], None], always: bool 
     Raises:
         SettingError: names batch_size and the largest that fits.
     """
-    if distributed.world_size() > 1 or not (always or _may_not_fit(trainer)):
+    if not (always or _may_not_fit(trainer)):
         return
     try:
         found = need(trainer)
@@ -99,13 +139,15 @@ def check_batch(trainer: Trainer, announce: Callable[[str], None], always: bool 
         announce(f"memory: not counted ({type(error).__name__})")
         return
     if not found.fits:
-        remedy = f"take {found.largest} or less" if found.largest else "even one does not fit"
-        raise SettingError("batch_size", f"{found}; {remedy}")
+        raise SettingError("batch_size", f"{found}; {found.remedy}")
     if always:
         announce(f"memory: {found}")
     if found.free is not None and found.peak * MORE_THAN_COUNTED > found.free:
         safe = int(found.largest / MORE_THAN_COUNTED)
-        announce(f"warning: {found}; convolutions need more, {safe} images are on the safe side")
+        at_once = "" if found.together == found.images else " at a time"
+        announce(
+            f"warning: {found}; convolutions need more, {safe} images{at_once} are on the safe side"
+        )
 
 
 def _may_not_fit(trainer: Trainer) -> bool:
@@ -114,10 +156,11 @@ def _may_not_fit(trainer: Trainer) -> bool:
     An iteration of the full-size networks takes no more than 128 bytes for each pixel and channel
     of the widest layer; perceptual network and parser, less than a GiB.
     """
-    free = free_bytes(trainer.device)
+    free = _own_share(trainer.device)
     if free is None:
         return False
     full = trainer.teacher.generator if trainer.teacher else trainer.generator
     widest = max(*trainer.generator.channels, *full.channels, *trainer.discriminator.channels)
-    pixels = trainer.settings.batch_size * trainer.generator.size**2
+    own = trainer.settings.batch_size // distributed.world_size()
+    pixels = min(own, trainer.settings.batch_gpu or own) * trainer.generator.size**2
     return GIB + 128 * pixels * widest > free

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from Util import distributed
 from Util.gradients import Gradients
 
 
@@ -142,8 +143,12 @@ class Judge:
         known = self._seen.get(phase)
         self._seen[phase] = seen if known is None else torch.where(self.failed, known, seen)
         self._names[phase] = names
-        bad = ~seen.sum().isfinite()
-        self.failed = self.failed | (bad if forgiven is None else bad & ~forgiven)
+        total = seen.sum()
+        bad = (total - total).ne(0)  # of what is not finite, not a number
+        if forgiven is None:
+            self.failed = self.failed | bad
+            return self.failed.float()
+        self.failed = self.failed | (bad & ~forgiven)
         return (self.failed | bad).float()
 
     def post(self) -> None:
@@ -248,6 +253,11 @@ class Update:
         own = list(network.parameters())
         self.gradients = Gradients(own, reversed(own) if order is None else order)
 
+    def keep_to_itself(self) -> None:
+        """Exchange no gradients with other processes from now on."""
+        with distributed.alone():
+            self.gradients = Gradients(self.gradients.parameters)
+
     def step(
         self, phase: str, parts: Sequence[Part], loss_of: Callable[[Part], Tensor]
     ) -> dict[str, Tensor]:
@@ -266,9 +276,8 @@ class Update:
         for part in parts:
             loss = loss_of(part)
             total = loss.detach() if total is None else total + loss.detach()
-            if part is parts[-1]:
-                self.gradients.arm(total)
-            (loss * self.scale.value if self.scale.enabled else loss).backward()
+            scaled = loss * self.scale.value if self.scale.enabled else loss
+            self.gradients.backward(scaled, total if part is parts[-1] else None)
         gradients, mean_loss = self.gradients.finish()
         norms = torch.stack(torch._foreach_norm(gradients))
         forgiven = None

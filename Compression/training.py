@@ -53,6 +53,10 @@ class Teacher:
     content_mask: Callable[[Tensor], Tensor] | None = None
     terms: Sequence[Term] = ()
 
+    def __post_init__(self) -> None:
+        """Keep what the generator need not compute in every iteration."""
+        self.generator.freeze()
+
 
 PartNoise = Mapping[Part, list[Tensor] | None]
 """Layer noise of a batch's parts; None is drawn layer by layer."""
@@ -162,6 +166,11 @@ class Trainer:
         s = self.settings
         adam = lazy_adam(network.parameters(), s.lr, every)
         return Update(network, adam, self.judge, self.scaler, s.grad_clip, order)
+
+    @property
+    def updates(self) -> list[Update]:
+        """Those of all trained networks."""
+        return [self._g, *self._discriminators.values()]
 
     @property
     def g_optim(self) -> Adam:
@@ -323,8 +332,8 @@ class Trainer:
                 fake_logits, real_logits = update.network(both, batches=2).chunk(2)
             loss = losses.d_logistic_loss(real_logits, fake_logits)
             sums.add(part, f"d_loss{suffix}", loss)
-            sums.add(part, f"real_score{suffix}", real_logits.detach().mean())
-            sums.add(part, f"fake_score{suffix}", fake_logits.detach().mean())
+            sums.add(part, f"real_score{suffix}", real_logits.mean())
+            sums.add(part, f"fake_score{suffix}", fake_logits.mean())
             for name, weight, distance in critics(part) if critics else ():
                 sums.add(part, f"kd_{name}", distance)
                 loss = loss + weight * distance
@@ -399,7 +408,7 @@ class Trainer:
                 logits = self.discriminator(student.made.image)
             loss = losses.g_nonsaturating_loss(logits)
             sums.add(part, "g_loss", loss)
-            loss = self._gan_weight * loss
+            loss = loss if self._gan_weight == 1 else self._gan_weight * loss
             if teacher is not None:
                 target = self._pass(
                     teacher.generator, rows, layer, other[part], self._without_gradients, features

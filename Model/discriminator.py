@@ -1,20 +1,40 @@
 """The StyleGAN2 discriminator (residual: Karras et al., CVPR 2020, figure 7c)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from Model.generator import pyramid_width, resolution_log2
-from Model.layers import Blur, EqualConv2d, EqualLinear, FusedLeakyReLU, fast_layout
+from Model.layers import (
+    Blur,
+    EqualConv2d,
+    EqualLinear,
+    FusedLeakyReLU,
+    fast_layout,
+    scaled_weights,
+)
 from Model.precision import bounded, in_float32
 from Util import distributed
 
+Weights = Mapping[nn.Module, Tensor]
+"""Convolution -> its scaled weight, see `Model.layers.scaled_weights`; one that is missing scales
+its weight itself."""
+
 
 class ConvLayer(nn.Sequential):
-    """Convolution; optionally a blur before and stride 2, optionally bias and leaky ReLU after."""
+    """Convolution; optionally a blur before and stride 2, optionally bias and leaky ReLU after.
+
+    Args:
+        in_channels: I.
+        out_channels: O.
+        kernel_size: k, odd.
+        downsample: halve the resolution.
+        activate: add a bias and activate.
+        gain: further factor of the result.
+    """
 
     def __init__(
         self,
@@ -23,6 +43,7 @@ class ConvLayer(nn.Sequential):
         kernel_size: int,
         downsample: bool = False,
         activate: bool = True,
+        gain: float = 1.0,
     ) -> None:
         layers: list[nn.Module] = []
         stride, padding = 1, kernel_size // 2
@@ -33,10 +54,18 @@ class ConvLayer(nn.Sequential):
             pad = (kernel_size + 1) // 2
             layers.append(Blur(pad=(pad, pad)))
             stride, padding = 2, 0
-        layers.append(EqualConv2d(in_channels, out_channels, kernel_size, stride, padding))
+        own = 1.0 if activate else gain
+        layers.append(EqualConv2d(in_channels, out_channels, kernel_size, stride, padding, own))
         if activate:
-            layers.append(FusedLeakyReLU(out_channels))
+            layers.append(FusedLeakyReLU(out_channels, gain * math.sqrt(2)))
         super().__init__(*layers)
+
+    def forward(self, x: Tensor, weights: Weights | None = None) -> Tensor:
+        """Map (N, I, H, W) to (N, O, H', W')."""
+        for layer in self:
+            known = weights and weights.get(layer)
+            x = layer(x) if known is None else layer(x, known)
+        return x
 
 
 class ResBlock(nn.Module):
@@ -44,52 +73,67 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv1 = ConvLayer(in_channels, in_channels, 3)
-        self.conv2 = ConvLayer(in_channels, out_channels, 3, downsample=True)
-        self.skip = ConvLayer(in_channels, out_channels, 1, downsample=True, activate=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, I, H, W) to (N, O, H/2, W/2) at unchanged variance."""
         # The sum of two paths has twice the variance of each.
-        return bounded(self.conv2(self.conv1(x)) + self.skip(x)) * math.sqrt(0.5)
+        half = math.sqrt(0.5)
+        self.conv1 = ConvLayer(in_channels, in_channels, 3)
+        self.conv2 = ConvLayer(in_channels, out_channels, 3, downsample=True, gain=half)
+        self.skip = ConvLayer(
+            in_channels, out_channels, 1, downsample=True, activate=False, gain=half
+        )
+
+    def forward(self, x: Tensor, weights: Weights | None = None) -> Tensor:
+        """Map (N, I, H, W) to (N, O, H/2, W/2) at unchanged variance."""
+        y = self.conv2(self.conv1(x, weights), weights)
+        return bounded(y + self.skip(x, weights))
 
 
 GROUP = 4
 """Images that the minibatch standard deviation compares with each other."""
 
 
-def minibatch_stddev(x: Tensor, group_size: int = GROUP, over_processes: bool = False) -> Tensor:
+def minibatch_stddev(
+    x: Tensor, group_size: int = GROUP, over_processes: bool = False, batches: int = 1
+) -> Tensor:
     """Append the mean standard deviation over groups of images as one more map (ProGAN, section 3).
 
     Images i and j share a group if i = j modulo N / group. Where ``group_size`` does not divide N,
     the next smaller divisor is taken, so any batch works.
 
     Args:
-        x: (N, C, H, W) activations.
+        x: (batches * N, C, H, W) activations.
         group_size: images that are compared with each other.
         over_processes: N is the batch of all processes, of which process r of p has images r,
             r + p, ... A group that does not lie in one process is then compared across them.
+        batches: of equal sizes, one after the other; only images of one are compared.
 
     Returns:
-        (N, C + 1, H, W).
+        (batches * N, C + 1, H, W).
     """
-    own, _, height, width = x.shape
+    own = len(x) // batches
     world = distributed.world_size() if over_processes else 1
     n = own * world
     group = next(g for g in range(min(group_size, n), 0, -1) if n % g == 0)
     if own % group == 0:  # the groups of all processes' batch are those of each one's
-        stddev = _group_stddev(x, group).repeat(group)
+        maps = _stddev_maps(x.unflatten(0, (batches, group, own // group)))
     else:
-        rows = distributed.gather_rows(x).unflatten(0, (world, own))
-        stddev = _group_stddev(rows.transpose(0, 1).flatten(0, 1), group).repeat(group)
-        stddev = stddev.view(own, world)[:, distributed.rank()]
-    return torch.cat([x, stddev.view(own, 1, 1, 1).expand(own, 1, height, width)], dim=1)
+        rows = distributed.gather_rows(x).unflatten(0, (world, batches, own)).movedim(0, 2)
+        maps = _stddev_maps(rows.reshape(batches, group, n // group, *x.shape[1:]))
+        maps = maps.unflatten(0, (-1, world))[:, distributed.rank()]
+    return torch.cat([x, maps], dim=1)
 
 
-def _group_stddev(x: Tensor, group: int) -> Tensor:
-    """Mean standard deviation of every group of images (N, C, H, W): (N / group,)."""
-    grouped = x.unflatten(0, (group, len(x) // group))
-    return torch.sqrt(grouped.var(dim=0, unbiased=False) + 1e-8).mean(dim=(1, 2, 3))
+def _stddev_maps(x: Tensor) -> Tensor:
+    """Mean standard deviation of each image's group, as a map.
+
+    Args:
+        x: (B, group, n, C, H, W); a group's images have the same first and third index.
+
+    Returns:
+        (B * group * n, 1, H, W).
+    """
+    stddev = torch.sqrt(x.var(dim=1, unbiased=False, keepdim=True) + 1e-8)
+    means = stddev.mean(dim=(3, 4, 5), keepdim=True)
+    return means.expand(*x.shape[:3], 1, *x.shape[4:]).flatten(0, 2)
 
 
 class Discriminator(nn.Module):
@@ -135,11 +179,15 @@ class Discriminator(nn.Module):
             images: (N, 3, size, size).
             batches: of equal sizes, one after the other; only images of one are compared.
         """
-        features = self.convs(fast_layout(images)).chunk(batches)
-        logits = [self._head(batch) for batch in features]
-        return logits[0] if batches == 1 else torch.cat(logits)
+        convolutions = [layer for layer in self.modules() if isinstance(layer, EqualConv2d)]
+        weights = scaled_weights(convolutions)
+        x = fast_layout(images)
+        for block in self.convs:
+            x = block(x, weights)
+        return self._head(x, batches, weights)
 
     @in_float32
-    def _head(self, x: Tensor) -> Tensor:
-        x = minibatch_stddev(x, over_processes=self.batch_over_processes)
-        return self.final_linear(self.final_conv(x).flatten(1))
+    def _head(self, x: Tensor, batches: int, weights: Weights) -> Tensor:
+        over_processes = self.batch_over_processes
+        x = minibatch_stddev(x, over_processes=over_processes, batches=batches)
+        return self.final_linear(self.final_conv(x, weights).flatten(1))

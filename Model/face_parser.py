@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 from Model.ops import conv2d, upsampled_argmax
+from Model.ops.dispatch import gradient_wanted
 
 PUBLISHED_WIDTH = 64
 PUBLISHED_STEM_STRIDE = 4
@@ -78,11 +79,19 @@ class BasicBlock(nn.Module):
         residual = self.bn2(self.conv2(residual))
         if self.downsample is None:
             return F.relu(residual.add_(x), inplace=True)
+        return F.relu(residual.add_(self._shortcut(x)), inplace=True)
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        """Map x as the residual's sizes want it."""
+        assert self.downsample is not None
+        first = self.downsample[0]
+        if not gradient_wanted(x, *first.parameters()):
+            y = F.conv2d(x, first.weight, first.bias, self.stride)
+            return self.downsample[1](y)
         # A 1x1 layer with a stride reads every stride-th pixel. They are picked beforehand, because
         # oneDNN's weight gradient of such a layer writes out of bounds for fewer than 16 channels
         # in channels-last order (github.com/uxlfoundation/oneDNN, issue 6035).
-        shortcut = self.downsample(x[:, :, :: self.stride, :: self.stride])
-        return F.relu(residual.add_(shortcut), inplace=True)
+        return self.downsample(x[:, :, :: self.stride, :: self.stride])
 
 
 class ResNet18(nn.Module):

@@ -5,6 +5,8 @@ section 4.1). Parameter names are those of the widely used PyTorch checkpoint fo
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from Model.ops import (
     styled_upsampling_conv3x3,
     upfirdn2d,
 )
+from Model.ops.dispatch import gradient_wanted
 from Model.precision import bounded, half_type, in_float32, preferred_layout
 
 
@@ -63,12 +66,57 @@ class EqualLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_features) to (N, out_features), through leaky ReLU when ``activation``."""
         scale = self.lr_mul / math.sqrt(self.weight.shape[1])
-        y = torch.addmm(self.bias, x, self.weight.T, beta=self.lr_mul, alpha=scale)
+        if gradient_wanted(x, self.weight, self.bias) and not torch.compiler.is_compiling():
+            y = _ScaledLinear.apply(x, self.weight, self.bias, scale, self.lr_mul)
+        else:
+            y = torch.addmm(self.bias, x, self.weight.T, beta=self.lr_mul, alpha=scale)
         return fused_leaky_relu(y) if self.activation else y
 
 
+class _ScaledLinear(torch.autograd.Function):
+    """x (scale W)^T + lr_mul b, with the scales inside the products of its derivative too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: float, lr_mul: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.scale, ctx.lr_mul = scale, lr_mul
+        return torch.addmm(bias, x, weight.T, beta=lr_mul, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        (grad,) = grads
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = _scaled_product(grad, weight, ctx.scale, x)
+        if ctx.needs_input_grad[1]:
+            dweight = _scaled_product(grad.t(), x, ctx.scale, weight)
+        if ctx.needs_input_grad[2]:
+            dbias = grad.sum(0)
+            dbias = dbias if ctx.lr_mul == 1 else dbias * ctx.lr_mul
+        return dx, dweight, dbias, None, None
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float, like: Tensor) -> Tensor:
+    """Scale a product that has the shape of another tensor."""
+    if torch.is_grad_enabled():  # the derivative of what follows would reach `like`
+        return (a @ b) * scale
+    return torch.addmm(like, a, b, beta=0, alpha=scale)
+
+
 class EqualConv2d(nn.Module):
-    """Bias-free convolution with equalised learning rate: weight / sqrt(in_channels * k * k)."""
+    """Bias-free convolution with equalised learning rate: weight / sqrt(in_channels * k * k).
+
+    Args:
+        in_channels: I.
+        out_channels: O.
+        kernel_size: k.
+        stride: of the convolution.
+        padding: zeros on every side.
+        gain: further factor of the weight.
+    """
 
     def __init__(
         self,
@@ -77,27 +125,59 @@ class EqualConv2d(nn.Module):
         kernel_size: int,
         stride: int = 1,
         padding: int = 0,
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
-        self.stride, self.padding = stride, padding
+        self.stride, self.padding, self.gain = stride, padding, gain
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve (N, I, H, W) to (N, O, H', W')."""
-        scale = 1 / math.sqrt(math.prod(self.weight.shape[1:]))
-        return conv2d(x, self.weight * scale, stride=self.stride, padding=self.padding)
+    @property
+    def scale(self) -> float:
+        """Factor of the weight."""
+        return self.gain / math.sqrt(math.prod(self.weight.shape[1:]))
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Convolve (N, I, H, W) to (N, O, H', W').
+
+        Args:
+            x: (N, I, H, W).
+            weight: that of `scaled_weights`; None scales it here.
+        """
+        weight = self.weight * self.scale if weight is None else weight
+        return conv2d(x, weight, stride=self.stride, padding=self.padding)
+
+
+def scaled_weights(layers: Sequence[EqualConv2d]) -> dict[nn.Module, Tensor]:
+    """Scale the weights of all layers at once: layer -> weight (O, I, k, k)."""
+    scales = [layer.scale for layer in layers]
+    weights = _Scaled.apply(scales, *[layer.weight for layer in layers])
+    return dict(zip(layers, weights, strict=True))
+
+
+class _Scaled(torch.autograd.Function):
+    """Tensors times numbers; forward and derivative are one operator each, however many."""
+
+    @staticmethod
+    def forward(ctx: Any, scales: list[float], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.scales = scales
+        return tuple(torch._foreach_mul(tensors, scales))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *torch._foreach_mul(grads, ctx.scales))
 
 
 class FusedLeakyReLU(nn.Module):
-    """`fused_leaky_relu` with a learned bias per channel."""
+    """`fused_leaky_relu` with a learned bias per channel, and a gain after it."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, scale: float = 2**0.5) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(channels))
+        self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Activate (N, C, ...)."""
-        return bounded(fused_leaky_relu(x, self.bias.to(x.dtype)))
+        return bounded(fused_leaky_relu(x, self.bias.to(x.dtype), scale=self.scale))
 
 
 class Blur(nn.Module):

@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -26,8 +27,23 @@ PATIENCE = timedelta(hours=2)
 _PLAIN = torch.contiguous_format
 
 
+_alone = ContextVar("alone", default=False)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """In the block, this process takes itself for the only one, and talks to no other."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 def world_size() -> int:
     """Number of processes of this run."""
+    if _alone.get():
+        return 1
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 

@@ -41,25 +41,43 @@ class Gradients:
         self._armed, self._next = False, 0
         for bucket in self._buckets:
             for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(partial(self._complete, bucket))
+                parameter.register_hook(partial(self._complete, bucket, parameter))
 
     def start(self) -> None:
         """Forget the gradients of the last update."""
         for parameter in self.parameters:
             parameter.grad = None
 
-    def arm(self, extra: Tensor) -> None:
-        """Let the next backward pass, an update's last one, start the transfers.
+    def backward(self, loss: Tensor, extra: Tensor | None = None) -> None:
+        """Add the gradients of a loss; they are not accumulated by PyTorch, tensor by tensor.
 
         Args:
-            extra: scalar that is averaged with the gradients.
+            loss: scalar.
+            extra: in an update's last call, a scalar that is averaged with the gradients. The
+                transfers then start while the gradients are computed.
         """
+        if extra is not None:
+            self._arm(extra)
+        found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        if not (self._armed and self._buckets):  # else `_complete` has taken them one by one
+            self._add(self.parameters, found)
+
+    def _arm(self, extra: Tensor) -> None:
         self._extra = extra
         if self._buckets:
             self._buckets[-1].extra.copy_(extra)
         self._armed, self._next = True, 0
         for bucket in self._buckets:
             bucket.missing = len(bucket.parameters)
+
+    @staticmethod
+    def _add(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> None:
+        pairs = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
+        if known := [(p.grad, g) for p, g in pairs if p.grad is not None]:
+            torch._foreach_add_([grad for grad, _ in known], [g for _, g in known])
+        fresh = [(p, g) for p, g in pairs if p.grad is None]
+        for parameter, grad in zip([p for p, _ in fresh], _laid_out(fresh), strict=True):
+            parameter.grad = grad
 
     def finish(self) -> tuple[list[Tensor], Tensor]:
         """Wait for the transfers.
@@ -79,14 +97,30 @@ class Gradients:
             bucket.receive()
         return [_gradient(p) for p in self.parameters], self._buckets[-1].extra[0]
 
-    def _complete(self, bucket: "_Bucket", _: nn.Parameter) -> None:
-        """Count a complete gradient; called by autograd."""
+    def _complete(self, bucket: "_Bucket", parameter: nn.Parameter, grad: Tensor) -> None:
+        """Take a complete gradient; called by autograd."""
+        if not self._armed:
+            return
+        self._add([parameter], [grad])
         bucket.missing -= 1
-        while self._armed and self._next < len(self._buckets):
-            if self._buckets[self._next].missing:
-                return
+        while self._next < len(self._buckets) and not self._buckets[self._next].missing:
             self._buckets[self._next].send()
             self._next += 1
+
+
+def _laid_out(pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> list[Tensor]:
+    """Gradients in the layout of their parameters, which the fused Adam asks for."""
+    found = {i: g for i, (p, g) in enumerate(pairs) if not _alike(p, g)}
+    copies = [torch.empty_like(pairs[i][0]) for i in found]
+    if copies:
+        torch._foreach_copy_(copies, list(found.values()))
+    replaced = dict(zip(found, copies, strict=True))
+    return [replaced.get(i, grad) for i, (_, grad) in enumerate(pairs)]
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(side == 1 or one == other for side, one, other in strides)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

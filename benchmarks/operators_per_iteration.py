@@ -8,7 +8,7 @@ quarter, as often as they come. Views take no kernel of a GPU, and the host's ti
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
@@ -22,7 +22,7 @@ from Compression.content import ContentParser
 from Compression.distillation import Term, perceptual, pixels
 from Compression.optimisation import accumulate
 from Compression.training import Draws, Teacher, Trainer
-from Evaluation.distances import Trunk
+from Evaluation.distances import Lpips, Trunk
 from Model.discriminator import Discriminator
 from Model.face_parser import BiSeNet, fold_batch_norm
 from Model.generator import Generator, full_size_channels
@@ -60,7 +60,7 @@ def make_trainer(size: int, amp: str) -> Trainer:
     teacher = Generator(size, channels=widths).requires_grad_(False)
     student = Generator(size, channels=[max(1, w - int(0.7 * w)) for w in widths])
     parser = ContentParser(fold_batch_norm(BiSeNet(width=4)).requires_grad_(False))
-    network = narrow(lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False))
+    network = Lpips(narrow(lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)))
     network.net = Trunk(network.get_submodule("net"), None)
     terms = [Term("l1", 3.0, pixels.term()), Term("lpips", 3.0, perceptual.term(network))]
     settings = TrainConfig(batch_size=IMAGES, size=size, amp=amp)
@@ -107,10 +107,23 @@ def count(trainer: Trainer, size: int) -> dict[str, Operators]:
     return found
 
 
+def per_iteration(found: Mapping[str, Operators]) -> dict[str, float]:
+    """Add up the phases, each as often as it comes."""
+    often = {"R1": 1 / 16, "path length": 1 / 4}
+    counts = {
+        "operators": lambda o: o.operators,
+        "without views": lambda o: o.computing,
+        "waits": lambda o: o.waits,
+    }
+    return {
+        kind: sum(often.get(name, 1.0) * number(operators) for name, operators in found.items())
+        for kind, number in counts.items()
+    }
+
+
 def measure(settings: Measurement) -> dict[str, dict[str, float]]:
     """Print a table; return the numbers of an iteration by case."""
     size, results = 256, {}
-    often = {"R1": 1 / 16, "path length": 1 / 4}
     rows: list[list[object]] = []
     for case, native in (("compiled operators", True), ("plain PyTorch", False)):
         with as_on_a_gpu(native):
@@ -118,16 +131,9 @@ def measure(settings: Measurement) -> dict[str, dict[str, float]]:
         for name, operators in found.items():
             row = [case, name, operators.operators, operators.computing, operators.waits]
             rows.append([str(cell) for cell in row])
-        sums = [
-            sum(often.get(name, 1.0) * number(operators) for name, operators in found.items())
-            for number in (
-                lambda o: o.operators,
-                lambda o: o.computing,
-                lambda o: o.waits,
-            )
-        ]
-        rows.append([case, "an iteration", *(f"{value:.0f}" for value in sums)])
-        results[case] = dict(zip(("operators", "without views", "waits"), sums, strict=True))
+        results[case] = per_iteration(found)
+        numbers = (f"{value:.0f}" for value in results[case].values())
+        rows.append([case, "an iteration", *numbers])
     print(table(("", "phase", "operators", "without views", "host waits"), rows))
     return results
 

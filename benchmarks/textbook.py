@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from Compression.content import ContentParser
-from Model.discriminator import ConvLayer, Discriminator, minibatch_stddev
+from Model.discriminator import ConvLayer, Discriminator, ResBlock, minibatch_stddev
 from Model.face_parser import BiSeNet, Conv2d
 from Model.generator import Generator
 from Model.layers import Blur, EqualConv2d, FusedLeakyReLU, ModulatedConv2d, StyledConv, ToRGB
@@ -135,6 +135,17 @@ class _Convolution(nn.Module):
         return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
 
 
+class _ResBlock(nn.Module):
+    """Scales the sum of its paths, where ours scales each path's last layer."""
+
+    def __init__(self, ours: ResBlock) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.skip = ours.conv1, ours.conv2, ours.skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv2(self.conv1(x)) + self.skip(x)) * 0.5**0.5
+
+
 def textbook_parser(network: BiSeNet) -> BiSeNet:
     """A copy whose convolutions are PyTorch's."""
     copied = copy.deepcopy(network)
@@ -152,6 +163,9 @@ class TextbookDiscriminator(nn.Module):
         self.ours = copy.deepcopy(discriminator)
         for layer in [m for m in self.ours.modules() if isinstance(m, ConvLayer)]:
             self._replace(layer)
+        self.ours.convs = nn.Sequential(
+            *(_ResBlock(m) if isinstance(m, ResBlock) else m for m in self.ours.convs)
+        )
 
     @staticmethod
     def _replace(layer: Any) -> None:

@@ -11,7 +11,7 @@ from Compression import batch_memory
 from Compression.batch_memory import Need, check_batch, need
 from tests.test_train_cli import SMALL, run
 from tests.test_training import config, make_trainer
-from Util import memory
+from Util import distributed, memory
 from Util.memory import imagined
 from Util.settings import SettingError
 
@@ -71,6 +71,38 @@ def test_the_largest_batch_that_fits():
     unknown = Need(16, 9 * GIB, GIB, None)
     assert unknown.fits
     assert unknown.largest == 16
+
+
+@pytest.mark.parametrize(
+    ("processes", "part", "remedy"),
+    [
+        (1, 0, "take 8 or less"),
+        (4, 0, "take --batch_gpu 8 or a batch of 32 or less"),
+        (1, 12, "take --batch_gpu 4"),
+        (2, 4, "fewer at a time do not fit either"),
+    ],
+)
+def test_the_advice_is_for_a_process(processes, part, remedy):
+    found = Need(16, 9 * GIB, GIB, 5 * GIB, processes, part)
+    assert found.remedy == remedy
+    who = "a batch of 16 images" if processes == 1 and not part else "each process with 16 images"
+    assert str(found).startswith(who)
+
+
+def test_a_process_counts_its_own_share_and_talks_to_no_other(monkeypatch):
+    alone = need(make_trainer(config()))
+    backend = distributed.distributed
+    monkeypatch.setattr(backend, "is_initialized", lambda: True)
+    monkeypatch.setattr(backend, "get_world_size", lambda: 2)
+    monkeypatch.setattr(backend, "get_rank", lambda: 0)
+    for name in ("all_reduce", "all_gather"):
+        monkeypatch.setattr(backend, name, lambda *args, **kwargs: pytest.fail("it talks"))
+    trainer = make_trainer(replace(config(), batch_size=8))
+    found = need(trainer)
+    assert (found.images, found.processes) == (4, 2)
+    assert found.peak == alone.peak
+    assert trainer.updates[0].gradients._buckets  # of the copy they were left out
+    assert need(make_trainer(replace(config(), batch_size=32, batch_gpu=4))).together == 4
 
 
 @pytest.mark.parametrize(

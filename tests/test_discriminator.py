@@ -3,6 +3,7 @@ import torch
 
 from Compression.losses import d_logistic_loss, g_nonsaturating_loss, r1_penalty
 from Model.discriminator import Discriminator, minibatch_stddev
+from Model.layers import EqualConv2d
 from tests.golden_fill import assert_golden, fill_from_numpy, load_golden
 from Util import distributed
 
@@ -48,3 +49,34 @@ def test_groups_are_those_of_the_batch_of_all_processes(own, world, monkeypatch)
         monkeypatch.setattr(distributed, "gather_rows", lambda x, shares=shares: torch.cat(shares))
         found = minibatch_stddev(shares[rank], over_processes=True)
         torch.testing.assert_close(found, expected[rank::world])
+
+
+@pytest.mark.parametrize(("own", "world"), [(4, 1), (2, 2), (3, 2)])
+def test_only_images_of_one_batch_are_compared(own, world, monkeypatch):
+    torch.manual_seed(0)
+    batches = torch.randn(2, own * world, 3, 4, 4)
+    expected = torch.stack([minibatch_stddev(batch) for batch in batches])
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+    shares = [batches[:, k::world].flatten(0, 1) for k in range(world)]
+    monkeypatch.setattr(distributed, "gather_rows", lambda x: torch.cat(shares))
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found = minibatch_stddev(shares[rank], over_processes=True, batches=2)
+        torch.testing.assert_close(found, expected[:, rank::world].flatten(0, 1))
+
+
+def test_the_weights_of_all_layers_are_scaled_at_once_with_their_derivatives():
+    torch.manual_seed(0)
+    network = Discriminator(8, channels=(4, 3)).double()
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    layers = [layer for layer in network.modules() if isinstance(layer, EqualConv2d)]
+    penalty = r1_penalty(network(images), images)
+    found = torch.autograd.grad(penalty, [layer.weight for layer in layers])
+    x = images
+    for block in network.convs:  # each layer scales its own
+        x = block(x)
+    x = network.final_conv(minibatch_stddev(x)).flatten(1)
+    penalty = r1_penalty(network.final_linear(x), images)
+    expected = torch.autograd.grad(penalty, [layer.weight for layer in layers])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -48,14 +48,13 @@ def test_buckets_leave_while_backward_runs_and_always_in_the_same_order(sent):
     network, x = Network(), torch.randn(3, 4)
     own = list(network.parameters())
     wanted = expected(network, x)
-    one = Gradients(own, own[4:] + own[:2] + own[2:4], bucket_bytes=80)
     network.first.weight.register_hook(lambda grad: sent.append("first layer"))
+    one = Gradients(own, own[4:] + own[:2] + own[2:4], bucket_bytes=80)
     for _ in range(2):
         sent.clear()
         one.start()
         loss = network(x).square().mean()
-        one.arm(loss.detach())
-        loss.backward()
+        one.backward(loss, loss.detach())
         during = list(sent)
         found, extra = one.finish()
         # 4 * 4 + 4 values a layer, and each bucket's scalar.
@@ -74,8 +73,7 @@ def test_a_missing_gradient_holds_up_the_buckets_behind_it_until_the_end(sent):
     one = Gradients(network.parameters(), reversed(list(network.parameters())), bucket_bytes=80)
     one.start()
     loss = network(x).square().mean()
-    one.arm(loss.detach())
-    loss.backward()
+    one.backward(loss, loss.detach())
     assert sent == [21]
     one.finish()
     assert sent == [21, 21, 21, "wait", "wait", "wait"]
@@ -88,9 +86,7 @@ def test_gradients_of_parts_add_up_before_they_leave(sent):
     one.start()
     for i, part in enumerate(x):
         loss = network(part).square().mean()
-        if i == 1:
-            one.arm(loss.detach())
-        loss.backward()
+        one.backward(loss, loss.detach() if i == 1 else None)
         assert sent == []
     found, _ = one.finish()
     for grad, own_grad in zip(found, wanted, strict=True):
@@ -103,10 +99,20 @@ def test_one_process_sends_nothing_and_fills_what_is_missing():
     one = Gradients(network.parameters())
     one.start()
     loss = network(x).square().mean()
-    one.arm(loss.detach())
-    loss.backward()
+    one.backward(loss, loss.detach())
     found, extra = one.finish()
     assert len(found) == 5
     assert not network.unused.weight.grad.any()
     assert network.first.bias.grad is None
     assert extra == loss
+
+
+def test_gradients_lie_as_their_parameters_do():
+    weight, factors = nn.Parameter(torch.randn(3, 2)), torch.randn(2, 3)
+    one = Gradients([weight])
+    one.start()
+    loss = (weight.t() * factors).sum()  # whose gradient is a transposed tensor
+    one.backward(loss, loss.detach())
+    (found,), _ = one.finish()
+    assert found.stride() == weight.stride()
+    torch.testing.assert_close(found, factors.t(), rtol=0, atol=0)

@@ -1,5 +1,7 @@
 """All layers' styles, demodulations and RGB weights at once equal those of each layer."""
 
+import copy
+
 import pytest
 import torch
 
@@ -60,3 +62,20 @@ def test_bfloat16_leaves_them_in_float32(generator):
         found = at_once(generator, w_plus)
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(other, one, rtol=0, atol=0)
+
+
+def test_a_frozen_network_computes_the_same_and_sees_changes(generator):
+    w_plus = torch.randn(2, generator.n_latent, 8, dtype=torch.float64)
+    frozen = copy.deepcopy(generator).freeze()
+    assert copy.deepcopy(frozen)._frozen is None
+    for _ in range(2):
+        with torch.no_grad():
+            factors, rows = frozen._modulation(w_plus)
+            expected = at_once(generator, w_plus)
+        found = [*(t for three in factors for t in three), *rows]
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(other, one)
+        for network in (generator, frozen):
+            network.convs[0].conv.weight.data = network.convs[0].conv.weight.detach() * 2
+            with torch.no_grad():
+                network.to_rgb1.conv.modulation.bias.add_(1)

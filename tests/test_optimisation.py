@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from benchmarks import operators_per_iteration
 from benchmarks.counting import Operators
 from Compression.distillation import Term, pixels
 from Compression.optimisation import Judge, LossScale, NonFiniteError, Update, divide, lazy_adam
@@ -12,6 +13,7 @@ from Compression.training import Teacher, Trainer
 from Model import checkpoint
 from Model.discriminator import Discriminator
 from Model.generator import Generator
+from Model.ops import dispatch
 from tests.test_training import CPU, changed, config, images, make_trainer, snapshot
 
 
@@ -195,6 +197,17 @@ def test_no_iteration_waits_for_the_device():
             trainer.iterate(data)
         seen[i] = operators.waits
     assert seen == dict.fromkeys(range(1, 6), 0)
+
+
+def test_an_iteration_of_two_images_asks_for_fewer_than_2000_operators():
+    if reason := dispatch.why_not("cpu"):
+        pytest.skip(reason)
+    with operators_per_iteration.as_on_a_gpu(native=True):
+        trainer = operators_per_iteration.make_trainer(256, "none")
+        found = operators_per_iteration.per_iteration(operators_per_iteration.count(trainer, 256))
+    assert found["operators"] <= 1966
+    assert found["without views"] <= 1400
+    assert found["waits"] == 0
 
 
 def test_the_counter_sees_what_waits():

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torchvision
 
-from Evaluation.distances import LPIPS_TRUNKS, ParserDistance, load_distance, load_lpips
+from Evaluation.distances import LPIPS_TRUNKS, Lpips, ParserDistance, load_distance, load_lpips
 from Model.checkpoint import CheckpointError
 from Model.face_parser import BiSeNet
 from Util.settings import SettingError
@@ -82,3 +82,20 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
         "name torchvision's vgg16 file by the setting perceptual_ckpt, or take perceptual parser",
     ):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", list(LPIPS_TRUNKS))
+def test_lpips_equals_that_of_the_package(name):
+    lpips = pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    package = lpips.LPIPS(net=name, pnet_rand=True, verbose=False).double()
+    package.eval().requires_grad_(False)
+    a, b = torch.rand(2, 2, 3, 64, 64, dtype=torch.float64).mul(2).sub(1).unbind()
+    results = []
+    for network in (package, Lpips(package)):
+        pair = [image.clone().requires_grad_() for image in (a, b)]
+        found = network(*pair)
+        weights = torch.tensor([1.0, 3.0], dtype=torch.float64)
+        results.append([found, *torch.autograd.grad((found.flatten() * weights).sum(), pair)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=0.0)

@@ -25,7 +25,7 @@ def masked_distance(
         mask: (N, 1, H, W) in [0, 1]; None keeps all.
         distance: of image pairs.
     """
-    pair = [student, teacher.detach()]
+    pair = [student, teacher.detach() if teacher.requires_grad else teacher]
     if mask is not None:
         pair = [image * mask for image in pair]
     return distance(*(at_most(image, 256) for image in pair)).mean()

@@ -22,11 +22,11 @@ def masked_l1(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor
         teacher: the same of the teacher; no gradient flows into it.
         mask: (N, 1, H, W) in [0, 1], applied to both sides; None keeps all.
     """
-    total = student[-1].new_zeros(())
+    means = []
     for s, t in zip(student, teacher, strict=True):
-        difference = (s - t.detach()).abs()
-        total = total + (difference if mask is None else difference * _at_size(mask, s)).mean()
-    return total
+        difference = (s - (t.detach() if t.requires_grad else t)).abs()
+        means.append((difference if mask is None else difference * _at_size(mask, s)).mean())
+    return sum(means[1:], means[0])
 
 
 def _at_size(mask: Tensor, images: Tensor) -> Tensor:

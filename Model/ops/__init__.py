@@ -18,6 +18,7 @@ from Model.ops.epilogue import (
     apply_epilogue,
     filtered_leaky_relu,
     fused_leaky_relu,
+    scaled_maps,
 )
 from Model.ops.upfirdn2d import make_kernel, upfirdn2d
 from Model.ops.upsampled_argmax import argmax_of_maps, upsampled_argmax
@@ -31,6 +32,7 @@ __all__ = [
     "filtered_leaky_relu",
     "fused_leaky_relu",
     "make_kernel",
+    "scaled_maps",
     "styled_conv",
     "styled_conv3x3",
     "styled_upsampling_conv3x3",

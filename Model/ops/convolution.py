@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from Model.ops.dispatch import Impl, gradient_wanted, use_native
-from Model.ops.epilogue import Epilogue, apply_epilogue, filtered_leaky_relu
+from Model.ops.epilogue import Epilogue, apply_epilogue, filtered_leaky_relu, scaled_maps
 from Model.precision import half_type
 
 
@@ -66,7 +66,7 @@ def styled_conv3x3(
     others = (style, *epilogue.tensors)
     if not gradient_wanted(x, weight, *others) and _native(impl, x, weight, *others):
         return torch.ops.stylegan.styled_conv3x3(x, weight, style, *epilogue)
-    y = conv3x3(*_modulated(x, weight, style), impl=impl)
+    y = conv3x3(*_modulated(x, weight, style, impl), impl=impl)
     # Under autocast the convolution has chosen the type.
     return apply_epilogue(y, epilogue.to(y.dtype), impl)
 
@@ -106,12 +106,12 @@ def styled_upsampling_conv3x3(
     others = (style, *epilogue.tensors)
     if not gradient_wanted(x, weight, kernel, *others) and _native_up(impl, x, weight, *others):
         return torch.ops.stylegan.styled_up_conv3x3(x, weight, style, kernel, *epilogue)
-    x, weight = _modulated(x, weight, style)
+    x, weight = _modulated(x, weight, style, impl)
     y = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
     return filtered_leaky_relu(y, kernel, (1, 1), epilogue.to(y.dtype), impl)
 
 
-def _modulated(x: Tensor, weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
+def _modulated(x: Tensor, weight: Tensor, style: Tensor, impl: Impl) -> tuple[Tensor, Tensor]:
     """Scale what a convolution reads: x, or the weights of a single image where they are fewer.
 
     Only autocast, which converts the weights in every call anyway, gains by the latter.
@@ -125,7 +125,7 @@ def _modulated(x: Tensor, weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor
     )
     if fewer:
         return x, weight * style.view(*style.shape, 1, 1)
-    return x * style.view(*style.shape, 1, 1).to(x.dtype), weight
+    return scaled_maps(x, style.to(x.dtype), impl), weight
 
 
 def _native_up(impl: Impl, x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:

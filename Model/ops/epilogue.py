@@ -1,12 +1,12 @@
 """Gain, noise, bias, leaky ReLU and scale in one operator, after a filter if there is one."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from Model.ops.dispatch import Impl, use_native
+from Model.ops.dispatch import Impl, gradient_wanted, use_native
 from Model.ops.upfirdn2d import filtered_size, upfirdn2d
 
 
@@ -56,7 +56,7 @@ def apply_epilogue(x: Tensor, epilogue: Epilogue, impl: Impl = "auto") -> Tensor
     if noise is not None and strength is not None:
         noise = strength * noise
     if gain is not None:
-        gain = gain.view(*gain.shape, *ones)
+        gain = _of_maps(gain, x)
         x = x * gain if noise is None else torch.addcmul(noise, gain, x)
     elif noise is not None:
         x = x + noise
@@ -67,6 +67,42 @@ def apply_epilogue(x: Tensor, epilogue: Epilogue, impl: Impl = "auto") -> Tensor
     else:
         scaled = torch.add((bias * scale).view(1, -1, *ones), x, alpha=scale)
     return F.leaky_relu(scaled, negative_slope, inplace=True)
+
+
+def scaled_maps(x: Tensor, factors: Tensor, impl: Impl = "auto") -> Tensor:
+    """Multiply every map of x (N, C, ...) by its factor (N, C).
+
+    The compiled operator computes the gradients by both in one pass. Differentiable twice.
+    """
+    # A compiler fuses the product with what is around it.
+    if torch.compiler.is_compiling() or not use_native("fused_leaky_relu", impl, x, factors):
+        return x * _of_maps(factors, x)
+    if gradient_wanted(x, factors):
+        return _ScaledMaps.apply(x, factors)
+    return torch.ops.stylegan.fused_leaky_relu(x, None, None, None, factors, 1.0, 1.0)
+
+
+class _ScaledMaps(torch.autograd.Function):
+    """Its derivative is that of an epilogue that neither adds nor bends anything."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, factors)
+        return torch.ops.stylegan.fused_leaky_relu(x, None, None, None, factors, 1.0, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, factors = ctx.saved_tensors
+        # With a slope of 1, whose sign is looked at does not matter.
+        dx, _, products, _ = torch.ops.stylegan.fused_leaky_relu_backward(
+            grads[0], x, x, factors, 1.0, 1.0
+        )
+        return dx, products.to(factors.dtype)
+
+
+def _of_maps(factors: Tensor, x: Tensor) -> Tensor:
+    """View (N, C) so that it multiplies x (N, C, ...)."""
+    return factors.view(*factors.shape, *[1] * (x.ndim - 2))
 
 
 def fused_leaky_relu(

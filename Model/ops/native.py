@@ -4,9 +4,9 @@ The operators (schemas in ``csrc/cpu.cpp``), with d = grad * f'(sum), f = scale 
 
 - ``upfirdn2d``: its gradient is itself, with the filter turned and up and down swapped.
 - ``fused_leaky_relu``: y = f(x * gain + strength * noise + bias).
-- ``fused_leaky_relu_backward``: (d * gain, d summed by channel, d * x summed by channel, d summed
-  by pixel). It is linear in grad, x and gain, and f' depends only on the sign of y, so its own
-  gradient is the operator again.
+- ``fused_leaky_relu_backward``: (d * gain, d summed by channel over the batch, d * x summed by
+  channel, d summed by pixel). It is linear in grad, x and gain, and f' depends only on the sign of
+  y, so its own gradient is the operator again.
 - ``filtered_leaky_relu``: a blur and ``fused_leaky_relu`` in one pass; its gradient is theirs.
 - ``conv3x3``: its gradient by the input is itself with the filters turned and transposed, that by
   the weights is PyTorch's.
@@ -88,7 +88,7 @@ def _fake_activation_backward(
     options = {"dtype": _sum_type(y), "device": y.device}
     return (
         _empty_like(y),
-        torch.empty(n, c, **options),  # type: ignore[call-overload]
+        torch.empty(c, **options),  # type: ignore[call-overload]
         torch.empty(0 if x is None else n, c, **options),  # type: ignore[call-overload]
         torch.empty(n, 1, *y.shape[2:], **options),  # type: ignore[call-overload]
     )
@@ -156,12 +156,13 @@ def _parameter_gradients(
     by_channel, products, by_pixel = sums
     dbias = dnoise = dstrength = None
     if needed[0]:
-        dbias = by_channel.sum(0).to(dtype)
+        dbias = by_channel.to(dtype)
     if noise is not None and needed[1]:
         dnoise = by_pixel if strength is None else by_pixel * strength
         dnoise = dnoise.sum_to_size(noise.shape).to(dtype)
     if noise is not None and strength is not None and needed[2]:
-        dstrength = (by_pixel * noise).sum().view(strength.shape).to(dtype)
+        # The sums have one channel, which makes the shape that of the strength.
+        dstrength = (by_pixel * noise).sum([0, *range(2, noise.ndim)]).to(dtype)
     dgain = products.to(dtype) if needed[3] else None
     return dbias, dnoise, dstrength, dgain
 
@@ -195,7 +196,7 @@ def _activation_double_backward(
     if of_dx is not None:
         parts.append(of_dx if gain is None else of_dx * _by_channel(gain, y))
     if of_sums is not None:
-        parts.append(_by_channel(of_sums, y).expand_as(y))
+        parts.append(_by_channel(of_sums.unsqueeze(0), y).expand_as(y))
     if of_products is not None and x is not None:
         parts.append(_by_channel(of_products, y) * x)
     if of_rows is not None:

@@ -286,17 +286,18 @@ void fill_gradient(
       }
     }
   });
-  auto add_up = [&](const std::vector<A>& parts, Tensor& whole) {
+  // `step`: from an image's sums to the next one's, 0 where those of all images add up.
+  auto add_up = [&](const std::vector<A>& parts, Tensor& whole, Index step) {
     A* to = whole.mutable_data_ptr<A>();
-    for (Index n = 0; n < layout.batch; ++n, to += channels) {
+    for (Index n = 0; n < layout.batch; ++n, to += step) {
       const A* part = parts.data() + n * pieces * channels;
       for (Index k = 0; k < pieces; ++k, part += channels) {
         for (Index c = 0; c < channels; ++c) to[c] += part[c];
       }
     }
   };
-  add_up(sums, out.by_channel);
-  if (x) add_up(products, out.products);
+  add_up(sums, out.by_channel, 0);
+  if (x) add_up(products, out.products, channels);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fused_leaky_relu_backward(
@@ -309,7 +310,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_leaky_relu_backward(
   auto map = y.sizes().vec();
   map[1] = 1;
   Gradient out{
-      empty_like(y, layout.format), at::zeros({n, c}, sums), at::zeros({x ? n : 0, c}, sums),
+      empty_like(y, layout.format), at::zeros({c}, sums), at::zeros({x ? n : 0, c}, sums),
       at::zeros(map, sums)};
   if (y.numel() > 0) {
     const Tensor g = grad.contiguous(layout.format), values = y.contiguous(layout.format);

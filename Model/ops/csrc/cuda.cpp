@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_leaky_relu_backward(
     });
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  return {result, parts.sum(1), products.sum(1), by_pixel};
+  return {result, parts.sum({0, 1}), products.sum(1), by_pixel};
 }
 
 Tensor filter(
