@@ -75,7 +75,7 @@ def styled_conv(x: Tensor, weight: Tensor, style: Tensor, epilogue: Epilogue) ->
     """Compute `styled_conv3x3`, or the same of 1x1 weights, where PyTorch multiplies matrices."""
     if weight.shape[2:] == (3, 3):
         return styled_conv3x3(x, weight, style, epilogue)
-    y = F.conv2d(*_modulated(x, weight, style))
+    y = F.conv2d(*_modulated(x, weight, style, "auto"))
     return apply_epilogue(y, epilogue.to(y.dtype))
 
 
