@@ -3,7 +3,7 @@
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,7 @@ class _WeightedDistance(torch.autograd.Function):
 
 
 def _through_norm(
-    grads: Sequence[Tensor], maps: Sequence[Tensor], norms: Sequence[Tensor]
+    grads: tuple[Tensor, ...], maps: tuple[Tensor, ...], norms: list[Tensor]
 ) -> list[Tensor]:
     """Follow gradients by u = x / |x| back to x: (g - u (u g)) / |x|."""
     units = torch._foreach_div(maps, norms)

@@ -84,7 +84,7 @@ class BasicBlock(nn.Module):
     def _shortcut(self, x: Tensor) -> Tensor:
         """Map x as the residual's sizes want it."""
         assert self.downsample is not None
-        first = self.downsample[0]
+        first: Any = self.downsample[0]
         if not gradient_wanted(x, *first.parameters()):
             y = F.conv2d(x, first.weight, first.bias, self.stride)
             return self.downsample[1](y)

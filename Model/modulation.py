@@ -241,7 +241,7 @@ class _DemodulationBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kept: _Kept, needed: bool, styles: Tensor, *others: Tensor | None
+        ctx: Any, kept: _Kept, needed: bool, styles: Tensor, *others: Any
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.kept = kept
@@ -296,12 +296,13 @@ def _derived_again(
     Slow, for derivatives that no training asks for.
     """
     with torch.enable_grad():
-        styles, *others = [None if t is None else t.detach().requires_grad_() for t in saved]
+        parts: list[Any] = [None if t is None else t.detach().requires_grad_() for t in saved]
+        styles, *others = parts
         count = len(others) // 3
         weights, of_gains, of_weights = (others[i * count : (i + 1) * count] for i in range(3))
         powers = [w.square().sum((0, 3, 4)) for w in weights]
-        parts = styles.square().split([power.shape[1] for power in powers], 1)
-        sums = [part @ power.t() for part, power in zip(parts, powers, strict=True)]
+        rows = styles.square().split([power.shape[1] for power in powers], 1)
+        sums = [row @ power.t() for row, power in zip(rows, powers, strict=True)]
         gains = [torch.rsqrt(q + EPSILON) for q in sums]
         found = torch.autograd.grad(gains, [styles, *weights], of_gains, create_graph=True)
         own = [w if w is None else w.unsqueeze(0) for w in of_weights]
@@ -321,7 +322,7 @@ def _slopes(sums: Tensor, of_gains: Tensor) -> Tensor:
     return sums.pow(-1.5).mul_(of_gains).neg_()
 
 
-def _times_powers(turned: Sequence[Tensor], columns: Sequence[Tensor], taps: int) -> Tensor:
+def _times_powers(turned: Sequence[Tensor], columns: list[Tensor], taps: int) -> Tensor:
     """Products h P summed over the taps, of each h^T (O, N): (N, inputs of all layers)."""
     powers = torch._foreach_mul(columns, columns)
     sums = torch.cat([power @ h for h, power in zip(turned, powers, strict=True)])

@@ -20,6 +20,7 @@ from Compression.distillation import Term, perceptual, pixels
 from Compression.scores import channel_scores
 from Compression.training import Teacher, Trainer
 from Evaluation import sampling
+from Evaluation.distances import Lpips
 from Evaluation.features import Extractor
 from Evaluation.inception import FIDInception
 from Evaluation.ppl import PathPairs, pair_distances
@@ -36,7 +37,7 @@ BATCHES = {256: (2, 8, 16), 1024: (1, 2, 4)}
 
 def lpips() -> Any:
     """LPIPS with random weights."""
-    return frozen(LPIPS(net="vgg", pnet_rand=True, verbose=False))
+    return Lpips(LPIPS(net="vgg", pnet_rand=True, verbose=False))
 
 
 def trainer(size: int) -> Trainer:

@@ -15,6 +15,7 @@ from Model.ops import (
     dispatch,
     filtered_leaky_relu,
     make_kernel,
+    scaled_maps,
     styled_conv3x3,
     styled_upsampling_conv3x3,
 )
@@ -292,3 +293,16 @@ def test_wrong_arguments_are_named():
         styled_conv3x3(x, weight, torch.ones(2, 3), Epilogue(), "native")
     with pytest.raises(RuntimeError, match="bias must have 1 \\* 4 elements"):
         conv3x3(x, weight, torch.ones(3), impl="native")
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_scaled_maps_is_a_product_with_its_derivatives(impl):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    factors = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(scaled_maps(x, factors, impl), x * factors[:, :, None, None])
+    assert torch.autograd.gradcheck(lambda *args: scaled_maps(*args, impl), (x, factors))
+    assert torch.autograd.gradgradcheck(lambda *args: scaled_maps(*args, impl), (x, factors))
+    with torch.no_grad():
+        expected = x * factors[:, :, None, None]
+        torch.testing.assert_close(scaled_maps(x, factors, impl), expected)
