@@ -107,7 +107,8 @@ def test_signals_and_another_number_of_processes(folder):
     assert job.end() != 0
     kept, last = (int(file.stem) for file in checkpoints(run))
     assert 1 <= kept < last < 99999
-    assert "Traceback" not in job.output.split("death signal")[0]
+    # The launcher may show how a second signal interrupted its own code; a process of ours may not.
+    assert 'train.py", line' not in job.output
     assert train.main(f"{same} --iter {last + 2}".split()) == 0
     job = start(folder / "job", f"{same} --iter {last + 4}")
     assert job.end() == 0, job.output
