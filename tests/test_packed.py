@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from Model import bundled, prepared
 from Model.checkpoint import load_generator
 from Model.ops import Epilogue, dispatch, styled_conv3x3, styled_upsampling_conv3x3
 from tests.test_convolution import CHANNELS, assert_rounding, layer, tensors, upsampled
-from tests.test_tiles import change_in_place, change_storage, load, replace, small
+from tests.test_tiles import TILES, small
 
 if (reason := dispatch.why_not("cpu")) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -131,26 +132,48 @@ def test_the_bundled_models_make_the_same_images(file):
     compare(network, w_plus, "fixed", 1e-4)  # largest of 24576 values
 
 
+PRECISIONS = ["fp32", pytest.param("bf16", marks=TILES)]
+
+
+def change_in_place(network):
+    network.convs[0].conv.weight.mul_(2)
+
+
+def change_storage(network):
+    network.to_rgbs[0].bias.data = torch.ones(1, 3, 1, 1)
+
+
+def replace(network):
+    network.conv1.activate.bias = nn.Parameter(torch.ones(20))
+
+
+def load(network):
+    network.load_state_dict(small().state_dict())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("change", [change_in_place, change_storage, replace, load])
-def test_changed_parameters_are_refused_until_prepared_again(change):
-    network = small().prepare("fp32")
+def test_changed_parameters_are_refused_until_prepared_again(change, precision):
+    network = small().prepare(precision)
     w_plus = torch.randn(1, network.n_latent, 16)
     network.synthesis(w_plus)
     change(network)
     with pytest.raises(prepared.StaleError, match="prepare"):
         network.synthesis(w_plus)
+    network.prepare(precision).synthesis(w_plus)
     compare(network.prepare(None), w_plus, "fixed", 1e-5)
 
 
-def test_gradients_features_and_copies_take_the_way_without_packed_weights(monkeypatch):
-    network = small().prepare(torch.float32)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gradients_features_and_copies_take_the_way_without_packed_weights(monkeypatch, precision):
+    network = small().prepare(precision)
     w_plus = torch.randn(1, network.n_latent, 16)
     assert copy.deepcopy(network)._prepared is None
 
     def fail(*args):
         raise AssertionError("packed weights are used")
 
-    monkeypatch.setattr(prepared.FloatSynthesis, "__call__", fail)
+    monkeypatch.setattr(type(network._prepared), "__call__", fail)
     with pytest.raises(AssertionError, match="packed weights are used"):
         network.synthesis(w_plus)
     assert len(network.synthesis(w_plus, features=True).features) == 7
@@ -160,7 +183,7 @@ def test_gradients_features_and_copies_take_the_way_without_packed_weights(monke
     network.synthesis(w_plus[:0].detach())
     monkeypatch.setenv("STYLEGAN_OPS", "reference")
     network.synthesis(w_plus.detach())
-    assert small().prepare("fp32")._prepared is None
+    assert small().prepare(precision)._prepared is None
 
 
 def test_other_types_and_filters_are_not_prepared():

@@ -1,11 +1,8 @@
 """Prepared synthesis in bfloat16 on AMX tiles, and what runs where it can not."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from Evaluation.generated import grey_levels_off
 from Evaluation.sampling import draw_z, from_z
@@ -173,56 +170,6 @@ def test_grey_levels_off_on_the_bundled_models(file):
     mean, most = grey_levels_off(network.prepare(), latents)
     assert mean < min(0.6, by_autocast)
     assert most < 32
-
-
-def change_in_place(network):
-    network.convs[0].conv.weight.mul_(2)
-
-
-def change_storage(network):
-    network.to_rgbs[0].bias.data = torch.ones(1, 3, 1, 1)
-
-
-def replace(network):
-    network.conv1.activate.bias = nn.Parameter(torch.ones(20))
-
-
-def load(network):
-    network.load_state_dict(small().state_dict())
-
-
-@TILES
-@pytest.mark.parametrize("change", [change_in_place, change_storage, replace, load])
-def test_changed_parameters_are_refused_until_prepared_again(change):
-    network = small().prepare()
-    w_plus = torch.randn(1, network.n_latent, 16)
-    network.synthesis(w_plus)
-    change(network)
-    with pytest.raises(prepared.StaleError, match="prepare"):
-        network.synthesis(w_plus)
-    network.prepare().synthesis(w_plus)
-    network.prepare(None).synthesis(w_plus)
-
-
-@TILES
-def test_gradients_features_and_copies_take_the_way_without_tiles(monkeypatch):
-    network = small().prepare()
-    w_plus = torch.randn(1, network.n_latent, 16)
-    assert copy.deepcopy(network)._prepared is None
-
-    def fail(*args):
-        raise AssertionError("tiles are used")
-
-    monkeypatch.setattr(prepared.TileSynthesis, "__call__", fail)
-    with pytest.raises(AssertionError, match="tiles are used"):
-        network.synthesis(w_plus)
-    assert len(network.synthesis(w_plus, features=True).features) == 7
-    with torch.enable_grad():
-        network.synthesis(w_plus.requires_grad_()).image.sum().backward()
-    assert w_plus.grad is not None
-    network.synthesis(w_plus[:0].detach())
-    monkeypatch.setenv("STYLEGAN_OPS", "reference")
-    network.synthesis(w_plus.detach())
 
 
 def test_without_tiles_a_prepared_generator_is_one_in_bfloat16(monkeypatch):
