@@ -77,7 +77,7 @@ class _Chunk:
         targets: the full generator's pre-activations (n, P, O) of every styled convolution.
         target_rgbs: its RGB sum (n, P, 3) of every resolution.
         x: the pruned generator's activations (n, C, h, w) after ``done`` convolutions.
-        rgb: its RGB sum there.
+        rgb: its RGB sum there, before they join it.
         done: the convolutions whose results are kept.
     """
 
@@ -94,19 +94,16 @@ class _Chunk:
         """Return activations after ``layers`` convolutions, and the RGB sum before they join it."""
         x, rgb = self.x, self.rgb
         for i in range(self.done, layers):
-            x = pruned.styled_convs[i](x, self.w, self.noise[i])
-            if i % 2 == 0 and i + 1 < layers:
+            if i % 2:  # a resolution ends here
                 rgb = pruned.rgb_layers[i // 2](x, self.w, rgb)
+            x = pruned.styled_convs[i](x, self.w, self.noise[i])
         return x, rgb
 
     def keep(self, pruned: Generator, layers: int) -> None:
         """Keep what ``layers`` convolutions have made, unless it is large."""
-        if self.noise[layers - 1].shape[-1] > LARGEST_KEPT:
-            return
-        self.x, self.rgb = self.after(pruned, layers)
-        if layers % 2:  # the last convolution of a resolution
-            self.rgb = pruned.rgb_layers[layers // 2](self.x, self.w, self.rgb)
-        self.done = layers
+        if self.noise[layers - 1].shape[-1] <= LARGEST_KEPT:
+            self.x, self.rgb = self.after(pruned, layers)
+            self.done = layers
 
 
 def _chunks(
@@ -157,13 +154,13 @@ def reconstruction(
     for i in track(range(len(convs)), len(convs), "reconstruction: layers", "layer"):
         name = f"convs.{i - 1}" if i else "conv1"
         lines.append(_line(name, chunks, i, *_fit_styled(pruned, chunks, i, sampling.options)))
+        for chunk in chunks:
+            chunk.keep(pruned, i + 1)
         if i % 2 == 0:
             name = f"to_rgbs.{i // 2 - 1}" if i else "to_rgb1"
             lines.append(
                 _line(name, chunks, i, *_fit_rgb(full, pruned, chunks, i, sampling.options))
             )
-        for chunk in chunks:
-            chunk.keep(pruned, i + 1)
     after = _pictures_r2(pruned, chunks)
     lines.append(f"{'pictures':<10} {pruned.size:>5} {before:>11.3f} {after:>10.3f}")
     if not after > before:
