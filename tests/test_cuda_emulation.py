@@ -95,7 +95,17 @@ def test_gradient_of_the_activation_equals_the_cpu_operator(emulation, seed):
         grad, x = (values(*y.shape, dtype=y.dtype, layout=rng.choice(LAYOUTS)) for _ in range(2))
         gain = rng.choice([None, torch.randn(y.shape[:2]).to(y.dtype)])
         x = rng.choice([None, x])
-        compare(emulation, "fused_leaky_relu_backward", grad, y, x, gain, 0.3, 1.4)
+        by_pixel = rng.random() < 0.7
+        compare(emulation, "fused_leaky_relu_backward", grad, y, x, gain, 0.3, 1.4, by_pixel)
+
+
+def test_sums_by_pixel_that_nobody_reads_take_no_kernel(emulation):
+    y, kernels = torch.randn(2, 3, 4, 5), []
+    for by_pixel in (False, True):
+        before = emulation.emulation_launches()
+        compare(emulation, "fused_leaky_relu_backward", y, y, None, None, 0.2, 1.0, by_pixel)
+        kernels.append(emulation.emulation_launches() - before)
+    assert kernels == [1, 2]
 
 
 @SEEDS
@@ -132,7 +142,9 @@ def test_filter_with_activation_equals_the_cpu_operator(emulation, seed):
 def test_more_channels_than_a_grid_has_rows(emulation):
     # One block for eight channels: 65,537 blocks, two more than the y axis of a grid takes.
     y = torch.randn(1, 8 * 65536 + 1, 1, 2)
-    compare(emulation, "fused_leaky_relu_backward", torch.randn_like(y), y, None, None, 0.2, 1.0)
+    compare(
+        emulation, "fused_leaky_relu_backward", torch.randn_like(y), y, None, None, 0.2, 1.0, True
+    )
 
 
 # --- The emulation itself -------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from Compression.losses import path_length_penalty
 from Model.discriminator import Discriminator
@@ -278,6 +279,37 @@ def test_epilogues_are_differentiable_twice(layout, maps):
         assert torch.autograd.gradgradcheck(lambda *w, run=run: run(*w).square(), wanted)
 
 
+class SumsByPixel(TorchDispatchMode):
+    """Writes down whether the gradients of activations ask for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.stylegan.fused_leaky_relu_backward.default:
+            self.asked.append(args[-1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_sums_by_pixel_are_asked_for_where_noise_or_its_strength_learns(filtered):
+    names = ("x", "bias", "noise", "noise_strength")
+    x = torch.randn(2, 3, 4, 4)
+    noise = torch.randn(1, 1, 3, 3) if filtered else torch.randn(1, 1, 4, 4)
+    given = dict(zip(names, (x, torch.randn(3), noise, torch.randn(1)), strict=True))
+    for learns in names:
+        tensors = {name: t.clone().requires_grad_(name == learns) for name, t in given.items()}
+        start, rest = tensors.pop("x"), Epilogue(**tensors)
+        if filtered:
+            y = filtered_leaky_relu(start, make_kernel(), (1, 1), rest, "native")
+        else:
+            y = apply_epilogue(start, rest, "native")
+        with SumsByPixel() as sums:
+            y.sum().backward()
+        assert sums.asked == [learns in ("noise", "noise_strength")]
+
+
 def test_the_third_derivative_is_there_too():
     x = values(1, 2, 3, 3).requires_grad_()
 
@@ -300,8 +332,8 @@ def test_operators_are_registered_as_pytorch_asks():
         (ops.upfirdn2d, (x.detach()[:, :, 1:], kernel, 1, 2, 1, 2, 3, True)),
         (ops.fused_leaky_relu, (x, *tail)),
         (ops.fused_leaky_relu, (x[:, :, 0, 0], bias, None, None, None, 0.2, 1.4)),
-        (ops.fused_leaky_relu_backward, (x, x.detach(), x, gain, 0.2, 1.4)),
-        (ops.fused_leaky_relu_backward, (x, x.detach(), None, None, 0.2, 1.4)),
+        (ops.fused_leaky_relu_backward, (x, x.detach(), x, gain, 0.2, 1.4, True)),
+        (ops.fused_leaky_relu_backward, (x, x.detach(), None, None, 0.2, 1.4, False)),
         (ops.filtered_leaky_relu, (x, taps(1, True), 0, 6, 6, *tail)),
     ):
         torch.library.opcheck(operator.default, args)
@@ -502,7 +534,7 @@ def test_wrong_arguments_are_named():
     for wrong in (x[:1], x.double()):
         for grad, y, inputs in ((wrong, x, None), (x, x, wrong)):
             with pytest.raises(RuntimeError, match=r"expected \[2, 3, 4, 4\] of Float"):
-                backward(grad, y, inputs, None, 0.2, 1.0)
+                backward(grad, y, inputs, None, 0.2, 1.0, True)
     for impl in ("native", "reference"):
         with pytest.raises(ValueError, match="does not fit"):
             upfirdn2d(x, make_kernel(), pad=(-1, 0), impl=impl)

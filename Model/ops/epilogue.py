@@ -95,7 +95,7 @@ class _ScaledMaps(torch.autograd.Function):
         x, factors = ctx.saved_tensors
         # With a slope of 1, whose sign is looked at does not matter.
         dx, _, products, _ = torch.ops.stylegan.fused_leaky_relu_backward(
-            grads[0], x, x, factors, 1.0, 1.0
+            grads[0], x, x, factors, 1.0, 1.0, False
         )
         return dx, products.to(factors.dtype)
 

@@ -5,8 +5,8 @@ The operators (schemas in ``csrc/cpu.cpp``), with d = grad * f'(sum), f = scale 
 - ``upfirdn2d``: its gradient is itself, with the filter turned and up and down swapped.
 - ``fused_leaky_relu``: y = f(x * gain + strength * noise + bias).
 - ``fused_leaky_relu_backward``: (d * gain, d summed by channel over the batch, d * x summed by
-  channel, d summed by pixel). It is linear in grad, x and gain, and f' depends only on the sign of
-  y, so its own gradient is the operator again.
+  channel, d summed by pixel if that is wanted, else (0, ...)). It is linear in grad, x and gain,
+  and f' depends only on the sign of y, so its own gradient is the operator again.
 - ``filtered_leaky_relu``: a blur and ``fused_leaky_relu`` in one pass; its gradient is theirs.
 - ``conv3x3``: its gradient by the input is itself with the filters turned and transposed, that by
   the weights is PyTorch's.
@@ -16,7 +16,7 @@ The operators (schemas in ``csrc/cpu.cpp``), with d = grad * f'(sum), f = scale 
 - ``tiles_*`` (``csrc/tiles.cpp``): for `Model.prepared`, where there is AMX; without a gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,13 @@ def _fake_activation(
 
 
 def _fake_activation_backward(
-    grad: Tensor, y: Tensor, x: Tensor | None, gain: Tensor | None, slope: float, scale: float
+    grad: Tensor,
+    y: Tensor,
+    x: Tensor | None,
+    gain: Tensor | None,
+    slope: float,
+    scale: float,
+    by_pixel: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c = y.shape[:2]
     options = {"dtype": _sum_type(y), "device": y.device}
@@ -90,7 +96,7 @@ def _fake_activation_backward(
         _empty_like(y),
         torch.empty(c, **options),  # type: ignore[call-overload]
         torch.empty(0 if x is None else n, c, **options),  # type: ignore[call-overload]
-        torch.empty(n, 1, *y.shape[2:], **options),  # type: ignore[call-overload]
+        torch.empty(n if by_pixel else 0, 1, *y.shape[2:], **options),  # type: ignore[call-overload]
     )
 
 
@@ -167,6 +173,11 @@ def _parameter_gradients(
     return dbias, dnoise, dstrength, dgain
 
 
+def _by_pixel_wanted(noise: Tensor | None, needed: Sequence[bool]) -> bool:
+    """Whether the gradient of the noise (needed[1]) or of its strength (needed[2]) is wanted."""
+    return noise is not None and (needed[1] or needed[2])
+
+
 def _setup_activation(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, _, noise, strength, gain, ctx.slope, ctx.scale = inputs
     kept = x if ctx.needs_input_grad[4] else None
@@ -175,14 +186,16 @@ def _setup_activation(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _activation_backward(ctx: Any, grad: Tensor) -> Gradients:
     y, x, noise, strength, gain = ctx.saved_tensors
-    dx, *sums = torch.ops.stylegan.fused_leaky_relu_backward(grad, y, x, gain, ctx.slope, ctx.scale)
     needed = ctx.needs_input_grad[1:5]
+    dx, *sums = torch.ops.stylegan.fused_leaky_relu_backward(
+        grad, y, x, gain, ctx.slope, ctx.scale, _by_pixel_wanted(noise, needed)
+    )
     parameters = _parameter_gradients(noise, strength, tuple(sums), y.dtype, needed)
     return (dx, *parameters, None, None)
 
 
 def _setup_activation_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    grad, y, x, gain, ctx.slope, ctx.scale = inputs
+    grad, y, x, gain, ctx.slope, ctx.scale, ctx.by_pixel = inputs
     ctx.save_for_backward(grad, y, x, gain)
     ctx.set_materialize_grads(False)
 
@@ -199,20 +212,20 @@ def _activation_double_backward(
         parts.append(_by_channel(of_sums.unsqueeze(0), y).expand_as(y))
     if of_products is not None and x is not None:
         parts.append(_by_channel(of_products, y) * x)
-    if of_rows is not None:
+    if of_rows is not None and ctx.by_pixel:
         parts.append(of_rows.to(y.dtype).expand_as(y))
     if not parts:
-        return (None,) * 6
+        return (None,) * 7
     backward = torch.ops.stylegan.fused_leaky_relu_backward
-    of_grad = backward(sum(parts[1:], parts[0]), y, None, None, ctx.slope, ctx.scale)[0]
+    of_grad = backward(sum(parts[1:], parts[0]), y, None, None, ctx.slope, ctx.scale, False)[0]
     of_x = of_gain = None
     if x is not None or ctx.needs_input_grad[3]:
         factor = None if of_products is None else of_products.to(y.dtype)
-        turned = backward(grad, y, of_dx, factor, ctx.slope, ctx.scale)
+        turned = backward(grad, y, of_dx, factor, ctx.slope, ctx.scale, False)
         of_x = turned[0] if factor is not None else None
         if ctx.needs_input_grad[3] and of_dx is not None:
             of_gain = turned[2].to(y.dtype)
-    return of_grad, None, of_x, of_gain, None, None
+    return of_grad, None, of_x, of_gain, None, None, None
 
 
 def _setup_filtered(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -227,11 +240,11 @@ def _filtered_backward(ctx: Any, grad: Tensor) -> Gradients:
     blur = torch.ops.stylegan.upfirdn2d
     # What the filter made of x was never written; the gradient of the gain needs it once more.
     blurred = None if x is None else blur(x, kernel, 1, 1, ctx.pad, *y.shape[2:], False)
+    needed = ctx.needs_input_grad[5:9]
     d, *sums = torch.ops.stylegan.fused_leaky_relu_backward(
-        grad, y, blurred, gain, ctx.slope, ctx.scale
+        grad, y, blurred, gain, ctx.slope, ctx.scale, _by_pixel_wanted(noise, needed)
     )
     dx = blur(d, kernel, *_turn(ctx.shape, kernel, 1, 1, ctx.pad), True)
-    needed = ctx.needs_input_grad[5:9]
     parameters = _parameter_gradients(noise, strength, tuple(sums), y.dtype, needed)
     return (dx, None, None, None, None, *parameters, None, None)
 

@@ -302,7 +302,7 @@ void fill_gradient(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fused_leaky_relu_backward(
     const Tensor& grad, const Tensor& y, const OptionalTensor& x, const OptionalTensor& gain,
-    double slope, double scale) {
+    double slope, double scale, bool by_pixel) {
   const Layout layout = layout_of(y);
   check_gradient_inputs(y, grad, x);
   const Index n = layout.batch, c = layout.channels;
@@ -320,6 +320,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_leaky_relu_backward(
       fill_gradient<decltype(zero)>(g, values, inputs, gains, layout, slope, scale, out);
     });
   }
+  // They come with the pass over the channels, so that they are computed in any case here.
+  if (!by_pixel) map[0] = 0, out.by_pixel = at::empty(map, sums);
   return {out.input, out.by_channel, out.products, out.by_pixel};
 }
 
@@ -1049,7 +1051,7 @@ TORCH_LIBRARY(stylegan, m) {
       "float slope, float scale) -> Tensor");
   m.def(
       "fused_leaky_relu_backward(Tensor grad, Tensor y, Tensor? x, Tensor? gain, float slope, "
-      "float scale) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float scale, bool by_pixel) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "upfirdn2d(Tensor x, Tensor kernel, int up, int down, int pad, SymInt height, SymInt width, "
       "bool flip) -> Tensor");

@@ -40,15 +40,15 @@ Tensor fused_leaky_relu(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fused_leaky_relu_backward(
     const Tensor& grad, const Tensor& y, const OptionalTensor& x, const OptionalTensor& gain,
-    double slope, double scale) {
+    double slope, double scale, bool by_pixel) {
   const c10::cuda::CUDAGuard guard(y.device());
   const Layout layout = layout_of(y);
   check_gradient_inputs(y, grad, x);
   const int64_t n = layout.batch, c = layout.channels, pieces = pieces_of(layout.pixels);
   const auto sums = y.options().dtype(accumulate_type(y)).memory_format(std::nullopt);
   auto map = y.sizes().vec();
-  map[1] = 1;
-  Tensor result = empty_like(y, layout.format), by_pixel = at::zeros(map, sums);
+  map[0] = by_pixel ? n : 0, map[1] = 1;
+  Tensor result = empty_like(y, layout.format), rows = at::zeros(map, sums);
   Tensor parts = at::zeros({n, pieces, c}, sums), products = at::zeros({x ? n : 0, pieces, c}, sums);
   if (y.numel() > 0) {
     const Tensor g = grad.contiguous(layout.format), values = y.contiguous(layout.format);
@@ -66,13 +66,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_leaky_relu_backward(
           parts.mutable_data_ptr<A>(), x ? products.mutable_data_ptr<A>() : nullptr, planes, scale,
           scale * slope, stream);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
+      if (!by_pixel) return;  // a second pass over both tensors
       launch_by_pixel<T>(
-          g.const_data_ptr<T>(), values.const_data_ptr<T>(), by_pixel.mutable_data_ptr<A>(),
-          planes, scale, scale * slope, stream);
+          g.const_data_ptr<T>(), values.const_data_ptr<T>(), rows.mutable_data_ptr<A>(), planes,
+          scale, scale * slope, stream);
     });
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  return {result, parts.sum({0, 1}), products.sum(1), by_pixel};
+  return {result, parts.sum({0, 1}), products.sum(1), rows};
 }
 
 Tensor filter(
