@@ -236,6 +236,8 @@ def _check_inputs(config: TrainConfig) -> None:
 
 def _check_gpus(config: TrainConfig) -> None:
     """Refuse GPUs that are not there; a launcher's processes have theirs from it."""
+    if config.cuda_graphs and not config.compile:
+        raise SettingError("cuda_graphs", "replays what --compile compiles; give that too")
     gpus, primary = config.gpu_device_ids, config.primary_device
     if not gpus or len(set(gpus)) < len(gpus):
         raise SettingError("gpu_device_ids", f"{gpus}: name each GPU once, at least one")
@@ -251,11 +253,18 @@ def _check_gpus(config: TrainConfig) -> None:
 
 
 def _device(config: TrainConfig) -> torch.device:
-    """The device of the settings; auto means the first of the GPUs where there is CUDA."""
+    """The device of the settings; auto means the first of the GPUs where there is CUDA.
+
+    Raises:
+        SettingError: it cannot do what another setting asks for.
+    """
     name, gpus = config.device, config.gpu_device_ids
     if name == "auto" and torch.cuda.is_available():
         name = f"cuda:{gpus[0]}" if config.primary_device == PRIMARY else config.primary_device
-    return pick_device(name, config.tf32, gpus, config.threads)
+    device = pick_device(name, config.tf32, gpus, config.threads)
+    if config.cuda_graphs and device.type != "cuda":
+        raise SettingError("cuda_graphs", f"is for GPUs, and this run is on {device}; leave it out")
+    return device
 
 
 def _of_first_process(config: TrainConfig) -> TrainConfig:
@@ -316,9 +325,8 @@ def _make_parser(config: TrainConfig, device: torch.device) -> ContentParser | N
     if not (config.has_teacher and config.content_aware_KD):
         return None
     parser = parser_for(config.parser_ckpt, config.teacher_ckpt, device, config.content)
-    if config.compile:
-        soft = config.kd_soft_mask or not isinstance(parser.network, ClassMapParser)
-        compile_method(parser.network, "classify" if soft else "class_map")
+    soft = config.kd_soft_mask or not isinstance(parser.network, ClassMapParser)
+    compile_method(parser.network, "classify" if soft else "class_map", config.compile_mode)
     return parser
 
 
@@ -328,8 +336,7 @@ def _load_teacher(config: TrainConfig, size: int, device: torch.device) -> Gener
         return None
     with blame("teacher_ckpt"):
         generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
-    if config.compile:
-        compile_method(generator, "synthesis")
+    compile_method(generator, "synthesis", config.compile_mode)
     return generator.eval().requires_grad_(False)
 
 

@@ -37,6 +37,7 @@ from Model.precision import HALVES
 from train_hyperparams import TrainConfig
 from Util import distributed
 from Util.clock import Clock
+from Util.compiling import begin_step
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ class Trainer:
             NonFiniteError: a loss or a gradient was not finite; the networks are as before it.
         """
         s = self.settings
+        begin_step(s.compile_mode)
         # Of the iterations before a line of the log, as many as have one of each phase.
         self.clock.running = -(self.iteration + 1) % s.log_freq < max(s.d_reg_every, s.g_reg_every)
         for update in self._discriminators.values():

@@ -33,7 +33,7 @@ def load_distance(
     parser: Callable[[], str | Path],
     device: torch.device,
     half: torch.dtype | None = None,
-    compiling: bool = False,
+    compile_mode: str = "",
 ) -> Distance:
     """Load a perceptual distance.
 
@@ -44,7 +44,7 @@ def load_distance(
         device: where it runs.
         half: type of the trunk's convolutions. What follows them stays in float32: the squared
             differences of normalised features are too small for float16.
-        compiling: compile it when it is first called.
+        compile_mode: see `Util.compiling.compile_method`.
 
     Returns:
         See `Distance`; larger images are reduced to 256 px first, as LPIPS is meant to be used.
@@ -61,8 +61,7 @@ def load_distance(
             network = load_lpips(name, trunk).to(device)
             if half:
                 network.net = Trunk(network.get_submodule("net"), half)
-    if compiling:
-        compile_method(network, "forward")
+    compile_method(network, "forward", compile_mode)
     return lambda a, b: network(at_most(a, 256), at_most(b, 256)).flatten()
 
 

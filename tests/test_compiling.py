@@ -1,4 +1,4 @@
-"""--compile: the frozen networks compiled, here by backends that only trace."""
+"""--compile and --cuda_graphs: the frozen networks, compiled by backends that only trace."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ from tests.test_training import config, images, make_trainer
 from Util import compiling
 
 
-@pytest.fixture(params=["eager", "aot_eager"])
+@pytest.fixture(params=["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def backend(request, monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", request.param)
     torch._dynamo.reset()
 
 
-def iterate(on):
+def iterate(mode):
     """Two iterations with a teacher, a parser and a perceptual network, compiled or not."""
     torch.manual_seed(5)
     generator = Generator(8, style_dim=8, n_mlp=2, channels=(6, 5, 4, 4)).requires_grad_(False)
@@ -28,10 +28,8 @@ def iterate(on):
     parser = BiSeNet(width=4, stem_stride=1, input_size=32).eval().requires_grad_(False)
     content = ContentParser(parser)
     network = distances.ParserDistance(parser)
-    if on:
-        compiling.compile_method(generator, "synthesis")
-        compiling.compile_method(parser, "class_map")
-        compiling.compile_method(network, "forward")
+    for owner, name in ((generator, "synthesis"), (parser, "class_map"), (network, "forward")):
+        compiling.compile_method(owner, name, mode)
 
     def perceptual(student, teacher, mask):
         return network(student.made.image * mask, teacher.made.image * mask).mean()
@@ -44,7 +42,24 @@ def iterate(on):
 
 
 def test_compiled_networks_compute_the_same(backend):
-    for plain, found in zip(iterate(False), iterate(True), strict=True):
+    for plain, found in zip(iterate(""), iterate("default"), strict=True):
         assert plain["kd_parser"] > 0
         for name, value in plain.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_cuda_graphs_are_asked_for_and_every_iteration_frees_their_results(monkeypatch):
+    modes, begun = [], []
+    compile_ = lambda method, **how: modes.append(how["mode"]) or method  # noqa: E731
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    for graphs, mode in ((False, "default"), (True, "reduce-overhead")):
+        settings = config(compile=True, cuda_graphs=graphs, r1=0.0, path_regularize=0.0)
+        compiling.compile_method(
+            Generator(8, style_dim=8, n_mlp=1), "w_plus", settings.compile_mode
+        )
+        assert modes.pop() == mode
+        trainer = make_trainer(settings)
+        for real in images(2):
+            trainer.iterate(real)
+        assert len(begun) == (2 if graphs else 0)

@@ -374,6 +374,8 @@ def test_distillation_with_mask_and_parser_features(folder, mode, n_classes):
         ),
         ("--fid_n_sample 1", "--fid_n_sample 1: one image has no covariance"),
         ("--device tpu", "--device tpu"),
+        ("--cuda_graphs", "--cuda_graphs replays what --compile compiles; give that too"),
+        ("--cuda_graphs --compile --device cpu", "this run is on cpu; leave it out"),
         ("--path none", "--path none: no such folder"),
     ],
 )

@@ -45,7 +45,7 @@ def make(sources: Sources) -> Call:
         lambda: config.parser_ckpt or bundled.default_parser(config.teacher_ckpt),
         sources.device,
         HALVES.get(config.amp),
-        config.compile,
+        config.compile_mode,
     )
     return term(distance)
 
