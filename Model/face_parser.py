@@ -21,6 +21,9 @@ from torch.nn.utils import fuse_conv_bn_eval
 from Model.ops import conv2d, upsampled_argmax
 from Model.ops.dispatch import gradient_wanted
 
+STEM_PIXELS = 2**18
+"""Pixels whose widest maps exist at once where there are no gradients: one image of 512 px."""
+
 PUBLISHED_WIDTH = 64
 PUBLISHED_STEM_STRIDE = 4
 PUBLISHED_INPUT_SIZE = 512
@@ -117,12 +120,24 @@ class ResNet18(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map (N, 3, H, W) to features at 1/8, 1/16 and 1/32 of the side (with stem stride 4)."""
-        # The maximum commutes with the ReLU, and leaves it a quarter of the values or fewer.
-        x = F.relu(self.maxpool(self.bn1(self.conv1(x))), inplace=True)
-        feat8 = self.layer2(self.layer1(x))
+        feat8 = self.layer2(self.layer1(self._stem(x)))
         feat16 = self.layer3(feat8)
         feat32 = self.layer4(feat16)
         return feat8, feat16, feat32
+
+    def _stem(self, x: Tensor) -> Tensor:
+        """Map images to the first stage's input, few at a time where nothing else depends on it.
+
+        Its maps are the network's largest by far. What follows is faster the more it has at once.
+        """
+        images = max(1, STEM_PIXELS // (x.shape[2] * x.shape[3]))
+        if self.training or torch.is_grad_enabled() or x.device.type != "cpu" or len(x) <= images:
+            return self._entry(x)
+        return torch.cat([self._entry(part) for part in x.split(images)])
+
+    def _entry(self, x: Tensor) -> Tensor:
+        # The maximum commutes with the ReLU, and leaves it a quarter of the values or fewer.
+        return F.relu(self.maxpool(self.bn1(self.conv1(x))), inplace=True)
 
 
 class AttentionRefinement(nn.Module):

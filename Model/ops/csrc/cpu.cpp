@@ -589,16 +589,40 @@ Tensor transformed(const Tensor& weight) {
   T* u = matrices.mutable_data_ptr<T>();
   const T* from = weight.const_data_ptr<T>();
   at::parallel_for(0, panels<T>(s) * inputs, 64, [&](Index begin, Index end) {
-    for (Index i = begin; i < end; ++i) pack_weights(u, from, s, i / inputs, i % inputs);
+    for (Index i = begin; i < end; ++i) {
+      const Index panel = i / inputs;
+      T* to = u + panel * kPanel<T> * inputs;
+      pack_weights(to, s.weight_matrix, from, s, panel, i % inputs);
+    }
   });
   return matrices;
 }
 
-/// Convolves by transformed weights u, and calls finish as `scatter_tile` does.
+/// The products of some panels of the weights (O, I, 3, 3), each transformed just before: all 36
+/// matrices would be four times the weights, to be read once.
+template <class T>
+void transform_and_multiply(
+    T* m, const T* v, const T* weight, const winograd::Sizes& s, Index begin, Index end) {
+  using namespace winograd;
+  const Index step = kPanel<T> * s.inputs + 64 / sizeof(T);
+  std::vector<T> u(kProducts * step);
+  for (Index panel = begin; panel < end; ++panel) {
+    for (Index i = 0; i < s.inputs; ++i) pack_weights(u.data(), step, weight, s, panel, i);
+    for (Index k = 0; k < kProducts; ++k) multiply(m, v, u.data(), step, s, k, panel);
+  }
+}
+
+/// Whether all tiles are one chunk, so that each weight is read once.
+bool at_once(const winograd::Grid& grid, Index inputs, Index outputs) {
+  return grid.tiles() <= tiles_of_chunk(inputs, outputs, grid.tiles());
+}
+
+/// Convolves by transformed weights u, or those of `weight` if all tiles are one chunk and u is null.
+/// Calls finish as `scatter_tile` does.
 template <class T, class Finish>
 void convolve(
-    const T* x, const T* u, const T* style, const winograd::Grid& grid, Index inputs,
-    Index outputs, const at::TensorOptions& options, Finish finish) {
+    const T* x, const T* u, const T* weight, const T* style, const winograd::Grid& grid,
+    Index inputs, Index outputs, const at::TensorOptions& options, Finish finish) {
   using namespace winograd;
   const Index tiles = grid.tiles(), chunk = tiles_of_chunk(inputs, outputs, tiles);
   const auto s = Sizes::of<T>(inputs, outputs, chunk);
@@ -622,9 +646,20 @@ void convolve(
           gather_tile(v, x, style, zeros.data(), s, grid, first + i, i);
         }
       });
-      at::parallel_for(0, kProducts * n_panels, std::max<Index>(1, kProductsAtOnce / panel), [&](Index begin, Index end) {
-        for (Index i = begin; i < end; ++i) multiply(m, v, u, s, i / n_panels, i % n_panels);
-      });
+      if (!u) {
+        at::parallel_for(0, n_panels, 1, [&](Index begin, Index end) {
+          transform_and_multiply(m, v, weight, s, begin, end);
+        });
+      } else {
+        const Index work = std::max<Index>(1, kProductsAtOnce / panel);
+        at::parallel_for(0, kProducts * n_panels, work, [&](Index begin, Index end) {
+          for (Index i = begin; i < end; ++i) {
+            const Index at = i % n_panels;
+            const T* matrices = u + at * kPanel<T> * inputs;
+            multiply(m, v, matrices, s.weight_matrix, s, i / n_panels, at);
+          }
+        });
+      }
       at::parallel_for(0, count, grain, [&](Index begin, Index end) {
         std::vector<T> made(kTile * kTile * outputs);
         for (Index i = begin; i < end; ++i) {
@@ -664,9 +699,11 @@ Tensor convolved(
     if (epilogue) ready.emplace(epilogue->pointers<T>(layout_of(y)), x.size(0));
     T* to = y.mutable_data_ptr<T>();
     const Index outputs = weight.size(0), pixels = x.size(2) * x.size(3);
+    const bool once = at_once(grid, x.size(1), outputs);
+    const Tensor matrices = once ? Tensor() : transformed<T>(w);
     convolve<T>(
-        values.const_data_ptr<T>(), transformed<T>(w).template const_data_ptr<T>(), s, grid,
-        x.size(1), outputs, w.options(), [&](const T* line, Index n, Index p, Index width) {
+        values.const_data_ptr<T>(), once ? nullptr : matrices.const_data_ptr<T>(),
+        w.const_data_ptr<T>(), s, grid, x.size(1), outputs, w.options(), [&](const T* line, Index n, Index p, Index width) {
           T* at = to + (n * pixels + p) * outputs;
           if (ready) {
             ready->channels_last(at, line, n, p, width);
@@ -999,7 +1036,7 @@ Tensor packed_conv3x3(
   }
   float* to = y.mutable_data_ptr<float>();
   convolve<float>(
-      values.const_data_ptr<float>(), packed.const_data_ptr<float>(),
+      values.const_data_ptr<float>(), packed.const_data_ptr<float>(), nullptr,
       styles.const_data_ptr<float>(), winograd::Grid::of(x.size(0), x.size(2), x.size(3)), inputs,
       outputs, x.options().memory_format(std::nullopt),
       [&](float* line, Index n, Index p, Index width) {

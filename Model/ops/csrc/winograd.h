@@ -8,7 +8,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 namespace stylegan::winograd {
 
@@ -150,19 +149,19 @@ Index panels(const Sizes& s) {
   return (s.output_step + kPanel<T> - 1) / kPanel<T>;
 }
 
-/// Where panel `panel` of matrix `product` begins, and its columns.
+/// Columns of a panel; the last may have fewer than the others.
 template <class T>
-std::pair<Index, Index> panel_at(const Sizes& s, Index product, Index panel) {
-  const Index first = panel * kPanel<T>;
-  const Index columns = s.output_step - first < kPanel<T> ? s.output_step - first : kPanel<T>;
-  return {product * s.weight_matrix + first * s.inputs, columns};
+Index columns_of(const Sizes& s, Index panel) {
+  const Index left = s.output_step - panel * kPanel<T>;
+  return left < kPanel<T> ? left : kPanel<T>;
 }
 
-/// Transforms the weights (O, I, 3, 3) of one panel and input channel.
+/// Transforms the weights (O, I, 3, 3) of one panel and input channel. The panel's 36 matrices begin
+/// at u, `step` from one to the next.
 template <class T>
-void pack_weights(T* u, const T* weight, const Sizes& s, Index panel, Index input) {
+void pack_weights(T* u, Index step, const T* weight, const Sizes& s, Index panel, Index input) {
   constexpr Index lanes = kLanes<T>;
-  const Index columns = panel_at<T>(s, 0, panel).second;
+  const Index columns = columns_of<T>(s, panel);
   for (Index c = 0; c < columns; c += lanes) {
     const Index first = panel * kPanel<T> + c;
     T gathered[9][lanes] = {};
@@ -175,7 +174,7 @@ void pack_weights(T* u, const T* weight, const Sizes& s, Index panel, Index inpu
     for (int x = 0; x < 3; ++x) transform_weight<T>(weights + x, 3, lines + x, 3);
     for (int y = 0; y < kSpan; ++y) transform_weight<T>(lines + 3 * y, 1, values + kSpan * y, 1);
     for (int k = 0; k < kProducts; ++k) {
-      store(u + panel_at<T>(s, k, panel).first + input * columns + c, values[k]);
+      store(u + k * step + input * columns + c, values[k]);
     }
   }
 }
@@ -250,13 +249,15 @@ void multiply_panel(
   }
 }
 
-/// One panel of one of the 36 matrix products m = v u, for all tiles of the chunk.
+/// One panel of one of the 36 matrix products m = v u, for all tiles of the chunk; u and `step` as of
+/// `pack_weights`.
 template <class T>
-void multiply(T* m, const T* v, const T* u, const Sizes& s, Index product, Index panel) {
-  const auto [at, columns] = panel_at<T>(s, product, panel);
+void multiply(
+    T* m, const T* v, const T* u, Index step, const Sizes& s, Index product, Index panel) {
   T* to = m + product * s.product_matrix + panel * kPanel<T>;
   const T* from = v + product * s.input_matrix;
-  multiply_panel(to, from, u + at, columns, s.tiles, s.inputs, s.output_step);
+  multiply_panel(
+      to, from, u + product * step, columns_of<T>(s, panel), s.tiles, s.inputs, s.output_step);
 }
 
 /// Transforms row `row` of the products back into the outputs (4, 4, O) of a tile, and calls
