@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from Evaluation import sampling
 from Model.checkpoint import load_generator
@@ -13,7 +15,7 @@ from studies.measuring import SEED_OFFSET
 from studies.statistics import interval
 from studies.tables import TITLES, Table, label, points_of
 from Util.files import atomic_path
-from Util.pictures import save_png, side_by_side
+from Util.pictures import grid, save_png, side_by_side
 
 COLOURS = ("#c0392b", "#2c6fbb", "#2e8b57", "#8e44ad", "#d98e04", "#17808e", "#7f7f7f", "#b5547a")
 SHOWN = 8
@@ -143,23 +145,29 @@ def scores_before(table: Table, figures: Sequence[str], out: Path) -> None:
     _save(drawing, out)
 
 
-def students_picture(
-    teacher: Path, students: Mapping[str, Path], seed: int, out: Path, shown: int = SHOWN
-) -> None:
-    """Draw the same latents through the teacher and students.
+def row_picture(checkpoint: Path, seed: int, out: Path, shown: int = SHOWN) -> None:
+    """Draw a model's images of the latents that all are shown by, side by side.
 
     Args:
-        teacher: checkpoint.
-        students: checkpoints, by their captions.
+        checkpoint: the model.
         seed: of the study's jobs; the latents are the first of those that were measured.
-        out: PNG file.
+        out: PNG file, for `students_picture`.
         shown: latents.
     """
-    rows: dict[str, torch.Tensor] = {}
-    for name, file in {"teacher": teacher, **students}.items():
-        generator = load_generator(file).eval().requires_grad_(False)
-        with torch.no_grad():
-            rows[name] = sampling.images(
-                generator, range(shown), seed + SEED_OFFSET, fixed_noise=True
-            )
-    save_png(out, side_by_side(rows, scale=1, margin=130))
+    generator = load_generator(checkpoint).eval().requires_grad_(False)
+    with torch.no_grad():
+        made = sampling.images(generator, range(shown), seed + SEED_OFFSET, fixed_noise=True)
+    save_png(out, grid(made, columns=shown, gap=0))
+
+
+def students_picture(rows: Mapping[str, Path], out: Path) -> None:
+    """Stack the pictures of `row_picture`, by their captions."""
+    save_png(out, side_by_side({name: _read_row(file) for name, file in rows.items()}, 1, 130))
+
+
+def _read_row(file: Path) -> torch.Tensor:
+    """Images (N, 3, side, side) in [-1, 1] of a picture (side, N side)."""
+    with Image.open(file) as picture:
+        pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+    side = len(pixels)
+    return pixels.unflatten(1, (-1, side)).permute(1, 3, 0, 2) / 127.5 - 1

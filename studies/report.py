@@ -203,19 +203,24 @@ def other_section(table: Table) -> str:
 
 
 def picture_section(table: Table, places: Places, doc: Path) -> str:
-    """Show the same latents through every arm whose student is still there."""
+    """Show the same latents through every arm.
+
+    The students' own files are too many to be kept with the results, their rows are not.
+    """
     seed, ratio = table.plan.seeds[0], table.plan.arms[0].ratios[0]
     files = {
         job.arm.name: places.job(table.plan, job) / "student.pt"
         for job in table.plan.jobs
         if job.seed == seed and job.ratio == ratio and table.of(job.arm.name, ratio)
     }
-    there = {name: file for name, file in files.items() if file.is_file()}
-    picture = doc / "study/students.png"
-    if there:
-        plots.students_picture(bundled.MODEL, there, seed, picture)
-    if not picture.is_file():
+    rows = {name: doc / f"study/students/{name}.png" for name in ("teacher", *files)}
+    for name, file in {"teacher": bundled.MODEL, **files}.items():
+        if file.is_file():
+            plots.row_picture(file, seed, rows[name])
+    there = {name: row for name, row in rows.items() if row.is_file()}
+    if len(there) == 1:
         return ""
+    plots.students_picture(there, doc / "study/students.png")
     return f"""## The same latents through every arm
 
 Seed {seed}, ratio {ratio:g}, at the end of the budget.

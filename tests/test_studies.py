@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from Evaluation import sampling
+from Model import checkpoint
+from Model.generator import Generator
 from studies import __main__ as command
-from studies import jobs, report, runner
+from studies import jobs, plots, report, runner
 from studies.jobs import Places, StoppedError, run_job
-from studies.measuring import HIGHER_IS_BETTER
+from studies.measuring import HIGHER_IS_BETTER, SEED_OFFSET
 from studies.plan import FOLDER, PlanError, iterations, parse_plan, read_plan, train_config
 from studies.results import append_result, read_results
 from studies.statistics import (
@@ -28,6 +31,7 @@ from studies.statistics import (
     paired_difference,
     verdict,
 )
+from Util.pictures import to_uint8
 
 PLAN = {
     "about": "two arms",
@@ -314,3 +318,13 @@ def test_the_page_says_what_the_results_say(tmp_path, capsys):
     assert json.loads((tmp_path / "compression.jsonl").read_text().splitlines()[0])
     assert report.main(["--results", str(tmp_path / "none"), *arguments[2:]]) == 2
     assert "no result of compression yet" in capsys.readouterr().err
+
+
+def test_a_kept_row_of_the_picture_is_what_was_drawn(tmp_path):
+    generator, file = Generator(8, 8, 2, channels=(6, 5, 4, 4)), tmp_path / "student.pt"
+    checkpoint.save(file, {"g_ema": generator})
+    plots.row_picture(file, 0, tmp_path / "row.png", shown=3)
+    made = sampling.images(generator, range(3), SEED_OFFSET, fixed_noise=True)
+    assert (to_uint8(plots._read_row(tmp_path / "row.png")) == to_uint8(made)).all()
+    plots.students_picture({"one": tmp_path / "row.png"}, tmp_path / "all.png")
+    assert (tmp_path / "all.png").is_file()
