@@ -74,8 +74,7 @@ class PrecisionSettings(EvaluationSettings):
 
     def load(self, path: Path, device: torch.device) -> Generator:
         """Load the frozen generator of a checkpoint (see there) in the precision that is set."""
-        precision = PRECISIONS[self.precision] or torch.float32
-        return super().load(path, device).prepare(precision)
+        return super().load(path, device).prepare(self.precision)
 
 
 @dataclass(frozen=True, kw_only=True)

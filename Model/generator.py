@@ -17,7 +17,7 @@ from Model.layers import (
     ToRGB,
 )
 from Model.modulation import FrozenModulation, modulate, plan
-from Model.precision import PREPARED, half_type, in_float32, inference
+from Model.precision import PRECISIONS, half_type, in_float32, inference
 from Model.prepared import FloatSynthesis, TileSynthesis
 
 Noise = Sequence[Tensor | None] | Literal["fixed"] | None
@@ -221,13 +221,13 @@ class Generator(nn.Module):
         changed. Copies are not prepared.
 
         Args:
-            precision: "fp32" or torch.float32, "bf16" or torch.bfloat16; None is float32 without
+            precision: "float32" or torch.float32, "bf16" or torch.bfloat16; None is float32 without
                 packing.
 
         Returns:
             This generator.
         """
-        dtype = PREPARED[precision] if isinstance(precision, str) else precision
+        dtype = PRECISIONS[precision] if isinstance(precision, str) else precision
         self.precision, self._prepared = None if dtype == torch.float32 else dtype, None
         ways = {torch.float32: FloatSynthesis, torch.bfloat16: TileSynthesis}
         if dtype in ways:

@@ -17,11 +17,8 @@ HALF_CLAMP = 256.0
 """Largest magnitude of float16 activations (Karras et al., 2020, ADA, appendix C)."""
 
 
-PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
-"""Names of the precisions of inference, and what ``torch.autocast`` then computes in."""
-
-PREPARED = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Precisions that `Model.generator.Generator.prepare` packs weights for."""
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
+"""Precisions of inference by their names (see `Model.generator.Generator.prepare`)."""
 
 
 def inference(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:

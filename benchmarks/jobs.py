@@ -108,7 +108,7 @@ Pairs = Iterator[Pair]
 
 def synthesis(size: int, label: str, ratio: float, batches: Sequence[int]) -> Pairs:
     """Images of the w of a prepared generator."""
-    ours = frozen(generator(size, ratio)).prepare("fp32")
+    ours = frozen(generator(size, ratio)).prepare("float32")
     theirs = textbook.textbook_generator(ours)
     run_theirs, run_ours = torch.no_grad()(theirs.synthesis), torch.no_grad()(ours.synthesis)
     for batch in batches:

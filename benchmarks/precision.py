@@ -44,7 +44,7 @@ def models() -> Iterator[tuple[str, Generator, bool]]:
 
 def synthesise(network: Generator, w: torch.Tensor, precision: str) -> None:
     """Make an image of w+ in a precision."""
-    network.precision = PRECISIONS[precision]
+    network.precision = None if precision == "float32" else PRECISIONS[precision]
     with torch.no_grad():
         network.synthesis(w, "fixed")
 
@@ -56,7 +56,7 @@ def measure(settings: PrecisionSettings) -> list[dict[str, Any]]:
     clock = time.thread_time if settings.cpu_time else time.perf_counter
     results, rows = [], []
     for name, network, trained in models():
-        network = frozen(network).prepare(PRECISIONS["bf16"])
+        network = frozen(network).prepare("bf16")
         w = torch.randn(1, network.n_latent, network.style_dim)
         calls = {name: partial(synthesise, network, w, name) for name in PRECISIONS}
         times = interleaved(calls, settings.rounds, clock=clock)

@@ -65,7 +65,7 @@ def measure(settings: RoofSettings) -> list[dict[str, Any]]:
         raise SettingError("cpu_time", "sees one thread only: it needs --threads 1")
     rows, results = [], []
     for size, ratio in CASES:
-        network = frozen(generator(size, ratio)).prepare("fp32")
+        network = frozen(generator(size, ratio)).prepare("float32")
         seconds = measured(network, settings)
         work, moved = macs(network), bytes_moved(network)
         by_work = work / 2048**3 * seconds["product"]

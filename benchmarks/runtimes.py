@@ -6,7 +6,7 @@ weights, on which speed does not depend; and the bundled 64 px models. Every run
 compared with those of PyTorch's own operators: by the largest difference in grey levels and by the
 peak signal-to-noise ratio. The time of the processor, summed over threads, is beside that on the
 clock; with one thread the two agree unless the machine is busy, and "/ prepared" is of the former,
-against "ours prepared": `Generator.prepare("fp32")`. A runtime that is missing or fails is named
+against "ours prepared": `Generator.prepare("float32")`. A runtime that is missing or fails is named
 and left out.
 """
 
@@ -147,7 +147,7 @@ def runtimes(network: Generator, folder: Path) -> Iterator[tuple[str, Callable[[
     """What makes each runtime, ours first."""
     ours = partial(by_pytorch, FromW(network))
     yield "ours", lambda: ours
-    for name, precision in (("ours prepared", "fp32"), ("ours bf16", "bf16")):
+    for name, precision in (("ours prepared", "float32"), ("ours bf16", "bf16")):
         prepared = FromW(deepcopy(network).prepare(precision))
         yield name, partial(partial, by_pytorch, prepared)
     yield "PyTorch alone", lambda: plainly(ours)

@@ -202,7 +202,7 @@ def seconds(networks: Mapping[str, Generator], rounds: int) -> dict[str, Timing]
 
         return run
 
-    jobs = {n: job(frozen(network).prepare("fp32")) for n, network in networks.items()}
+    jobs = {n: job(frozen(network).prepare("float32")) for n, network in networks.items()}
     return interleaved(jobs, rounds, clock=time.process_time)
 
 

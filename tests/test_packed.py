@@ -110,7 +110,7 @@ def compare(network, w_plus, noise, tolerance):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STYLEGAN_OPS", "reference")
         expected = network.synthesis(w_plus, noise).rgbs
-    made = network.prepare("fp32").synthesis(w_plus, noise).rgbs
+    made = network.prepare("float32").synthesis(w_plus, noise).rgbs
     assert network._prepared is not None
     assert network.precision is None
     for actual, other in zip(made, expected, strict=True):
@@ -132,7 +132,7 @@ def test_the_bundled_models_make_the_same_images(file):
     compare(network, w_plus, "fixed", 1e-4)  # largest of 24576 values
 
 
-PRECISIONS = ["fp32", pytest.param("bf16", marks=TILES)]
+PRECISIONS = ["float32", pytest.param("bf16", marks=TILES)]
 
 
 def change_in_place(network):
@@ -187,11 +187,11 @@ def test_gradients_features_and_copies_take_the_way_without_packed_weights(monke
 
 
 def test_other_types_and_filters_are_not_prepared():
-    assert small().double().prepare("fp32")._prepared is None
+    assert small().double().prepare("float32")._prepared is None
     heter = small().like(small().channels, second_kernel=1)
-    assert heter.prepare("fp32")._prepared is heter.prepare("bf16")._prepared is None
+    assert heter.prepare("float32")._prepared is heter.prepare("bf16")._prepared is None
     network = small()
     network.convs[0].conv.blur.kernel = F.pad(network.convs[0].conv.blur.kernel, (0, 1, 0, 1))
-    assert network.prepare("fp32")._prepared is None
+    assert network.prepare("float32")._prepared is None
     with pytest.raises(KeyError):
         network.prepare("fp8")
