@@ -1,6 +1,8 @@
 """Settings that evaluations share, and what each of them returns."""
 
+import functools
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,7 @@ from Evaluation.features import ContentMask, LoadMask
 from Model import bundled
 from Model.checkpoint import load_generator
 from Model.generator import Generator
-from Model.precision import PRECISIONS
+from Model.precision import PRECISIONS, emulates_bfloat16
 from Util.device import DeviceSettings
 from Util.progress import tell
 from Util.settings import SettingError, Settings, blame, plain, setting, some_words
@@ -61,6 +63,11 @@ def check_size(name: str, size: int | None, file: str | Path, generator: Generat
         )
 
 
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrecisionSettings(EvaluationSettings):
     """Settings of evaluations whose images may be made in half precision."""
@@ -74,6 +81,10 @@ class PrecisionSettings(EvaluationSettings):
 
     def load(self, path: Path, device: torch.device) -> Generator:
         """Load the frozen generator of a checkpoint (see there) in the precision that is set."""
+        if self.precision == "bf16" and device.type == "cpu" and emulates_bfloat16():
+            _warn_once(
+                "--precision bf16: this processor has no bfloat16, float32 is many times as fast"
+            )
         return super().load(path, device).prepare(self.precision)
 
 

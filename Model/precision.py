@@ -1,5 +1,6 @@
 """What stays in float32 where ``torch.autocast`` runs the rest of a network in half precision."""
 
+import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
@@ -19,6 +20,12 @@ HALF_CLAMP = 256.0
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 """Precisions of inference by their names (see `Model.generator.Generator.prepare`)."""
+
+
+def emulates_bfloat16() -> bool:
+    """Whether this is an x86 processor without bfloat16, which then takes many times as long."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and not torch.cpu._is_avx512_bf16_supported()
 
 
 def inference(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:

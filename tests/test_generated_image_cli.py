@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -7,7 +8,9 @@ from PIL import Image
 
 import get_edited_image
 import get_generated_image
+from Evaluation import settings as evaluation_settings
 from Evaluation.projection import Projection, load_projection, save_projection
+from Evaluation.settings import PrecisionSettings
 from Model import bundled, checkpoint
 from Model.face_parser import BiSeNet
 from Model.generator import Generator
@@ -273,3 +276,17 @@ def test_half_precision_says_how_far_off_it_is(files, tmp_path, capsys):
     assert 0 < mean < most < 20
     assert f"small: bf16 is {mean:.2f} grey levels off float32 on average" in told
     assert np.abs(pixels(f"{tmp_path}/bf16.png") - pixels(f"{tmp_path}/float32.png")).max() < 20
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_bf16_is_warned_of_once_where_the_processor_lacks_it(monkeypatch, slow):
+    monkeypatch.setattr(evaluation_settings, "emulates_bfloat16", lambda: slow)
+    evaluation_settings._warn_once.cache_clear()
+    settings = PrecisionSettings(precision="bf16")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            settings.load(bundled.COMPRESSED, torch.device("cpu"))
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == slow
+    assert all("has no bfloat16" in text for text in told)
