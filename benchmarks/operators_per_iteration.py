@@ -79,6 +79,7 @@ def as_on_a_gpu(native: bool) -> Iterator[None]:
         mock.patch("Model.ops.convolution._pays", return_value=False),
         mock.patch("Model.ops.convolution._up_pays", return_value=False),
         mock.patch("Model.ops.dispatch.WORTH_IT", 0),
+        mock.patch("Model.face_parser.STEM_PIXELS", 2**62),
         mock.patch("Model.layers.preferred_layout", lambda _, half: preferred_layout("cuda", half)),
         mock.patch.dict(os.environ, {"STYLEGAN_OPS": "auto" if native else "reference"}),
     ):
