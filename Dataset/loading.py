@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import active_children, get_all_start_methods, get_context, parent_process
+from multiprocessing import active_children, get_all_start_methods, get_context
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -29,6 +29,7 @@ from Dataset.images import Images, to_float
 from Util import distributed
 from Util.cli import run_settings
 from Util.settings import Settings, blame, setting
+from Util.workers import end_with_parent
 
 CPU = torch.device("cpu")
 
@@ -111,15 +112,8 @@ def _start_worker(_: int) -> None:
     # with them, and may need batches until it has.
     for number in (signal.SIGINT, *DEAF_TO):
         signal.signal(number, signal.SIG_IGN)
-    parent = parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
     # DataLoader's own watch sees the fork server as parent, which outlives a killed main process.
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
 def _worker_context() -> BaseContext:

@@ -29,6 +29,7 @@ from Dataset.sources.lmdb import LENGTH_KEY, STATE_KEY, State, image_key, open_e
 from Util.cli import check_writable, if_interrupted, run_settings
 from Util.progress import Progress, warn
 from Util.settings import SettingError, Settings, blame, setting
+from Util.workers import end_with_parent
 
 MAP_SIZE = 2**30
 """Of a new LMDB, in bytes; doubled whenever it is full. The file takes only what it holds."""
@@ -220,7 +221,8 @@ def _write_missing(
             _check_bad(settings, state)
 
 
-def _ignore_interrupt() -> None:
+def _start_worker() -> None:
+    end_with_parent()
     # Ctrl-C reaches the whole process group; the parent alone deals with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -242,7 +244,7 @@ def _encoded(
     """Encode chunks of files in several processes; yield in order, with few chunks in memory."""
     waiting: deque[Future[list[Encoded]]] = deque()
     # Spawned, not forked: a fork of a process that has used threads may hang.
-    with ProcessPoolExecutor(workers, get_context("spawn"), _ignore_interrupt) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
         try:
             for chunk in chunks:
                 waiting.append(pool.submit(_encode_files, settings, chunk))

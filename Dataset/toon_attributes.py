@@ -17,6 +17,7 @@ import numpy as np
 
 from Dataset.toon_faces import render, render_background, scene
 from Util.progress import track
+from Util.workers import end_with_parent
 
 COLOURS = (
     *("black", "grey", "white", "brown", "orange", "yellow", "green", "cyan", "blue", "magenta"),
@@ -143,7 +144,8 @@ def described_pictures(
         made = list(map(make, chunks))
     else:
         # Spawned, not forked: a fork of a process that has used PyTorch's threads may hang.
-        with ProcessPoolExecutor(workers or cpu_count(), get_context("spawn")) as pool:
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(workers or cpu_count(), spawn, end_with_parent) as pool:
             made = list(track(pool.map(make, chunks), len(chunks), "rendering", "batch"))
     pictures, labels = zip(*made, strict=True)
     return np.concatenate(pictures), np.concatenate(labels)

@@ -38,6 +38,7 @@ from Util.cli import check_writable, if_interrupted, run_settings
 from Util.files import atomic_path
 from Util.progress import Progress
 from Util.settings import Settings, blame, setting
+from Util.workers import end_with_parent
 
 VERSION = 1
 CANVAS = 256.0
@@ -409,7 +410,7 @@ def render_dataset(settings: ToonFacesSettings, progress: bool = True) -> None:
     done, workers = settings.n - len(missing), settings.workers or cpu_count() or 1
     bar = Progress(settings.n, "rendering", "img", done=done, shown=progress)
     # Spawned, not forked: a fork of a process that has used PyTorch's threads may hang.
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool, bar:
+    with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool, bar:
         try:
             jobs = [pool.submit(_render_files, settings, chunk) for chunk in chunks]
             for job in as_completed(jobs):

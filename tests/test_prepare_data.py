@@ -148,11 +148,23 @@ def test_a_killed_run_can_be_completed(folder, tmp_path, monkeypatch):
     )  # fmt: skip
     while process.poll() is None and prepare_data.STATE_KEY not in _peek(tmp_path / "part"):
         time.sleep(0.01)
+    workers = _children(process.pid)
     process.kill()
     process.wait()
+    assert workers or sys.platform != "linux"
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlives the process that it works for"
+        time.sleep(0.05)
     make(folder, tmp_path / "part")
     make(folder, tmp_path / "whole")
     assert content(tmp_path / "part") == content(tmp_path / "whole")
+
+
+def _children(process):
+    """Linux only; none elsewhere."""
+    file = Path(f"/proc/{process}/task/{process}/children")
+    return file.read_text().split() if file.is_file() else []
 
 
 def _peek(path):
@@ -298,7 +310,7 @@ def test_encoding_processes_do_not_load_pytorch():
 def test_an_interrupt_is_left_to_the_parent():
     handler = signal.getsignal(signal.SIGINT)
     try:
-        prepare_data._ignore_interrupt()
+        prepare_data._start_worker()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, handler)
