@@ -11,11 +11,10 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from Dataset.sources.lmdb import LENGTH_KEY, STATE_KEY, State, image_key, open_e
 from Util.cli import check_writable, if_interrupted, run_settings
 from Util.progress import Progress, warn
 from Util.settings import SettingError, Settings, blame, setting
-from Util.workers import end_with_parent
+from Util.workers import end_with_parent, worker_pool
 
 MAP_SIZE = 2**30
 """Of a new LMDB, in bytes; doubled whenever it is full. The file takes only what it holds."""
@@ -243,8 +242,7 @@ def _encoded(
 ) -> Generator[list[Encoded], None, None]:
     """Encode chunks of files in several processes; yield in order, with few chunks in memory."""
     waiting: deque[Future[list[Encoded]]] = deque()
-    # Spawned, not forked: a fork of a process that has used threads may hang.
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
+    with worker_pool(workers, _start_worker) as pool:
         try:
             for chunk in chunks:
                 waiting.append(pool.submit(_encode_files, settings, chunk))

@@ -7,17 +7,14 @@ the parser's classes have it. `describe` names a picture's values.
 import colorsys
 import re
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
-from os import cpu_count
 
 import numpy as np
 
 from Dataset.toon_faces import render, render_background, scene
 from Util.progress import track
-from Util.workers import end_with_parent
+from Util.workers import worker_pool
 
 COLOURS = (
     *("black", "grey", "white", "brown", "orange", "yellow", "green", "cyan", "blue", "magenta"),
@@ -143,9 +140,7 @@ def described_pictures(
     if workers == 0:
         made = list(map(make, chunks))
     else:
-        # Spawned, not forked: a fork of a process that has used PyTorch's threads may hang.
-        spawn = get_context("spawn")
-        with ProcessPoolExecutor(workers or cpu_count(), spawn, end_with_parent) as pool:
+        with worker_pool(workers) as pool:
             made = list(track(pool.map(make, chunks), len(chunks), "rendering", "batch"))
     pictures, labels = zip(*made, strict=True)
     return np.concatenate(pictures), np.concatenate(labels)

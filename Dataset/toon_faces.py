@@ -19,13 +19,12 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
-from multiprocessing import get_context
 from os import cpu_count
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from Util.cli import check_writable, if_interrupted, run_settings
 from Util.files import atomic_path
 from Util.progress import Progress
 from Util.settings import Settings, blame, setting
-from Util.workers import end_with_parent
+from Util.workers import worker_pool
 
 VERSION = 1
 CANVAS = 256.0
@@ -409,8 +408,7 @@ def render_dataset(settings: ToonFacesSettings, progress: bool = True) -> None:
     chunks = [missing[i : i + 64] for i in range(0, len(missing), 64)]
     done, workers = settings.n - len(missing), settings.workers or cpu_count() or 1
     bar = Progress(settings.n, "rendering", "img", done=done, shown=progress)
-    # Spawned, not forked: a fork of a process that has used PyTorch's threads may hang.
-    with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool, bar:
+    with worker_pool(workers) as pool, bar:
         try:
             jobs = [pool.submit(_render_files, settings, chunk) for chunk in chunks]
             for job in as_completed(jobs):

@@ -353,7 +353,7 @@ def test_a_killed_renderer_is_one_line(tmp_path, monkeypatch, capfd):
         def submit(self, *_):
             raise self.pool("died")
 
-    monkeypatch.setattr(toon_faces, "ProcessPoolExecutor", Broken)
+    monkeypatch.setattr(toon_faces, "worker_pool", Broken)
     with pytest.raises(toon_faces.ToonFacesError, match="a worker was killed"):
         toon_faces.render_dataset(toon_faces.ToonFacesSettings(out=tmp_path, n=1), progress=False)
 
