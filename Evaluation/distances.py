@@ -1,6 +1,7 @@
 """Perceptual distances between image batches: LPIPS, or the features of the face parser."""
 
 import contextlib
+import copy
 import io
 import warnings
 from collections.abc import Callable, Iterable
@@ -11,13 +12,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from Evaluation.features import trunk_parser
 from Model.checkpoint import CheckpointError, load_strict, read
 from Model.downloads import downloaded
 from Model.face_parser import BiSeNet
-from Model.layers import fast_layout
+from Model.layers import Conv2d, fast_layout
+from Model.ops import feature_distance
 from Util.compiling import compile_method
 from Util.settings import blame
 
@@ -42,8 +43,8 @@ def load_distance(
         trunk: see `load_lpips`.
         parser: names the face parser's file; asked only where it is needed.
         device: where it runs.
-        half: type of the trunk's convolutions. What follows them stays in float32: the squared
-            differences of normalised features are too small for float16.
+        half: type of the trunk's convolutions; None is that of the images. What follows them stays
+            in float32: the squared differences of normalised features are too small for float16.
         compile_mode: see `Util.compiling.compile_method`.
 
     Returns:
@@ -58,48 +59,28 @@ def load_distance(
             network = ParserDistance(trunk_parser(parser(), device), half)
     else:
         with blame("perceptual_ckpt"):
-            network = load_lpips(name, trunk).to(device)
-            if half:
-                network.net = Trunk(network.get_submodule("net"), half)
+            network = load_lpips(name, trunk, half).to(device)
     compile_method(network, "forward", compile_mode)
     return lambda a, b: network(at_most(a, 256), at_most(b, 256)).flatten()
-
-
-class Trunk(nn.Module):
-    """A convolutional trunk, maybe in half precision, with float32 features.
-
-    Args:
-        network: images (N, 3, H, W) -> feature maps.
-        half: type of its convolutions; None leaves it as it is.
-    """
-
-    def __init__(self, network: nn.Module, half: torch.dtype | None) -> None:
-        super().__init__()
-        self.network, self.precision = network, half
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Compute the features."""
-        return _features(self.network, fast_layout(images), self.precision)
 
 
 def _features(
     trunk: Callable[[Tensor], Iterable[Tensor]], images: Tensor, half: torch.dtype | None
 ) -> list[Tensor]:
     with torch.autocast(images.device.type, half, enabled=half is not None):
-        found = trunk(images)
+        found = trunk(fast_layout(images))
     return [features.float() if half else features for features in found]
 
 
 class ParserDistance(nn.Module):
     """LPIPS without learned weights on the trunk of a face parser.
 
-    Features of the three trunk stages are normalised to unit length per position; the distance is
-    their squared difference, averaged over positions and summed over stages (Zhang et al., CVPR
-    2018, eq. 1 with w = 1). It needs no download and knows the content it was trained on.
+    It compares the features of the three trunk stages (`Model.ops.feature_distance`), needs no
+    download, and knows the content it was trained on.
 
     Args:
         parser: a face parser; frozen.
-        half: see `Trunk`.
+        half: see `load_distance`.
     """
 
     def __init__(self, parser: BiSeNet, half: torch.dtype | None = None) -> None:
@@ -109,111 +90,56 @@ class ParserDistance(nn.Module):
 
     def _features(self, images: Tensor) -> list[Tensor]:
         prepared = self.parser.prepare(images)
-        features = _features(self.parser.trunk_features, prepared, self.precision)
-        return [F.normalize(f, dim=1) for f in features]
+        return _features(self.parser.trunk_features, prepared, self.precision)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Compare pairs of (N, 3, H, W) in [-1, 1]: (N,) >= 0, differentiable."""
-        pairs = zip(self._features(a), self._features(b), strict=True)
-        distances = [(x - y).square().sum(dim=1).mean(dim=(1, 2)) for x, y in pairs]
-        return torch.stack(distances).sum(dim=0)
+        """Compare pairs of (N, 3, H, W) in [-1, 1]: (N,) >= 0, differentiable once."""
+        return feature_distance(self._features(a), self._features(b))
 
 
 class Lpips(nn.Module):
     """LPIPS (Zhang et al., CVPR 2018, eq. 1) by the weights of the lpips package, in few operators.
 
     Args:
-        network: the package's; frozen.
+        network: the package's, of which it takes a copy, frozen.
+        half: see `load_distance`.
     """
 
     offset: Tensor
     factor: Tensor
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Any, half: torch.dtype | None = None) -> None:
         super().__init__()
-        self.net, self.lins = network.net, network.lins
+        self.net, self.lins = copy.deepcopy(network.net), copy.deepcopy(network.lins)
+        for module in self.net.modules():
+            if type(module) is nn.Conv2d:  # those of VGG take a third of the time as this one
+                module.__class__ = Conv2d
         scale = network.scaling_layer.scale
         self.register_buffer("factor", 1 / scale, persistent=False)
         self.register_buffer("offset", -network.scaling_layer.shift / scale, persistent=False)
+        self.precision = half
         self.eval().requires_grad_(False)
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        return list(self.net(torch.addcmul(self.offset, images, self.factor)))
+        prepared = torch.addcmul(self.offset, images, self.factor)
+        return _features(self.net, prepared, self.precision)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Compare pairs of (N, 3, H, W) in [-1, 1]: (N, 1, 1, 1) >= 0, differentiable once."""
         weights = [layer.model[-1].weight for layer in self.lins]
-        maps = [*self._features(a), *self._features(b)]
-        return _WeightedDistance.apply(len(weights), *weights, *maps)
+        distances = feature_distance(self._features(a), self._features(b), weights)
+        return distances.view(-1, 1, 1, 1)
 
 
-_SMALLEST_NORM = 1e-10
-
-
-class _WeightedDistance(torch.autograd.Function):
-    """Sum over layers of the mean over positions of  sum_c w_c (u_c - v_c)^2.
-
-    u = a / m, m = |a| + 1e-10 by position, and v likewise of b. With D = 2 w (u - v) / positions,
-    dL/da = (D - u (u D)) / m; the small number counts in m alone.
-
-    Operators on lists, of 5 layers: a third of those that the package asks for.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> Tensor:
-        weights, maps = tensors[:count], tensors[count:]
-        norms = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in maps]
-        torch._foreach_add_(norms, _SMALLEST_NORM)
-        units = torch._foreach_div(maps, norms)
-        differences = units[:count]
-        torch._foreach_sub_(differences, units[count:])
-        squares = torch._foreach_mul(differences, differences)
-        means = [
-            F.conv2d(x, weight).mean((2, 3), keepdim=True)
-            for x, weight in zip(squares, weights, strict=True)
-        ]
-        ctx.count = count
-        ctx.save_for_backward(*weights, *maps)
-        ctx.norms, ctx.differences = norms, differences
-        return torch.stack(means).sum(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        count, (grad,) = ctx.count, grads
-        weights, maps = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        shares = [2 / (x.shape[2] * x.shape[3]) for x in maps[:count]]
-        along = torch._foreach_mul(ctx.differences, torch._foreach_mul(weights, shares))
-        torch._foreach_mul_(along, [grad] * count)
-        found: list[Tensor | None] = []
-        for side in range(2):
-            if not any(ctx.needs_input_grad[1 + (1 + side) * count :][:count]):
-                found += [None] * count
-                continue
-            half = slice(side * count, (side + 1) * count)
-            signed = torch._foreach_neg(along) if side else along
-            found += _through_norm(signed, maps[half], ctx.norms[half])
-        return (None, *[None] * count, *found)
-
-
-def _through_norm(
-    grads: tuple[Tensor, ...], maps: tuple[Tensor, ...], norms: list[Tensor]
-) -> list[Tensor]:
-    """Follow gradients by u = x / |x| back to x: (g - u (u g)) / |x|."""
-    units = torch._foreach_div(maps, norms)
-    products = [p.sum(dim=1, keepdim=True) for p in torch._foreach_mul(units, grads)]
-    torch._foreach_mul_(units, products)
-    found = torch._foreach_sub(grads, units)
-    torch._foreach_div_(found, norms)
-    return list(found)
-
-
-def load_lpips(name: str, trunk: str | Path | None = None) -> nn.Module:
+def load_lpips(
+    name: str, trunk: str | Path | None = None, half: torch.dtype | None = None
+) -> nn.Module:
     """Load LPIPS of the lpips package, frozen.
 
     Args:
         name: vgg, alex or squeeze.
         trunk: file with torchvision's ImageNet weights of the trunk; None downloads them.
+        half: see `load_distance`.
 
     Returns:
         Two batches (N, 3, H, W) in [-1, 1] -> (N, 1, 1, 1).
@@ -229,7 +155,7 @@ def load_lpips(name: str, trunk: str | Path | None = None) -> nn.Module:
         warnings.simplefilter("ignore")
         network = lpips.LPIPS(net=name, pnet_rand=True, verbose=False)
     _fill_trunk(network.net, read(file), str(file), LPIPS_TRUNKS[name])
-    return Lpips(network)
+    return Lpips(network, half)
 
 
 def _published_trunk(name: str) -> Path:

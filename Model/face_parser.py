@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from Model.ops import conv2d, upsampled_argmax
+from Model.layers import Conv2d, fast_layout
+from Model.ops import upsampled_argmax
 from Model.ops.dispatch import gradient_wanted
 
 STEM_PIXELS = 2**18
@@ -35,14 +36,6 @@ CELEBAMASK_NAMES = (
 )
 CELEBAMASK_EXCLUDED = (0, 16)
 """What is not content: background and cloth ("Content-Aware GAN Compression", section 3.1)."""
-
-
-class Conv2d(nn.Conv2d):
-    """PyTorch's layer without dilation and groups, through `Model.ops.conv2d`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, I, h, w) to (N, O, h / stride, w / stride)."""
-        return conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
 
 class ConvBNReLU(nn.Module):
@@ -120,7 +113,7 @@ class ResNet18(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map (N, 3, H, W) to features at 1/8, 1/16 and 1/32 of the side (with stem stride 4)."""
-        feat8 = self.layer2(self.layer1(self._stem(x)))
+        feat8 = self.layer2(self.layer1(self._stem(fast_layout(x))))
         feat16 = self.layer3(feat8)
         feat32 = self.layer4(feat16)
         return feat8, feat16, feat32

@@ -34,6 +34,14 @@ def fast_layout(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=preferred_layout(kind, half_type(kind) is not None))
 
 
+class Conv2d(nn.Conv2d):
+    """PyTorch's layer without dilation and groups, through `Model.ops.conv2d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, I, h, w) to (N, O, h / stride, w / stride)."""
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
 EPSILON = 1e-8
 """Added to sums of squares before their root is taken."""
 

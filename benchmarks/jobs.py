@@ -34,7 +34,7 @@ from Compression.content import ContentParser
 from Compression.distillation import Term, perceptual, pixels
 from Compression.scores import channel_scores
 from Compression.training import Teacher, Trainer
-from Evaluation.distances import ParserDistance
+from Evaluation.distances import Distance, Lpips, ParserDistance
 from Evaluation.features import Extractor
 from Evaluation.inception import FIDInception
 from Evaluation.ppl import PathPairs, pair_distances
@@ -209,11 +209,11 @@ def evaluation() -> Pairs:
     def features(g: Generator, inception: nn.Module) -> Callable[[], Tensor]:
         return lambda: Extractor(inception, "", "")(images(g, range(8), 0))
 
-    def distances(g: Generator) -> Callable[[], object]:
-        return lambda: pair_distances(PathPairs(g, 1e-4, 0, False), lpips, [range(4)])
+    def distances(g: Generator, perceptual: Distance) -> Callable[[], object]:
+        return lambda: pair_distances(PathPairs(g, 1e-4, 0, False), perceptual, [range(4)])
 
     yield Pair("get_fid.py, 8 images", features(theirs, slow), features(ours, fast))
-    yield Pair("get_ppl.py, 4 pairs", distances(theirs), distances(ours))
+    yield Pair("get_ppl.py, 4 pairs", distances(theirs, lpips), distances(ours, Lpips(lpips)))
 
 
 JOBS: dict[str, Callable[[], Pairs]] = {

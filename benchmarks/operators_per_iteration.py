@@ -22,7 +22,7 @@ from Compression.content import ContentParser
 from Compression.distillation import Term, perceptual, pixels
 from Compression.optimisation import accumulate
 from Compression.training import Draws, Teacher, Trainer
-from Evaluation.distances import Lpips, Trunk
+from Evaluation.distances import Lpips
 from Model.discriminator import Discriminator
 from Model.face_parser import BiSeNet, fold_batch_norm
 from Model.generator import Generator, full_size_channels
@@ -61,7 +61,6 @@ def make_trainer(size: int, amp: str) -> Trainer:
     student = Generator(size, channels=[max(1, w - int(0.7 * w)) for w in widths])
     parser = ContentParser(fold_batch_norm(BiSeNet(width=4)).requires_grad_(False))
     network = Lpips(narrow(lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)))
-    network.net = Trunk(network.get_submodule("net"), None)
     terms = [Term("l1", 3.0, pixels.term()), Term("lpips", 3.0, perceptual.term(network))]
     settings = TrainConfig(batch_size=IMAGES, size=size, amp=amp)
     discriminator = Discriminator(size, channels=widths[1::2])

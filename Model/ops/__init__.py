@@ -20,6 +20,7 @@ from Model.ops.epilogue import (
     fused_leaky_relu,
     scaled_maps,
 )
+from Model.ops.feature_distance import feature_distance
 from Model.ops.upfirdn2d import make_kernel, upfirdn2d
 from Model.ops.upsampled_argmax import argmax_of_maps, upsampled_argmax
 
@@ -29,6 +30,7 @@ __all__ = [
     "argmax_of_maps",
     "conv2d",
     "conv3x3",
+    "feature_distance",
     "filtered_leaky_relu",
     "fused_leaky_relu",
     "make_kernel",

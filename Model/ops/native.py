@@ -12,6 +12,7 @@ The operators (schemas in ``csrc/cpu.cpp``), with d = grad * f'(sum), f = scale 
   the weights is PyTorch's.
 - ``styled_conv3x3`` and ``styled_up_conv3x3``: for inference, without a gradient.
 - ``upsampled_argmax``: classes of pixels, which have none.
+- ``feature_distance``: its gradient is ``feature_distance_backward``, which has none.
 - ``packed_*``: for `Model.prepared`, in float32; without a gradient.
 - ``tiles_*`` (``csrc/tiles.cpp``): for `Model.prepared`, where there is AMX; without a gradient.
 """
@@ -129,6 +130,24 @@ def _fake_upsampling_convolution(x: Tensor, weight: Tensor, *others: object) -> 
 
 def _fake_argmax(logits: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
     return logits.new_empty((len(logits), height, width), dtype=torch.int64)
+
+
+def _fake_feature_distance(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return a.new_empty(len(a))
+
+
+def _fake_feature_distance_backward(
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    wants_a: bool,
+    wants_b: bool,
+) -> tuple[Tensor, Tensor]:
+    last, none = torch.channels_last, grad.new_empty(0)
+    by_a = torch.empty_like(a, memory_format=last) if wants_a else none
+    return by_a, torch.empty_like(b, memory_format=last) if wants_b else none.clone()
 
 
 # --- Derivatives ----------------------------------------------------------------------------------
@@ -284,5 +303,9 @@ def _register() -> None:
         torch.library.register_fake(f"stylegan::{name}", fake)
         torch.library.register_autograd(f"stylegan::{name}", backward, setup_context=setup)
     torch.library.register_fake("stylegan::upsampled_argmax", _fake_argmax)
+    torch.library.register_fake("stylegan::feature_distance", _fake_feature_distance)
+    torch.library.register_fake(
+        "stylegan::feature_distance_backward", _fake_feature_distance_backward
+    )
     torch.library.register_fake("stylegan::styled_conv3x3", _fake_convolution)
     torch.library.register_fake("stylegan::styled_up_conv3x3", _fake_upsampling_convolution)

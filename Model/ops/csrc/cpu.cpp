@@ -2,6 +2,8 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -11,9 +13,11 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
+#include "feature_distance.h"
 #include "tensors.h"
 #include "upsampled_argmax.h"
 #include "winograd.h"
@@ -1079,6 +1083,94 @@ Tensor upsampled_argmax(const Tensor& logits, Index height, Index width, bool al
   return found;
 }
 
+// --- Distances of features ------------------------------------------------------------------------
+
+/// Two pictures' maps (N, C, H, W) and the channels' weights, channels last, cut into pieces.
+struct FeaturePairs {
+  Tensor a, b, weight;
+  Index channels, pixels, piece, pieces;
+
+  FeaturePairs(const Tensor& one, const Tensor& other, const OptionalTensor& weights)
+      : channels(one.size(1)), pixels(one.size(2) * one.size(3)) {
+    TORCH_CHECK(
+        one.dim() == 4 && one.sizes() == other.sizes() && one.numel() > 0 &&
+            one.scalar_type() == other.scalar_type() &&
+            (one.scalar_type() == at::kFloat || one.scalar_type() == at::kDouble),
+        "feature_distance: expected two (N, C, H, W) of floats, got ", one.sizes(), " of ",
+        one.scalar_type(), " and ", other.sizes(), " of ", other.scalar_type());
+    a = one.contiguous(at::MemoryFormat::ChannelsLast);
+    b = other.contiguous(at::MemoryFormat::ChannelsLast);
+    weight = weights ? *checked("weight", weights, one, 1, channels)
+                     : at::ones({channels}, one.options().memory_format(std::nullopt));
+    piece = std::min(piece_of(channels), pixels);
+    pieces = (pixels + piece - 1) / piece;
+  }
+
+  /// Calls body(work, image, first value, pixels) for every piece of every image.
+  template <class Body>
+  void each(Body body) const {
+    const Index grain = std::max<Index>(1, kValues / (piece * channels));
+    at::parallel_for(0, a.size(0) * pieces, grain, [&](Index begin, Index end) {
+      for (Index work = begin; work < end; ++work) {
+        const Index image = work / pieces, p = work % pieces * piece;
+        body(work, image, (image * pixels + p) * channels, std::min(piece, pixels - p));
+      }
+    });
+  }
+
+  template <class Body>
+  void with_floats(Body body) const {
+    a.scalar_type() == at::kFloat ? body(float{}) : body(double{});
+  }
+};
+
+Tensor feature_distance(
+    const Tensor& a, const Tensor& b, const OptionalTensor& weight, double eps) {
+  const FeaturePairs pairs(a, b, weight);
+  Tensor found = at::empty({a.size(0)}, a.options().memory_format(std::nullopt));
+  std::vector<double> sums(a.size(0) * pairs.pieces);
+  pairs.with_floats([&](auto zero) {
+    using T = decltype(zero);
+    const T *one = pairs.a.const_data_ptr<T>(), *other = pairs.b.const_data_ptr<T>();
+    const T* w = pairs.weight.const_data_ptr<T>();
+    pairs.each([&](Index work, Index, Index at, Index count) {
+      sums[work] =
+          features::distance<T>(one + at, other + at, w, pairs.channels, count, T(eps));
+    });
+    T* to = found.mutable_data_ptr<T>();
+    for (Index n = 0; n < a.size(0); ++n) {
+      const double* begin = sums.data() + n * pairs.pieces;
+      to[n] = static_cast<T>(std::accumulate(begin, begin + pairs.pieces, 0.0) / pairs.pixels);
+    }
+  });
+  return found;
+}
+
+/// Gradients by a and b; those that are not wanted have no elements.
+std::tuple<Tensor, Tensor> feature_distance_backward(
+    const Tensor& grad, const Tensor& a, const Tensor& b, const OptionalTensor& weight, double eps,
+    bool wants_a, bool wants_b) {
+  const FeaturePairs pairs(a, b, weight);
+  const Tensor grads = *checked("grad", grad, a, 1, a.size(0));
+  const auto made = [&](bool wanted) {
+    return wanted ? at::empty_like(pairs.a) : at::empty({0}, grads.options());
+  };
+  Tensor by_a = made(wants_a), by_b = made(wants_b);
+  pairs.with_floats([&](auto zero) {
+    using T = decltype(zero);
+    const T *one = pairs.a.const_data_ptr<T>(), *other = pairs.b.const_data_ptr<T>();
+    const T *w = pairs.weight.const_data_ptr<T>(), *g = grads.const_data_ptr<T>();
+    T* to_a = wants_a ? by_a.mutable_data_ptr<T>() : nullptr;
+    T* to_b = wants_b ? by_b.mutable_data_ptr<T>() : nullptr;
+    pairs.each([&](Index, Index image, Index at, Index count) {
+      features::gradients<T>(
+          g[image] / pairs.pixels, one + at, other + at, w, pairs.channels, count, T(eps),
+          to_a ? to_a + at : nullptr, to_b ? to_b + at : nullptr);
+    });
+  });
+  return {by_a, by_b};
+}
+
 }  // namespace
 }  // namespace stylegan
 
@@ -1114,6 +1206,10 @@ TORCH_LIBRARY(stylegan, m) {
       "-> Tensor");
   m.def(
       "upsampled_argmax(Tensor logits, int height, int width, bool align_corners) -> Tensor");
+  m.def("feature_distance(Tensor a, Tensor b, Tensor? weight, float eps) -> Tensor");
+  m.def(
+      "feature_distance_backward(Tensor grad, Tensor a, Tensor b, Tensor? weight, float eps, "
+      "bool wants_a, bool wants_b) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(stylegan, CPU, m) {
@@ -1128,4 +1224,6 @@ TORCH_LIBRARY_IMPL(stylegan, CPU, m) {
   m.impl("packed_conv3x3", &stylegan::packed_conv3x3);
   m.impl("packed_up_conv3x3", &stylegan::packed_up_conv3x3);
   m.impl("upsampled_argmax", &stylegan::upsampled_argmax);
+  m.impl("feature_distance", &stylegan::feature_distance);
+  m.impl("feature_distance_backward", &stylegan::feature_distance_backward);
 }
