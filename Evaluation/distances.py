@@ -112,7 +112,7 @@ class Lpips(nn.Module):
         super().__init__()
         self.net, self.lins = copy.deepcopy(network.net), copy.deepcopy(network.lins)
         for module in self.net.modules():
-            if type(module) is nn.Conv2d:  # those of VGG take a third of the time as this one
+            if type(module) is nn.Conv2d:  # minimal filtering, which VGG gains most by
                 module.__class__ = Conv2d
         scale = network.scaling_layer.scale
         self.register_buffer("factor", 1 / scale, persistent=False)
