@@ -105,7 +105,7 @@ def judged(tables: Sequence[Table]) -> str:
 
 *Confirmed* and *refuted*: the interval lies on one side of 0, at this scale. *Undecided*: it holds
 0. *Not run*: not all seeds are there. The figure that decides stands in the plan, written before
-the runs. Of {count} such intervals one in twenty would leave out 0 by chance alone.
+the runs; a question that came up later says so. Of {count} such intervals one in twenty would leave out 0 by chance alone.
 
 {merged}"""
 
@@ -254,7 +254,7 @@ def limits(tables: Sequence[Table]) -> str:
 - {main.plan.images:,} images shown; the papers show 7 to 40 million. What is faster here may not be
   better in the end.
 - The loss averages over all pixels, in or outside the mask, as published: distilling everywhere
-  has a larger loss, not only a wider one.
+  has a larger loss, not only a wider one. `cagc_twice` makes up for that.
 - The judge is itself a network of limited accuracy, the more so for clothes, of which little is
   seen. An agreement of 1 is the teacher's; a student may disagree and still be a good face.
 - The masks are made by the parser whose features are in the loss.
