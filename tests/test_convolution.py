@@ -253,10 +253,17 @@ def chosen(monkeypatch):
 @pytest.mark.parametrize(
     ("n", "inputs", "outputs", "size", "worth"),
     [(1, 64, 64, 32, 1), (8, 512, 512, 8, 1), (1, 512, 512, 15, 0), (4, 3, 64, 64, 0),
-     (4, 16, 16, 64, 0), (1, 24, 24, 32, 1)],
+     (4, 14, 14, 64, 0), (1, 24, 24, 32, 1)],
 )  # fmt: skip
 def test_auto_takes_it_where_it_pays(chosen, n, inputs, outputs, size, worth):
     conv3x3(*tensors(n, inputs, outputs, size, size))
+    assert len(chosen) == worth
+
+
+@pytest.mark.parametrize(("channels", "worth"), [(8, 1), (12, 0)])
+def test_narrow_layers_take_it_where_transforms_cost_less(chosen, monkeypatch, channels, worth):
+    monkeypatch.setattr(module, "TRANSFORM", channels)
+    conv3x3(*tensors(4, 16, 16, 64, 64))
     assert len(chosen) == worth
 
 

@@ -8,6 +8,10 @@ from Model.ops.dispatch import Impl, gradient_wanted, use_native
 from Model.ops.epilogue import Epilogue, apply_epilogue, filtered_leaky_relu, scaled_maps
 from Model.precision import half_type
 
+TRANSFORM = 12 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+"""With how many channels products take as long as transforming a pixel; fewer where they do not
+fill as long a vector."""
+
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: Impl = "auto") -> Tensor:
     """Compute ``F.conv2d(x, weight, bias, padding=1)`` for 3x3 weights.
@@ -154,7 +158,7 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
     """Return whether the saved multiplications outweigh the transforms.
 
     Transforming the weights costs as much as some 250 pixels, transforming a pixel as much as
-    products with 12 channels. A GPU's library has such algorithms itself.
+    products with `TRANSFORM` channels. A GPU's library has such algorithms itself.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
@@ -162,6 +166,6 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     return (
         pixels >= 256
-        and inputs * outputs >= 12 * (inputs + outputs)
+        and inputs * outputs >= TRANSFORM * (inputs + outputs)
         and not torch.is_autocast_enabled("cpu")
     )
