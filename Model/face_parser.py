@@ -81,7 +81,7 @@ class BasicBlock(nn.Module):
         """Map x as the residual's sizes want it."""
         assert self.downsample is not None
         first: Any = self.downsample[0]
-        if not gradient_wanted(x, *first.parameters()):
+        if not gradient_wanted(*first.parameters()):
             y = F.conv2d(x, first.weight, first.bias, self.stride)
             return self.downsample[1](y)
         # A 1x1 layer with a stride reads every stride-th pixel. They are picked beforehand, because
