@@ -27,7 +27,7 @@ from Compression.scores.sampling import draw_sampling
 from Compression.selection import select_channels
 from Compression.surgery import prune_generator
 from Compression.training import Teacher, Trainer
-from Evaluation.distances import at_most
+from Evaluation.distances import Lpips, at_most
 from Evaluation.features import Extractor
 from Evaluation.inception import FIDInception
 from Evaluation.ppl import PathPairs, pair_distances
@@ -59,7 +59,7 @@ def measuring(size: int, ratio: float) -> Work:
 def path_lengths(size: int) -> Work:
     """Make N pairs of the pruned generator's images and their perceptual distances."""
     pairs = PathPairs(frozen(generator(size, 0.7)), 1e-4, 0, shared_noise=False)
-    lpips = frozen(LPIPS(net="vgg", pnet_rand=True, verbose=False))
+    lpips = Lpips(LPIPS(net="vgg", pnet_rand=True, verbose=False))
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
         return lpips(at_most(a, 256), at_most(b, 256))
