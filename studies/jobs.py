@@ -19,10 +19,12 @@ from typing import Any
 from Compression.pruning import prune
 from Compression.run import train
 from Dataset import toon_faces
+from Evaluation.features import fingerprint
 from Model import bundled, checkpoint
 from Model.complexity import macs, parameters
 from studies.measuring import Judge
 from studies.plan import Job, Plan, iterations, prune_settings, train_config
+from train_hyperparams import TrainConfig
 from Util.files import atomic_path
 from Util.settings import plain
 
@@ -146,7 +148,7 @@ def run_job(plan: Plan, job: Job, places: Places) -> dict[str, Any]:
                 found = judge.measure(checkpoint.load_generator(source), figures)
             write_json(file, {"images": iteration * config.batch_size, "figures": found})
         points.append(json.loads(file.read_text()))
-    student = _checkpoint(run, config.iter) if plan.images else pruned
+    student = _student(plan, config, folder)
     return _result(plan, job, points, clock.seconds, student, judge)
 
 
@@ -165,11 +167,11 @@ def reference_figures(plan: Plan, seed: int, places: Places) -> dict[str, dict[s
 
 
 def clean(plan: Plan, job: Job, places: Places) -> None:
-    """Keep the student alone of a finished job."""
+    """Keep the student alone of a finished job; one that was killed in this is gone on with."""
     folder = places.job(plan, job)
-    runs = sorted((folder / "run" / "checkpoints").glob("*.pt"))
-    source = runs[-1] if runs else folder / "pruned.pt"
-    if source.is_file():
+    config = train_config(plan, job, Path("data"), folder / "pruned.pt", folder / "run")
+    source = _student(plan, config, folder)
+    if source.is_file() and not (folder / "student.pt").is_file():
         g_ema = checkpoint.load_generator(source)
         checkpoint.save(folder / "student.pt", {"g_ema": g_ema})
     shutil.rmtree(folder / "run", ignore_errors=True)
@@ -178,6 +180,11 @@ def clean(plan: Plan, job: Job, places: Places) -> None:
 
 def _checkpoint(run: Path, iteration: int) -> Path:
     return run / "checkpoints" / f"{iteration:06d}.pt"
+
+
+def _student(plan: Plan, config: TrainConfig, folder: Path) -> Path:
+    """Where the finished student of a job is, in its folder."""
+    return _checkpoint(folder / "run", config.iter) if plan.images else folder / "pruned.pt"
 
 
 def _result(
@@ -206,14 +213,24 @@ def _result(
     }
 
 
+def judged_by() -> dict[str, Any]:
+    """What figures depend on besides a plan."""
+    return {
+        "attributes": fingerprint(bundled.ATTRIBUTES),
+        "masks": fingerprint(bundled.PARSER),
+        "real_start": REAL_START,
+    }
+
+
 def settings_of(plan: Plan, job: Job) -> dict[str, dict[str, Any]]:
-    """Everything that a plan says about a job, as JSON holds it."""
+    """Everything that a plan says about a job, and what judges it, as JSON holds it."""
     stand_in = Path("pruned.pt")
     training = plain_settings(train_config(plan, job, Path("data"), stand_in, Path("no folder")))
     names = ("images", "measure_at", "pictures", "figures", "n_sample", "real_pictures")
     values = {name: getattr(plan, name) for name in names}
     return {
         "plan": {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
+        "judge": judged_by(),
         "prune": plain_settings(prune_settings(job, stand_in)),
         "train": {k: v for k, v in training.items() if k not in ("out", "resume")},
     }

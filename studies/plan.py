@@ -2,13 +2,14 @@
 
 A TOML file. `[prune]` and `[train]` hold what all arms share, by the names of prune.py's and
 train.py's flags; an arm's own `prune` and `train` win over it. Seed s of every arm scores by the
-same latents, sees the same pictures in the same order and is measured on the same latents, so that
-arms are compared seed by seed.
+same latents, as many as it scores by, sees the same pictures in the same order and is measured on
+the same latents, so that arms are compared seed by seed. In training, latents and layer noise are
+the same, too, but where an arm draws numbers of its own: for a new discriminator, or for a term.
 
     about = "one line"
     seeds = [0, 1, 2]
     ratios = [0.7]
-    control = "cagc"                    # what the others are compared with
+    control = "cagc"                    # what the others are compared with; an arm may name its own
     [budget]
     images = 28800                      # shown in training; 0: no training
     measure_at = [0, 0.25, 0.5, 1]      # shares of it
@@ -22,7 +23,7 @@ arms are compared seed by seed.
     group = "content"
     about = "one line"
     prune = { metric = "content_aware" }
-    [[claims]]                          # decided by the intervals, see `studies.claims`
+    [[claims]]                          # decided by the intervals, see `studies.tables.decided`
     text = "Distilling inside the content beats distilling everywhere."
     source = "Liu et al., section 3.3"
     arm = "cagc"
@@ -64,6 +65,7 @@ class Arm:
         name: short, of letters, digits, - and _.
         group: the question that it belongs to.
         about: one line.
+        control: the arm that it is compared with, at the same ratio.
         ratios: shares of the channels that are removed.
         prune: settings of prune.py, those shared by all arms among them.
         train: settings of train.py, likewise.
@@ -72,6 +74,7 @@ class Arm:
     name: str
     group: str
     about: str
+    control: str
     ratios: tuple[float, ...]
     prune: Mapping[str, Any]
     train: Mapping[str, Any]
@@ -211,12 +214,13 @@ def parse_plan(content: Mapping[str, Any], name: str, place: str) -> Plan:
     measure = _Table(top.take("measure", dict), f"{place}, measure")
     shared = {kind: top.take(kind, dict, {}) for kind in ("prune", "train")}
     ratios = top.several("ratios", (int, float), (0.7,))
-    arms = [_arm(item, ratios, shared, place) for item in top.take("arms", list)]
+    control = top.take("control", str)
+    arms = [_arm(item, control, ratios, shared, place) for item in top.take("arms", list)]
     plan = Plan(
         name=name,
         about=top.take("about", str),
         seeds=top.several("seeds", int),
-        control=top.take("control", str),
+        control=control,
         images=budget.take("images", int),
         measure_at=budget.several("measure_at", (int, float), (0, 1)),
         pictures=budget.take("pictures", int, 10_000),
@@ -232,7 +236,9 @@ def parse_plan(content: Mapping[str, Any], name: str, place: str) -> Plan:
     return plan
 
 
-def _arm(item: Any, ratios: tuple[float, ...], shared: Mapping[str, Any], place: str) -> Arm:
+def _arm(
+    item: Any, control: str, ratios: tuple[float, ...], shared: Mapping[str, Any], place: str
+) -> Arm:
     table = _Table(item, f"{place}, arms")
     name = table.take("name", str)
     table.place = f"{place}, arm {name}"
@@ -240,6 +246,7 @@ def _arm(item: Any, ratios: tuple[float, ...], shared: Mapping[str, Any], place:
         name,
         table.take("group", str),
         table.take("about", str, ""),
+        table.take("control", str, control),
         table.several("ratios", (int, float), ratios),
         shared["prune"] | table.take("prune", dict, {}),
         shared["train"] | table.take("train", dict, {}),
@@ -270,15 +277,24 @@ def _check(plan: Plan, place: str) -> None:
     if unknown := set(plan.figures) - FIGURES.keys():
         known = ", ".join(FIGURES)
         raise PlanError(f"{place}, measure: {min(unknown)}: unknown; take some of {known}")
-    for what in (plan.control, *(n for c in plan.claims for n in (c.arm, c.than))):
+    controls = (plan.control, *(arm.control for arm in plan.arms))
+    for what in (*controls, *(n for c in plan.claims for n in (c.arm, c.than))):
         if what not in names:
             raise PlanError(f"{place}: {what}: no such arm; there are {', '.join(names)}")
+    _check_claims(plan, place)
+    for arm in plan.arms:
+        _check_arm(plan, arm, place)
+
+
+def _check_claims(plan: Plan, place: str) -> None:
+    """Refuse claims of figures and ratios that nothing has."""
     for claim in plan.claims:
         if claim.figure not in HIGHER_IS_BETTER:
             known = ", ".join(HIGHER_IS_BETTER)
             raise PlanError(f"{place}, claims: {claim.figure}: unknown; take one of {known}")
-    for arm in plan.arms:
-        _check_arm(plan, arm, place)
+        for name in (claim.arm, claim.than):
+            if claim.ratio not in plan.arm(name).ratios:
+                raise PlanError(f"{place}, claims: {name} is not run at ratio {claim.ratio:g}")
 
 
 def _check_arm(plan: Plan, arm: Arm, place: str) -> None:

@@ -27,15 +27,14 @@ def _save(figure: Figure, out: Path) -> None:
         figure.savefig(temporary, dpi=90, format="png")
 
 
-def _interval_bars(axis: Axes, table: Table, pairs: Pairs, figure: str) -> None:
-    """Draw means with 95 % t intervals, one point for each arm, the values beside them."""
+def _interval_lines(axis: Axes, table: Table, pairs: Pairs, figure: str) -> None:
+    """Draw means with 95 % t intervals, a line for each arm, the values beside them."""
     for i, pair in enumerate(pairs):
         values = list(table.values(*pair, figure).values())
         found = interval(values)
         error = found.half if found.n > 1 else 0
-        axis.barh(i, found.mean, height=0.62, color="#b9cde5")
-        axis.errorbar(found.mean, i, xerr=error, color="#1f3a5f", capsize=3, linewidth=1.2)
-        axis.plot(values, [i] * len(values), ".", color="#c0392b", markersize=5)
+        axis.errorbar(found.mean, i, xerr=error, color="#1f3a5f", fmt="o", markersize=5, capsize=3)
+        axis.plot(values, [i + 0.22] * len(values), ".", color="#c0392b", markersize=5)
     names = [label(table, *pair) for pair in pairs]
     axis.set_yticks(range(len(pairs)), names)
     axis.invert_yaxis()
@@ -43,14 +42,14 @@ def _interval_bars(axis: Axes, table: Table, pairs: Pairs, figure: str) -> None:
     axis.grid(axis="x", alpha=0.3)
 
 
-def bars(table: Table, pairs: Pairs, figures: Sequence[str], out: Path) -> None:
-    """Draw arms side by side: mean, 95 % interval and the seeds' values."""
+def intervals(table: Table, pairs: Pairs, figures: Sequence[str], out: Path) -> None:
+    """Draw arms one below the other: mean, 95 % interval and the seeds' values."""
     drawing = Figure(
         figsize=(3.1 * len(figures) + 1, 0.34 * len(pairs) + 1.1), layout="constrained"
     )
     axes = drawing.subplots(1, len(figures), squeeze=False, sharey=True)[0]
     for axis, figure in zip(axes, figures, strict=True):
-        _interval_bars(axis, table, pairs, figure)
+        _interval_lines(axis, table, pairs, figure)
         values = [v for pair in pairs for v in table.values(*pair, figure).values()]
         low, high = min(values), max(values)
         axis.set_xlim(max(0.0, low - 0.6 * (high - low)), high + 0.35 * (high - low) + 1e-9)
@@ -98,7 +97,7 @@ def against_macs(table: Table, figures: Sequence[str], out: Path) -> None:
     axes = drawing.subplots(1, len(figures), squeeze=False)[0]
     for axis, figure in zip(axes, figures, strict=True):
         for i, (arm, ratio) in enumerate(table.measured):
-            cost = table.of(arm, ratio)[0]["macs"] / 1e6
+            cost = table.cost(arm, ratio, "macs") / 1e6
             found = interval(list(table.values(arm, ratio, figure).values()))
             error = found.half if found.n > 1 else 0
             axis.errorbar(

@@ -5,14 +5,16 @@ the page is written by hand.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from Evaluation.features import fingerprint
 from Model import bundled
 from Model.checkpoint import load_attribute_classifier
 from studies import plots
-from studies.jobs import Places, prepare, reference_figures, write_json
+from studies.jobs import Places, judged_by, prepare, reference_figures, write_json
 from studies.plan import FOLDER, read_plan
 from studies.results import references_file
 from studies.statistics import half_width, mean_and_deviation
@@ -20,6 +22,9 @@ from studies.tables import (
     TITLES,
     Table,
     by_attribute,
+    compared,
+    controls,
+    decided,
     differences,
     label,
     markdown,
@@ -36,7 +41,7 @@ from Util.settings import file_path
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN, BEFORE = "compression", "before_retraining"
-BAR_FIGURES = ("agreement_inside", "agreement_outside", "frechet")
+SHOWN_FIGURES = ("agreement_inside", "agreement_outside", "frechet")
 COURSE_FIGURES = ("agreement_inside", "agreement_outside", "l1_inside", "l1_outside", "frechet")
 GROUPS = {
     "content": "Is it the content?",
@@ -52,9 +57,13 @@ GROUPS = {
 def measure_references(name: str, places: Places) -> None:
     """Measure teacher and compressed model on each seed's latents, where that is not done."""
     plan, file = read_plan(name), references_file(places.results, name)
-    if not file.is_file():
-        prepare(plan, places)
-        write_json(file, {str(seed): reference_figures(plan, seed, places) for seed in plan.seeds})
+    models = {"teacher": fingerprint(bundled.MODEL), "compressed": fingerprint(bundled.COMPRESSED)}
+    settings = judged_by() | models | {"figures": list(plan.figures), "n_sample": plan.n_sample}
+    if file.is_file() and json.loads(file.read_text())["settings"] == settings:
+        return
+    prepare(plan, places)
+    seeds = {str(seed): reference_figures(plan, seed, places) for seed in plan.seeds}
+    write_json(file, {"settings": settings, "seeds": seeds})
 
 
 def introduction(table: Table) -> str:
@@ -66,19 +75,23 @@ def introduction(table: Table) -> str:
         for group, words in (("all", "over all"), ("inside", "inside"), ("outside", "outside"))
     )
     seconds = [sum(row["seconds"].values()) for row in table.rows]
+    commits = len({row.get("commit") for row in table.rows})
     classifier = load_attribute_classifier(bundled.ATTRIBUTES)
     outside = [name for name in classifier.attributes if name not in classifier.inside]
     return f"""# Study: what content-aware compression does
 
 Written by `python -m studies.report` from [studies/results](../studies/results); do not edit.
 Plans: [studies/plans](../studies/plans). {done} of {len(plan.jobs)} jobs of the main plan are done,
-{number(mean_and_deviation(seconds)[0])} s of one core each.
+{number(mean_and_deviation(seconds)[0])} s of one core each, by {commits} versions of the code,
+which their lines name.
 
 **How.** The bundled 64 px teacher is pruned, retrained on {plan.images:,} shown images by the
 settings of `make demo`, and measured on {plan.n_sample:,} latents. An arm differs from
-`{plan.control}` in what its line says and in nothing else. Seed s of every arm scores by the same
-latents, sees the same pictures in the same order and is measured on the same latents; differences
-are paired by seed.
+`{plan.control}` in the settings that `python -m studies {plan.name} --list` prints for it. Seed s
+of every arm scores by the same latents, as many as it scores by, sees the same pictures in the same
+order and is measured on the same latents; differences are paired by seed. The latents of training
+are the same, too, but in arms with a new discriminator or a relation loss, which draw numbers of
+their own: their differences to the others vary more.
 
 **The judge** is a classifier of what the pictures show
 ([Model/attribute_model](../Model/attribute_model/README.md)) that no training sees. *Agreement* is
@@ -100,12 +113,13 @@ def judged(tables: Sequence[Table]) -> str:
     """Tabulate all claims."""
     parts = [verdicts(table) for table in tables if table.plan.claims]
     merged = parts[0] + "".join("\n" + "\n".join(p.splitlines()[2:]) for p in parts[1:])
-    count = sum(len(table.plan.claims) for table in tables)
+    count = sum(decided(t, claim)[0] != "not run" for t in tables for claim in t.plan.claims)
     return f"""## Verdicts
 
 *Confirmed* and *refuted*: the interval lies on one side of 0, at this scale. *Undecided*: it holds
 0. *Not run*: not all seeds are there. The figure that decides stands in the plan, written before
-the runs; a question that came up later says so. Of {count} such intervals one in twenty would leave out 0 by chance alone.
+the runs; a question that came up later says so. Of {count} such intervals, and of the many more in
+the tables below, one in twenty would leave out 0 by chance alone; most share the control's runs.
 
 {merged}"""
 
@@ -127,22 +141,21 @@ def group_section(table: Table, group: str, doc: Path) -> str:
     at = f"ratio {ratios[0]:g}" if len(ratios) == 1 else "several ratios"
     lines += ["", f"At the end of the budget, mean ± standard deviation over the seeds, {at}:", ""]
     lines += [means(table, pairs), ""]
-    compared = [p for p in arms if p != control and table.of(table.plan.control, p[1])]
-    if compared:
-        lines += [f"Differences to `{table.plan.control}`, paired by seed:", ""]
-        lines += [differences(table, compared), ""]
+    if with_control := compared(table, arms):
+        lines += [f"Differences to {controls(table, with_control)}, paired by seed:", ""]
+        lines += [differences(table, with_control), ""]
     if any(":" in figure for figure in table.of(*pairs[0])[0]["points"][-1]["figures"]):
         inside = load_attribute_classifier(bundled.ATTRIBUTES).inside
         lines += ["Agreement by attribute:", "", by_attribute(table, pairs, inside), ""]
     picture = doc / "study" / f"{group}.png"
-    plots.bars(table, pairs, BAR_FIGURES, picture)
+    plots.intervals(table, pairs, SHOWN_FIGURES, picture)
     lines += [
         f"![Agreement inside and outside and Frechet distance](study/{group}.png)",
         "",
-        "(Bars: means; whiskers: 95 % intervals of each mean; dots: seeds; dashed: the floor.)",
+        "(Circles: means; whiskers: 95 % intervals of each mean; dots: seeds; dashed: the floor.)",
     ]
     if len(ratios) == 1:
-        plots.curves(table, pairs, BAR_FIGURES, doc / "study" / f"{group}_curves.png")
+        plots.curves(table, pairs, SHOWN_FIGURES, doc / "study" / f"{group}_curves.png")
         lines += ["", f"![Figures against images shown](study/{group}_curves.png)", ""]
         lines += ["(Lines: means; bands: range of the seeds.)"]
     return "\n".join(lines)
@@ -160,8 +173,9 @@ def course_section(table: Table, doc: Path) -> str:
     parts = [f"## While training\n\n{markdown(head, rows)}"]
     # At one ratio, all arms cost the same but for what a budget leaves over.
     if len({ratio for _, ratio in table.measured}) > 1:
-        plots.against_macs(table, BAR_FIGURES[:2], doc / "study/macs.png")
+        plots.against_macs(table, SHOWN_FIGURES[:2], doc / "study/macs.png")
         parts.append("![Agreement against multiply-accumulates](study/macs.png)")
+        parts.append("(Arms of equal cost are drawn side by side.)")
     return "\n\n".join(parts)
 
 
@@ -176,10 +190,9 @@ def before_section(table: Table, doc: Path) -> str:
     for ratio in sorted({r for _, r in table.measured}):
         pairs = [p for p in table.measured if p[1] == ratio]
         parts.append(f"Ratio {ratio:g}:\n\n{means(table, pairs)}")
-        compared = [p for p in pairs if p[0] != table.plan.control]
-        if compared and table.of(table.plan.control, ratio):
-            control = f"`{table.plan.control}` at {ratio:g}"
-            parts.append(f"Differences to {control}:\n\n{differences(table, compared)}")
+        if with_control := compared(table, pairs):
+            control = f"{controls(table, with_control)} at {ratio:g}"
+            parts.append(f"Differences to {control}:\n\n{differences(table, with_control)}")
     joined = "\n\n".join(parts)
     return f"""## Scores before retraining
 
@@ -243,18 +256,25 @@ def not_run(table: Table) -> list[str]:
 def limits(tables: Sequence[Table]) -> str:
     """Say what such a study cannot tell, and what has not been run."""
     main = tables[0]
-    narrow = min((row["channels"] for row in main.rows if row["ratio"] == 0.7), key=min)
+    ratio = main.plan.arms[0].ratios[0]
+    kept = [channels for row in main.rows if row["ratio"] == ratio for channels in row["channels"]]
+    control = [c for row in main.of(main.plan.control, ratio) for c in row["channels"]] or kept
+    recall = max(r for pair in main.measured for r in main.values(*pair, "recall").values())
     missing = [line for table in tables for line in not_run(table)]
     missing_text = "\n".join(missing) or "- nothing: all jobs of the plans are done"
     return f"""## What this cannot tell
 
-- One teacher, 64 px and 64 channels at most: ratio 0.7 leaves {min(narrow)} to {max(narrow)}
-  channels a layer. Networks of 512 have more to spare; no verdict carries over by itself.
+- One teacher, 64 px and 64 channels at most: ratio {ratio:g} leaves {min(control)} to
+  {max(control)} channels a layer, {min(kept)} to {max(kept)} where widths are chosen. Networks of
+  512 have more to spare; no verdict carries over by itself.
 - A drawn world: flat colours, a handful of parts, next to no layer noise. Photographs have texture.
 - {main.plan.images:,} images shown; the papers show 7 to 40 million. What is faster here may not be
   better in the end.
-- The loss averages over all pixels, in or outside the mask, as published: distilling everywhere
-  has a larger loss, not only a wider one. `cagc_twice` makes up for that.
+- The losses average over all pixels, as published, whatever the mask leaves out: a pixel of the
+  face weighs the same in `cagc` and `everywhere`, which adds the others.
+- Widths that are chosen have the multiply-accumulates of one ratio for all layers, not its
+  parameters: the tables tell both.
+- Recall is at its floor, {recall:.4f} at most: so short a retraining leaves few kinds of pictures.
 - The judge is itself a network of limited accuracy, the more so for clothes, of which little is
   seen. An agreement of 1 is the teacher's; a student may disagree and still be a good face.
 - The masks are made by the parser whose features are in the loss.

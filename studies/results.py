@@ -16,7 +16,7 @@ def results_file(folder: Path, plan: str) -> Path:
 
 
 def references_file(folder: Path, plan: str) -> Path:
-    """File of the figures of what students are seen beside, by seed and name."""
+    """File of the figures of what students are seen beside, by seed and name, with settings."""
     return folder / f"{plan}_references.json"
 
 

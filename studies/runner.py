@@ -176,7 +176,8 @@ def run_study(plan_name: str, only: str, places: Places, processes: int) -> int:
         processes: that run side by side; they share the threads.
 
     Returns:
-        The exit code: 0 if all jobs have a result, 1 if some failed, 130 after a signal.
+        The exit code: 0 if all jobs have a result, 1 if some failed or are another study's, 130
+        after a signal.
     """
     plan = read_plan(plan_name)
     chosen_jobs(plan, only)
@@ -201,4 +202,9 @@ def run_study(plan_name: str, only: str, places: Places, processes: int) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     codes = {worker.exitcode or 0 for worker in workers}
-    return 130 if 130 in codes else max(map(abs, codes))
+    if codes & {130, -signal.SIGTERM, -signal.SIGINT}:
+        return 130
+    done = progress(plan, places).done
+    if left := [job.name for job in chosen_jobs(plan, only) if job.name not in done]:
+        print(f"no result yet of {', '.join(left)}", file=sys.stderr)
+    return 1 if left or any(codes) else 0

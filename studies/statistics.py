@@ -8,6 +8,9 @@ import numpy as np
 from scipy.special import stdtrit
 
 LEVEL = 0.95
+SMALLEST = 1e-9
+"""Half widths up to this are none: equal values, as shares of few pictures may be, tell nothing of
+how far they would spread."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class Interval:
     def half(self) -> float:
         """Half of the width."""
         return (self.high - self.low) / 2
+
+    @property
+    def leaves_out_zero(self) -> bool:
+        """Whether it lies on one side of 0."""
+        return self.half > SMALLEST and (self.low > 0 or self.high < 0)
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
@@ -74,11 +82,11 @@ def verdict(difference: Interval | None, higher_is_better: bool) -> str:
     """Decide whether something is better by its difference to what it is compared with.
 
     Returns:
-        "confirmed" or "refuted" where the whole interval lies on one side of 0, else "undecided";
+        "confirmed" or "refuted" where the interval lies on one side of 0, else "undecided";
         "not run" without a difference.
     """
     if difference is None:
         return "not run"
-    if difference.low > 0 or difference.high < 0:
+    if difference.leaves_out_zero:
         return "confirmed" if (difference.low > 0) == higher_is_better else "refuted"
     return "undecided"

@@ -23,6 +23,7 @@ TITLES = {
     "recall": "recall",
     "ppl": "PPL",
 }
+COSTS = {"macs": "MACs", "parameters": "parameters"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class Table:
         found = {name for row in self.rows for name in row["points"][-1]["figures"]}
         return [name for name in TITLES if name in found]
 
+    def cost(self, arm: str, ratio: float, kind: str) -> float:
+        """Mean of one of `COSTS` over the seeds, whose widths may differ where they are chosen."""
+        return mean_and_deviation([row[kind] for row in self.of(arm, ratio)])[0]
+
     def floor(self, group: str) -> float:
         """Mean agreement of the teacher's pictures of different latents."""
         return mean_and_deviation([row["floor"][group] for row in self.rows])[0]
@@ -74,7 +79,7 @@ def read_table(name: str, results: Path) -> Table:
     names = {job.name for job in plan.jobs}
     rows = [r for r in read_results(results_file(results, plan.name)) if r["job"] in names]
     file = references_file(results, plan.name)
-    references = list(json.loads(file.read_text()).values()) if file.is_file() else []
+    references = list(json.loads(file.read_text())["seeds"].values()) if file.is_file() else []
     return Table(plan, rows, references)
 
 
@@ -100,8 +105,8 @@ def spread(values: Iterable[float]) -> str:
     return f"{number(mean)} ± {number(deviation)}" if len(found) > 1 else number(mean)
 
 
-def signed(difference: Interval | None) -> str:
-    """Write a difference with its interval, in bold where that leaves out 0."""
+def signed(difference: Interval | None, seeds: int) -> str:
+    """Write a difference with its interval, in bold where that leaves out 0 and has all seeds."""
     if difference is None:
         return "-"
     if difference.n < 2:
@@ -109,7 +114,7 @@ def signed(difference: Interval | None) -> str:
     form = "+.3f" if abs(difference.mean) < 10 else "+.1f"
     mean, low, high = (format(v, form) for v in (difference.mean, difference.low, difference.high))
     text = f"{mean} [{low}, {high}]"
-    return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
+    return f"**{text}**" if difference.leaves_out_zero and difference.n == seeds else text
 
 
 def label(table: Table, arm: str, ratio: float) -> str:
@@ -125,6 +130,7 @@ def means(table: Table, pairs: Sequence[tuple[str, float]], point: int = -1) -> 
         [
             label(table, *pair),
             str(len(table.of(*pair))),
+            *(f"{table.cost(*pair, kind):,.0f}" for kind in COSTS),
             *(spread(table.values(*pair, figure, point).values()) for figure in figures),
         ]
         for pair in pairs
@@ -132,8 +138,14 @@ def means(table: Table, pairs: Sequence[tuple[str, float]], point: int = -1) -> 
     for name in table.references[0] if table.references else ():
         own = [row[name] for row in table.references]
         cells = [spread(row[f] for row in own if f in row) for f in figures]
-        rows.append([f"*{name}*", str(len(own)), *cells])
-    return markdown(["arm", "seeds", *(TITLES[f] for f in figures)], rows)
+        rows.append([f"*{name}*", str(len(own)), *("" for _ in COSTS), *cells])
+    return markdown(["arm", "seeds", *COSTS.values(), *(TITLES[f] for f in figures)], rows)
+
+
+def controls(table: Table, pairs: Sequence[tuple[str, float]]) -> str:
+    """Name what arms are compared with."""
+    names = dict.fromkeys(table.plan.arm(arm).control for arm, _ in pairs)
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def by_attribute(table: Table, pairs: Sequence[tuple[str, float]], inside: Sequence[str]) -> str:
@@ -160,19 +172,25 @@ def by_attribute(table: Table, pairs: Sequence[tuple[str, float]], inside: Seque
     return markdown(["attribute", "content", *(label(table, *pair) for pair in pairs)], rows)
 
 
-def differences(
-    table: Table, pairs: Sequence[tuple[str, float]], control: tuple[str, float] | None = None
-) -> str:
-    """Tabulate differences to the control at the same ratio, paired by seed."""
+def compared(table: Table, pairs: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Give the arms whose control has results at their ratio."""
+    return [
+        (arm, ratio)
+        for arm, ratio in pairs
+        if (control := table.plan.arm(arm).control) != arm and table.of(control, ratio)
+    ]
+
+
+def differences(table: Table, pairs: Sequence[tuple[str, float]]) -> str:
+    """Tabulate differences to each arm's control at the same ratio, paired by seed."""
     rows = []
     for arm, ratio in pairs:
-        other, at = control or (table.plan.control, ratio)
-        if (arm, ratio) == (other, at):
-            continue
-        cells = [
-            signed(paired_difference(table.values(arm, ratio, f), table.values(other, at, f)))
+        control = table.plan.arm(arm).control
+        found = (
+            paired_difference(table.values(arm, ratio, f), table.values(control, ratio, f))
             for f in table.figures
-        ]
+        )
+        cells = [signed(difference, len(table.plan.seeds)) for difference in found]
         rows.append([label(table, arm, ratio), *cells])
     return markdown(["arm", *(TITLES[f] for f in table.figures)], rows)
 
@@ -198,8 +216,9 @@ def verdicts(table: Table) -> str:
         found, difference = decided(table, claim)
         better = "higher" if HIGHER_IS_BETTER[claim.figure] else "lower"
         figure = TITLES.get(claim.figure, claim.figure.replace(":", " of "))
-        compared = f"{claim.arm} - {claim.than}, {figure} ({better} is better)"
-        rows.append([claim.text, claim.source, compared, signed(difference), f"*{found}*"])
+        sides = f"{claim.arm} - {claim.than}, {figure} ({better} is better)"
+        cell = signed(difference, len(table.plan.seeds))
+        rows.append([claim.text, claim.source, sides, cell, f"*{found}*"])
     return markdown(["claim", "whose", "compared", "difference [95 %]", "verdict"], rows)
 
 
@@ -211,12 +230,7 @@ def points_of(row: Result, figure: str) -> Mapping[int, float]:
 def overview(table: Table) -> str:
     """Tabulate all arms, and their differences to the control."""
     parts = [means(table, table.measured)]
-    compared = [
-        (arm, ratio)
-        for arm, ratio in table.measured
-        if arm != table.plan.control and table.of(table.plan.control, ratio)
-    ]
-    if compared:
-        parts += [f"Differences to {table.plan.control}, paired by seed, 95 % intervals:"]
-        parts += [differences(table, compared)]
+    if pairs := compared(table, table.measured):
+        parts += [f"Differences to {controls(table, pairs)}, paired by seed, 95 % intervals:"]
+        parts += [differences(table, pairs)]
     return "\n\n".join(parts)

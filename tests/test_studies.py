@@ -44,6 +44,9 @@ PLAN = {
 }
 
 
+CLAIM = {"text": "t", "source": "s", "arm": "b", "than": "a", "figure": "l1_inside"}
+
+
 def changed(**parts):
     return PLAN | parts
 
@@ -100,6 +103,8 @@ def test_arms_of_a_seed_differ_in_their_own_settings_alone(tmp_path):
         (arm(ratios=[1.5]), "remove_ratio must be below 1"),
         (changed(arms=[*PLAN["arms"], PLAN["arms"][0]]), "two have the same name"),
         (changed(claims=[{"text": "t"}]), "source is missing"),
+        (arm(control="z"), "z: no such arm"),
+        (changed(claims=[CLAIM | {"ratio": 0.6}]), "b is not run at ratio 0.6"),
     ],
 )
 def test_bad_plans_are_refused_in_one_line(content, message):
@@ -205,6 +210,11 @@ def test_results_are_written_once_and_students_stay(places, monkeypatch, capsys)
     folder = places.job(plan, plan.jobs[0])
     assert (folder / "student.pt").is_file()
     assert not (folder / "run").exists()
+    kept = (folder / "student.pt").read_bytes()
+    checkpoint.save(folder / "pruned.pt", {"g_ema": Generator(8, 8, 2, channels=(6, 5, 4, 4))})
+    jobs.clean(plan, plan.jobs[0], places)  # killed before it had removed that
+    assert (folder / "student.pt").read_bytes() == kept
+    assert not (folder / "pruned.pt").exists()
     monkeypatch.setattr(runner, "run_job", None)
     assert runner.run_jobs(plan, plan.jobs[:1], places) == 0
     longer = replace(plan, n_sample=30)
@@ -265,6 +275,7 @@ def test_differences_are_paired_by_seed():
         ([-1.0, -1.1, -0.9], False, "confirmed"),
         ([1.0, -1.0, 0.5], True, "undecided"),
         ([1.0], True, "undecided"),
+        ([0.0005, 0.0005, 0.0005], True, "undecided"),  # steps of one picture in 2,000
     ],
 )
 def test_verdicts_follow_the_interval(values, higher, expected):
@@ -280,32 +291,36 @@ def fake_results(folder, name, jobs_done, value):
             folder / f"{name}.jsonl",
             {
                 **{"job": job.name, "arm": job.arm.name, "ratio": job.ratio, "seed": job.seed},
-                **{"points": points, "macs": 4_468_416, "channels": [20, 5], "seconds": {"t": 9}},
+                **{"points": points, "macs": 4_468_416, "parameters": 116_502},
+                **{"channels": [20, 5], "seconds": {"t": 9}},
                 "floor": {"all": 0.3, "inside": 0.35, "outside": 0.2},
             },
         )
     return plan
 
 
-def test_the_page_says_what_the_results_say(tmp_path, capsys):
+def test_the_page_says_what_the_results_say(tmp_path, capsys, monkeypatch):
     better = {"cagc": 0.9, "everywhere": 0.8}
-    value = lambda job, f: better[job.arm.name] + 0.001 * job.seed**2  # noqa: E731
+    value = lambda job, f: better[job.arm.name] * (1 + 0.001 * job.seed**2)  # noqa: E731
     fake_results(tmp_path, "compression", 5, value)
     fake_results(tmp_path, "contents", 2, lambda job, f: 0.5)
     own = {"0": {"teacher": {"agreement_inside": 1.0, "frechet": 17.0}}}
-    (tmp_path / "compression_references.json").write_text(json.dumps(own))
+    monkeypatch.setattr(report, "prepare", lambda *_: None)
+    monkeypatch.setattr(report, "reference_figures", lambda plan, seed, places: own["0"])
     arguments = ["--results", str(tmp_path), "--out", str(tmp_path / "doc/Study.md")]
     assert report.main([*arguments, "--work", str(tmp_path)]) == 0
     page = (tmp_path / "doc/Study.md").read_text()
     assert "5 of " in page
     assert "2 of 9 jobs of the plan `contents`" in page
-    assert "| cagc 0.7 | 3 |" in page
-    assert "| *teacher* | 1 | - | 1.000 | - |" in page
-    assert "| hair | inside | 0.902 | 0.800 |" in page
+    assert "| cagc 0.7 | 3 | 4,468,416 | 116,502 |" in page
+    assert "| *teacher* | 3 |  |  | - | 1.000 ± 0.000 | - |" in page
+    assert "| hair | inside | 0.901 | 0.800 |" in page
+    assert "leaves 5 to\n  20 channels a layer" in page
     (line,) = (x for x in page.splitlines() if "inside the content keeps" in x)
     assert line.endswith("| *not run* |")  # the third seed of everywhere is missing
     assert "everywhere, 1 of 3 jobs (everywhere-0.7-s2)" in page
     assert (tmp_path / "doc/study/content.png").is_file()
+    monkeypatch.setattr(report, "reference_figures", None)  # they are kept
     fake_results(tmp_path, "compression", 6, value)
     (tmp_path / "compression.jsonl").write_text(
         "".join(dict.fromkeys((tmp_path / "compression.jsonl").read_text().splitlines(True)))
@@ -313,7 +328,7 @@ def test_the_page_says_what_the_results_say(tmp_path, capsys):
     assert report.main([*arguments, "--work", str(tmp_path)]) == 0
     page = (tmp_path / "doc/Study.md").read_text()
     (line,) = (x for x in page.splitlines() if "inside the content keeps" in x)
-    assert "**+0.100 [+0.100, +0.100]**" in line
+    assert "**+0.100 [+0.100, +0.101]**" in line
     assert line.endswith("| *confirmed* |")
     assert json.loads((tmp_path / "compression.jsonl").read_text().splitlines()[0])
     assert report.main(["--results", str(tmp_path / "none"), *arguments[2:]]) == 2
