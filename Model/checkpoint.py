@@ -29,6 +29,7 @@ from Model.face_parser import BiSeNet
 from Model.generator import Generator
 from Util.files import atomic_path, unpacked_size
 from Util.run_log import newest_checkpoint
+from Util.streams import seeded
 
 PathOrDict = str | os.PathLike[str] | Mapping[str, Any]
 StateDict = dict[str, Tensor]
@@ -225,8 +226,7 @@ def _build(
     if not any(key.startswith(optional) for key in state):
         own = {key: value for key, value in own.items() if not key.startswith(optional)}
     _check_tensors(own, state, name, type(planned).__name__)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         network = make()
     network.load_state_dict(state, strict=False)
     return network

@@ -1,5 +1,8 @@
 """Seeded random streams that are independent of each other and of PyTorch's global one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -15,3 +18,12 @@ def stream(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
     """
     state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(state >> 1)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw the block's numbers on the CPU from a seed; every stream then goes on where it was."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would start the GPUs' streams anew as well.
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from Compression.scores.sampling import INITIALISATION, Sampling
 from Model.generator import Generator
+from Util.streams import seeded
 
 
 def pruned(pruned: Generator, full: Generator, keep: Sequence[Tensor], sampling: Sampling) -> None:
@@ -24,8 +24,7 @@ def mapping_only(
 
 def scratch(pruned: Generator, full: Generator, keep: Sequence[Tensor], sampling: Sampling) -> None:
     """Draw every weight anew from the seed; the stored noise maps stay."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(sampling.stream(INITIALISATION).initial_seed())
+    with seeded(sampling.stream(INITIALISATION).initial_seed()):
         drawn = pruned.like(pruned.channels)
     drawn.noises.load_state_dict(pruned.noises.state_dict())
     pruned.load_state_dict(drawn.state_dict())
