@@ -21,6 +21,8 @@ from Util.pictures import save_png
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
 BEST = "best.pt"
+ASIDE = ".pt.aside"
+"""Ending of checkpoints that a run, taken up again from an earlier one, has left behind."""
 TIMING = (
     *("images_per_second", "peak_memory_gib", "reserved_memory_gib", "seconds_left", "time"),
     *("seconds_data", "seconds_discriminator", "seconds_r1", "seconds_generator", "seconds_path"),
@@ -42,7 +44,7 @@ class RunLog:
         config: the run's settings, plain values.
         save: writes a checkpoint's content to a file, atomically.
         resume_at: iteration at which a run goes on; later lines of its metrics are dropped, since
-            they will be written again. None starts a run.
+            they will be written again, and later checkpoints get another ending. None starts a run.
         keep: newest checkpoints that stay; 0 keeps all.
         best_by: name of the metric whose lowest value chooses ``best.pt``; None keeps none.
         wandb: project of Weights & Biases; empty: none.
@@ -73,11 +75,32 @@ class RunLog:
         if self._lock is None:
             raise ValueError(f"{folder}: another process is training there; wait for its end")
         if resume_at is not None:
+            self._set_aside_after(resume_at)
             self._drop_metrics_after(resume_at)
         with atomic_path(self.folder / CONFIG) as temporary:
             temporary.write_text(json.dumps(_facts(config), indent=2) + "\n")
         self.events = _event_writer(self.folder / "events", resume_at)
         self.wandb = _wandb_run(wandb, self.folder, config) if wandb else None
+
+    def _set_aside_after(self, iteration: int) -> None:
+        """Rename the checkpoints of what comes after an iteration; best.pt is what was best until.
+
+        They are of another course than that which begins now, and one of them may be what somebody
+        wants back.
+        """
+        for file in checkpoints(self.folder):
+            if int(file.stem) > iteration:
+                file.replace(file.with_suffix(ASIDE))
+        rows = self._rows_with(self.best_by) if self.best_by else []
+        best = self.folder / BEST
+        if not rows or min(rows)[1] <= iteration or not best.is_file():
+            return
+        best.replace(best.with_suffix(ASIDE))
+        before = [row for row in rows if row[1] <= iteration]
+        kept = {int(file.stem): file for file in checkpoints(self.folder)}
+        if before and (source := kept.get(int(min(before)[1]))):
+            with atomic_path(best) as temporary:
+                shutil.copyfile(source, temporary)
 
     def _drop_metrics_after(self, iteration: int) -> None:
         if not (self.folder / METRICS).exists():

@@ -48,10 +48,16 @@ class StopRequest:
         if number == self.SAVE:
             self.save = True
         elif not self.signal:
-            self.signal, self._since = number, time.monotonic()
+            self.agree(number)
         elif time.monotonic() - self._since > (ECHO if number == signal.SIGINT else PATIENCE):
             self._restore()
             signal.raise_signal(number)
+
+    def agree(self, number: int) -> None:
+        """Take the end as asked for by a signal; one that other processes got may come here yet."""
+        if not self.signal:
+            self._since = time.monotonic()
+        self.signal = number
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

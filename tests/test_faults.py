@@ -39,7 +39,7 @@ from Util.animation import save_gif
 from Util.files import PREFIX, atomic_path, lock_folder
 from Util.pictures import save_png
 from Util.plot_log import plot
-from Util.run_log import RunLog, checkpoints, read_config, read_metrics
+from Util.run_log import RunLog, checkpoints, newest_checkpoint, read_config, read_metrics
 from Util.settings import SettingError
 
 ROOT = Path(__file__).parent.parent
@@ -221,6 +221,24 @@ def test_a_log_line_cut_off_at_any_byte_is_dropped(tmp_path, killed):
         log_of(tmp_path).close()  # a resumed run
         assert (tmp_path / "metrics.jsonl").read_bytes() == whole
         assert read_config(tmp_path) == {"seed": 1}
+
+
+def test_a_run_taken_up_from_an_earlier_checkpoint_leaves_the_later_ones_aside(tmp_path):
+    first = RunLog(tmp_path, {}, checkpoint.save, best_by="fid")
+    for iteration, fid in ((100, 3.0), (200, 4.0), (300, 2.0)):
+        first.metrics(iteration, {"fid": fid})
+        first.checkpoint(iteration, {"config": {"iteration": iteration}})
+    first.close()
+    again = RunLog(tmp_path, {}, checkpoint.save, resume_at=200, keep=2, best_by="fid")
+    best = lambda: checkpoint.read(tmp_path / "best.pt")["config"]["iteration"]  # noqa: E731
+    assert best() == 100
+    again.metrics(220, {"fid": 3.5})
+    again.checkpoint(220, {"config": {"iteration": 220}})
+    again.close()
+    assert [p.name for p in checkpoints(tmp_path)] == ["000200.pt", "000220.pt"]
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints/000220.pt"
+    assert best() == 100
+    assert (tmp_path / "checkpoints/000300.pt.aside").is_file()
 
 
 # LMDB

@@ -37,6 +37,16 @@ def test_a_launchers_signals_are_one_request(at, forced):
         assert forced == [signal.SIGTERM]
 
 
+def test_a_signal_after_the_processes_agreed_on_the_end_is_an_echo(at, forced):
+    with StopRequest() as stop:
+        at(100)
+        stop.agree(signal.SIGTERM)  # another process got it first
+        at(101)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        assert not forced
+
+
 def test_a_second_ctrl_c_forces(at, forced):
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
