@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,6 +90,27 @@ def test_equal_networks_have_no_loss_whatever_the_scale_of_features(networks):
         7 * student.made.features[4], 0.1 * teacher.made.features[4][:, :4]
     )
     torch.testing.assert_close(one, scaled)
+
+
+def test_moved_pictures_have_layer_noise_of_their_own(networks, monkeypatch):
+    drawn, make = [], Generator.make_noise
+
+    def make_noise(self, n=1):
+        drawn.append(self)
+        return [noise.double() for noise in make(self, n)]
+
+    monkeypatch.setattr(Generator, "make_noise", make_noise)
+    student, teacher = (run(network, torch.randn(2, 8).double()) for network in networks)
+    maps = student.generator.make_noise(2)
+    for noises, expected in (
+        ((None, None), []),  # drawn layer by layer
+        ((None, maps), [teacher.generator]),  # as where the teacher is compiled
+        ((maps, maps), [student.generator]),  # shared: once for both
+    ):
+        drawn.clear()
+        passes = [replace(p, noise=n) for p, n in zip((student, teacher), noises, strict=True)]
+        term()(*passes, None)
+        assert drawn == expected
 
 
 def test_gradient_by_finite_differences_and_none_into_the_teacher(networks):

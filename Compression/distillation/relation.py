@@ -125,9 +125,11 @@ def term(layers: Sequence[int], draw: Offsets, options: RelationSettings) -> Cal
 
     def relation(student: Pass, teacher: Pass, mask: Tensor | None) -> Tensor:
         offset = draw(len(student.w_plus))
+        shared = student.noise is not None and student.noise is teacher.noise
+        noise = student.generator.make_noise(len(student.w_plus)) if shared else None
         found = []
         for one in (student, teacher):
-            moved = one.again(offset, features=True).features
+            moved = one.again(offset, features=True, noise=noise).features
             found.append([similarities(one.made.features[i], moved[i], everywhere) for i in layers])
         losses = [compare(s, t.detach()) for s, t in zip(*found, strict=True)]
         return torch.stack(losses).sum()

@@ -38,10 +38,20 @@ class Pass:
     made: Synthesis
     context: Callable[[], AbstractContextManager[None]]
 
-    def again(self, offset: Tensor, features: bool = False) -> Synthesis:
-        """Run the generator at w+ plus an offset (N, 1 or n_latent, style_dim)."""
+    def again(
+        self, offset: Tensor, features: bool = False, noise: Sequence[Tensor] | None = None
+    ) -> Synthesis:
+        """Run the generator at w+ plus an offset (N, 1 or n_latent, style_dim), with other noise.
+
+        Args:
+            offset: what is added.
+            features: see `Model.generator.Generator.synthesis`.
+            noise: layer noise; None draws it, as maps where this pass had maps.
+        """
+        if noise is None and self.noise is not None:
+            noise = self.generator.make_noise(len(self.w_plus))
         with self.context():
-            return self.generator.synthesis(self.w_plus + offset, self.noise, features=features)
+            return self.generator.synthesis(self.w_plus + offset, noise, features=features)
 
 
 Call = Callable[[Pass, Pass, Tensor | None], Tensor]
