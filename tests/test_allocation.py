@@ -93,6 +93,12 @@ def test_no_allocation_exceeds_its_budget(full, name, share, limits):
         assert widths == FULL
 
 
+@pytest.mark.parametrize("name", ["uniform", "power"])
+def test_a_budget_below_the_least_widths_is_refused(full, name):
+    with pytest.raises(ValueError, match=r"the least widths .* exceed the budget"):
+        widths_of(name, full, budget_of(full, -0.5))
+
+
 @pytest.mark.parametrize("name", ALLOCATIONS)
 def test_parameters_can_be_capped_too(full, name):
     free = widths_of(name, full, budget_of(full, 0.4))

@@ -48,4 +48,7 @@ def _proportional(budget: Budget, exponent: float) -> Widths:
 
     groups = zip(ladders, full, falls, strict=True)
     kappas = sorted({rung / (c * fall) for rungs, c, fall in groups for rung in rungs})
-    return widths(kappas[bisect_right(kappas, False, key=lambda k: not budget.fits(widths(k))) - 1])
+    fitting = bisect_right(kappas, False, key=lambda k: not budget.fits(widths(k)))
+    if not fitting:
+        raise ValueError(f"the least widths {budget.floor} exceed the budget or a cap")
+    return widths(kappas[fitting - 1])
