@@ -251,7 +251,7 @@ class TrainConfig(Settings):
         " cores at the start. A resumed run keeps its number: the last bits depend on it",
         low=0,
     )
-    seed: int = setting(0, "seed of networks, latents and data order")
+    seed: int = setting(0, "seed of networks, latents and data order, at least 0", low=0)
     options: tuple[Settings, ...] = ()
 
     @property

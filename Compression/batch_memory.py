@@ -100,12 +100,9 @@ def need(trainer: Trainer) -> Need:
         peak = meter.peak
     # A gradient and, in new optimisers, the two moments of Adam.
     fixed = 0
-    for network, optimizer in (
-        (trainer.generator, trainer.g_optim),
-        (trainer.discriminator, trainer.d_optim),
-    ):
-        held = sum(p.numel() * p.element_size() for p in network.parameters())
-        fixed += held * (1 if optimizer.state else 3)
+    for update in trainer.updates:
+        held = sum(p.numel() * p.element_size() for p in update.network.parameters())
+        fixed += held * (1 if update.adam.state else 3)
     free, part = _own_share(trainer.device), trainer.settings.batch_gpu
     return Need(images, peak, min(fixed, peak), free, processes, part)
 

@@ -422,7 +422,7 @@ def _renew_streams(
     now, rank = distributed.world_size(), distributed.rank()
     if before == now:
         return
-    numbers = (abs(config.seed), trainer.iteration, now, rank)
+    numbers = (config.seed, trainer.iteration, now, rank)
     torch.manual_seed(stream(*numbers).initial_seed())
     announce(f"processes: {before} until now, {now} from here on, with new random streams")
 
@@ -559,7 +559,7 @@ def _open_log(
             config.out,
             _plain(config),
             checkpoint.save,
-            trainer.iteration if config.resume or config.load_train_state else None,
+            trainer.iteration if config.resume else None,
             config.keep_checkpoints,
             evaluation.best_by if evaluation else None,
             config.wandb,
@@ -664,7 +664,7 @@ def _train(
         Event(config.model_save_freq, actions.evaluate),
         Event(config.model_save_freq, actions.checkpoint),
     ]
-    with bar, request:
+    with bar, request, _state_before_failure(config, trainer):
         try:
             if config.resume:
                 actions.catch_up(config.model_save_freq)
@@ -672,16 +672,23 @@ def _train(
         except DatasetError as error:
             actions.checkpoint()
             raise SettingError("path", error) from None
-        except NonFiniteError as error:
-            kept = Path(config.out) / f"before_non_finite_{trainer.iteration:06d}.pt"
-            checkpoint.save(kept, trainer.state(together=False))
-            raise NonFiniteError(f"{error} (the state before it: {kept})") from None
         if trainer.iteration >= config.iter:
             return 0
         if actions.saved != trainer.iteration:
             actions.checkpoint()
         show(f"stopped at iteration {trainer.iteration}; go on with --resume {config.out}")
     return request.signal
+
+
+@contextlib.contextmanager
+def _state_before_failure(config: TrainConfig, trainer: Trainer) -> Iterator[None]:
+    """Keep the state before a loss or gradient that is not finite."""
+    try:
+        yield
+    except NonFiniteError as error:
+        kept = Path(config.out) / f"before_non_finite_{trainer.iteration:06d}.pt"
+        checkpoint.save(kept, trainer.state(together=False))
+        raise NonFiniteError(f"{error} (the state before it: {kept})") from None
 
 
 def _in_step(
@@ -707,7 +714,7 @@ def _in_step(
             text = f"the images gave out in process {agreed - broken}, which says why"
             raise failure or DatasetError(text)
         if agreed >= stopping:
-            request.signal = agreed - stopping
+            request.agree(agreed - stopping)
             return
         if agreed:
             request.save = False

@@ -158,7 +158,7 @@ class Trainer:
             suffix: self._update_of(network, r1_every) for suffix, network in networks.items()
         }
         self.averages, self.clock = Averages(), Clock(device)
-        self.iteration = self.images_seen = 0
+        self.iteration = self.images_seen = self._averaged = 0
         self.mean_path_length = torch.zeros((), device=device)
 
     def _update_of(
@@ -222,6 +222,7 @@ class Trainer:
                 metrics |= self._path_phase(max(1, real.shape[0] // s.path_batch_shrink))
         # The average of the generators of some hundred iterations is what is kept and measured.
         accumulate(self.g_ema, self.generator, s.ema_decay)
+        self._averaged += 1
         self._look(now=(self.iteration + 1) % s.log_freq == 0)
         self.iteration += 1
         self.images_seen += s.batch_size
@@ -257,6 +258,10 @@ class Trainer:
             self._fail(self.iteration - late)
 
     def _fail(self, good: int) -> NoReturn:
+        if (late := self._averaged - good) and self.settings.ema_decay:
+            # Since then the generator has stood still, so that its average can be taken back.
+            accumulate(self.g_ema, self.generator, self.settings.ema_decay**-late)
+        self._averaged = good
         self.images_seen -= (self.iteration - good) * self.settings.batch_size
         self.iteration = good
         self.averages = Averages()  # those of the log so far hold what was not finite
@@ -493,7 +498,8 @@ class Trainer:
         found = self._step(self._g, "path length", parts, loss_of)
         penalty, mean, lengths = (tensor.detach() for tensor in made)
         # Not that of a step that is left out because something was not finite.
-        self.mean_path_length = torch.where(mean.isfinite(), mean, self.mean_path_length)
+        sound = mean.isfinite() & ~self.judge.failed
+        self.mean_path_length = torch.where(sound, mean, self.mean_path_length)
         return {"path_penalty": penalty, "path_length": lengths.mean()} | found
 
     def _length_penalty(self, lengths: Tensor) -> list[Tensor]:
@@ -512,7 +518,7 @@ class Trainer:
         Raises:
             NonFiniteError: the last iteration's losses or gradients were not finite.
         """
-        own = {"cpu": torch.get_rng_state()}
+        own, averages = {"cpu": torch.get_rng_state()}, self.averages.state()
         if self.device.type == "cuda":
             own["cuda"] = torch.cuda.get_rng_state(self.device)
         if together and self.judge.posted():
@@ -531,7 +537,7 @@ class Trainer:
                 "iteration": self.iteration,
                 "images_seen": self.images_seen,
                 "mean_path_length": self.mean_path_length.item(),
-                "averages": self.averages.state(),
+                "averages": distributed.gather(averages) if together else [averages],
                 "scaler": self.scaler.state_dict(),
                 "rng": distributed.gather(own) if together else [own],
             },
@@ -567,6 +573,7 @@ class Trainer:
             else:
                 self.iteration = iteration or 0
                 self.images_seen = self.iteration * self.settings.batch_size
+            self._averaged = self.iteration
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(
@@ -578,7 +585,11 @@ class Trainer:
             operator.index(saved[key]) for key in ("iteration", "images_seen")
         )
         self.mean_path_length = torch.tensor(float(saved["mean_path_length"]), device=self.device)
-        self.averages.load(saved["averages"], self.device)
+        averages = saved["averages"]
+        if not isinstance(averages, Mapping):  # in older checkpoints, those of the first process
+            same = len(averages) == distributed.world_size()
+            averages = averages[distributed.rank() if same else 0]
+        self.averages.load(averages, self.device)
         if saved.get("scaler"):  # empty without float16, absent in older checkpoints
             self.scaler.load_state_dict(saved["scaler"])
         if len(saved["rng"]) == distributed.world_size():

@@ -42,7 +42,8 @@ def all_features(
                 break
             own.append(extractor(images.to(device)).cpu())
             bar.update(min(len(images) * step, n - bar.done))
-    if distributed.any_process(stop()):
+    # One that has been told to stop waits until the others have measured their share.
+    if distributed.any_process(stop(), distributed.PATIENCE):
         raise StoppedError
     return torch.cat(distributed.gather_in_turn(own)).numpy()
 

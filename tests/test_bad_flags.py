@@ -174,6 +174,7 @@ FLAGS = {
 ALLOWED = {
     # What a kind refuses and this flag means something by: 0 is off or "as it is", and so on.
     ("train", "amp", "none"),
+    ("train", "seed", "-1"),
     ("get_fid", "stats", "none.pt"),  # will be made
     ("get_projected_image", "image_file", "data"),
     ("train", "ckpt", ""),

@@ -78,6 +78,23 @@ def test_features_of_zero_have_finite_gradients(impl):
     assert (a[0].grad[:, :, 0] == 0).all()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_side_may_have_gradients_in_some_layers_alone(impl):
+    a, b = (maps(2, [(4, 3, 3), (5, 2, 2)]) for _ in range(2))
+    a[1].requires_grad_()
+    found = feature_distance(a, b, impl=impl).sum()
+    (grad,) = torch.autograd.grad(found, a[1])
+    (expected,) = torch.autograd.grad(equation(a, b, None).sum(), a[1])
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(1, 4, 3, 3), (2, 4, 3, 2), (0, 4, 3, 3)])
+def test_other_shapes_are_refused(impl, shape):
+    with pytest.raises(ValueError, match="feature_distance: maps of"):
+        feature_distance([torch.rand(2, 4, 3, 3)], [torch.rand(shape)], impl=impl)
+
+
 def test_does_not_depend_on_the_number_of_threads():
     a, b = maps(2, [(16, 64, 64)], torch.float32), maps(2, [(16, 64, 64)], torch.float32)
     before = torch.get_num_threads()

@@ -81,6 +81,19 @@ def test_a_failure_late_in_a_line_of_the_log_is_told_before_the_line():
         trainer.iterate(images()[0])
 
 
+def test_a_moving_average_comes_back_from_a_failure_that_is_seen_late():
+    trainer = poisoned_from(make_trainer(config(path_regularize=0.0, r1=0.0, ema_decay=0.9)), 2)
+    trainer.judge.at_once = False
+    for real in images(2):
+        trainer.iterate(real)
+    before = [p.clone() for p in trainer.g_ema.parameters()]
+    trainer.iterate(images()[0])
+    with pytest.raises(NonFiniteError, match="in iteration 3"):
+        trainer.iterate(images()[0])
+    for now, then in zip(trainer.g_ema.parameters(), before, strict=True):
+        torch.testing.assert_close(now, then, rtol=1e-5, atol=1e-6)
+
+
 def test_a_mean_path_length_survives_a_failure():
     trainer = make_trainer(config(r1=0.0, g_reg_every=1))
     trainer.judge.at_once = False

@@ -296,6 +296,10 @@ def test_the_state_before_a_gradient_that_is_not_finite_goes_on(folder, monkeypa
     monkeypatch.undo()
     assert run(folder, f"{SMALL} --iter 5 --ckpt {kept} --load_train_state", "next") == 0
     assert [p.name for p in checkpoints(folder / "next")] == ["000005.pt"]
+    rows = read_metrics(folder / "next")
+    assert run(folder, f"{SMALL} --iter 6 --ckpt {kept} --load_train_state", "next") == 2
+    assert "next holds a run already; name another folder" in capsys.readouterr().err
+    assert read_metrics(folder / "next") == rows
 
 
 def test_a_resumed_run_keeps_its_number_of_threads(folder):

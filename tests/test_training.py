@@ -19,6 +19,7 @@ from Compression.training import (
 from Model.discriminator import Discriminator
 from Model.generator import Generator
 from train_hyperparams import TrainConfig
+from Util import distributed
 
 CPU = torch.device("cpu")
 
@@ -314,6 +315,21 @@ def test_averages_are_those_of_all_iterations_since_the_last_line():
     for one in (averages, resumed):
         means = one.flush()
         assert (means["d_loss"], means["r1"]) == (1.5, 5.0)
+
+
+def test_every_process_goes_on_with_its_own_averages(monkeypatch):
+    trainer = make_trainer(config())
+    trainer.iterate(images()[0])
+    state = trainer.state()
+    own = state["train_state"]["averages"][0]
+    second = {key: [0.5] * len(values) for key, values in own.items()}
+    state["train_state"] |= {"averages": [own, second], "rng": [None, None, None]}
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    for processes, expected in ((2, second), (1, own)):
+        monkeypatch.setattr(distributed, "world_size", lambda n=processes: n)
+        resumed = make_trainer(config())
+        resumed.load_state(state)
+        assert resumed.averages.state() == expected
 
 
 def test_shared_noise_makes_equal_networks_make_equal_pictures():

@@ -10,6 +10,7 @@ in a file beside its checkpoint. Published: lambda 20 for DINO, 15 for CLIP.
 
 import hashlib
 import math
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,7 +208,10 @@ def make(sources: Sources) -> Parts:
         for name in options.networks()
     }
     target = TeacherMoments(sources, networks)
-    return Parts(term(networks, options.networks(), target.found), prepare=target.prepare)
+    # Until they are there: what an iteration takes is counted before.
+    zero = torch.zeros((), device=sources.device)
+    known = ChainMap(target.found, dict.fromkeys(networks, (zero, zero)))
+    return Parts(term(networks, options.networks(), known), prepare=target.prepare)
 
 
 def term(

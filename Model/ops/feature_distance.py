@@ -34,8 +34,14 @@ def feature_distance(
 
     Returns:
         (N,), >= 0.
+
+    Raises:
+        ValueError: the shapes of both sides differ, or a layer has no values.
     """
     weights = weights or ()
+    for x, y in zip(a, b, strict=True):
+        if x.shape != y.shape or not x.numel():
+            raise ValueError(f"feature_distance: maps of {tuple(x.shape)} and {tuple(y.shape)}")
     native = _pays(impl, a[0]) and use_native("feature_distance", impl, a[0], *a, *b, *weights)
     function = _Compiled if native else _OnLists
     return function.apply(len(a), *weights, *a, *b)
@@ -62,8 +68,7 @@ class _Compiled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         count, operator = ctx.count, torch.ops.stylegan.feature_distance_backward
-        # Of a side, the maps of all layers or of none: they come from one network.
-        wanted = ctx.needs_input_grad[-2 * count], ctx.needs_input_grad[-count]
+        wanted = any(ctx.needs_input_grad[-2 * count : -count]), any(ctx.needs_input_grad[-count:])
         found = [
             operator(grads[0], a, b, weight, EPSILON, *wanted)
             for a, b, weight in _layers(count, ctx.saved_tensors)
