@@ -85,7 +85,7 @@ FLAGS = {
         "count": "iter batch_size path_batch_shrink d_reg_every g_reg_every fid_batch n_sample"
         " log_freq channel_multiplier moments_n_sample",
         "positive": "relation_step",
-        "count from 0": "max_bad fid_n_sample val_sample_freq model_save_freq keep_checkpoints"
+        "count from 0": "seed max_bad fid_n_sample val_sample_freq model_save_freq keep_checkpoints"
         " workers size gan_ramp batch_gpu",
         "fraction": "mixing ema_decay",
         "file": "ckpt teacher_ckpt resume",
@@ -174,7 +174,6 @@ FLAGS = {
 ALLOWED = {
     # What a kind refuses and this flag means something by: 0 is off or "as it is", and so on.
     ("train", "amp", "none"),
-    ("train", "seed", "-1"),
     ("get_fid", "stats", "none.pt"),  # will be made
     ("get_projected_image", "image_file", "data"),
     ("train", "ckpt", ""),

@@ -1,4 +1,4 @@
-"""The layout of DESIGN.md: imports point one way, and nothing imports a script."""
+"""The layout of doc/code.md: imports point one way, and nothing imports a script."""
 
 import ast
 import sys
