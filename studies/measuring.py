@@ -39,6 +39,7 @@ HIGHER_IS_BETTER = {
     "agreement": True,
     "agreement_inside": True,
     "agreement_outside": True,
+    "variety": True,
     "l1_inside": False,
     "l1_outside": False,
     "frechet": False,
@@ -185,7 +186,9 @@ def _agreement(judge: Judge, student: Generator, passes: Passes) -> dict[str, fl
     groups = attributes.summary(shares, judge.classifier)
     named = {"all": "agreement", "inside": "agreement_inside", "outside": "agreement_outside"}
     single = {f"agreement:{name}": share for name, share in shares.items()}
-    return {named[group]: share for group, share in groups.items()} | single
+    own = attributes.summary(attributes.floor(passes.values[0]), judge.classifier)
+    found = {named[group]: share for group, share in groups.items()}
+    return found | {"variety": 1 - own["all"]} | single
 
 
 def _frechet(judge: Judge, student: Generator, passes: Passes) -> dict[str, float]:

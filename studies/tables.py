@@ -15,6 +15,7 @@ TITLES = {
     "agreement": "agreement",
     "agreement_inside": "agreement inside",
     "agreement_outside": "agreement outside",
+    "variety": "variety",
     "l1_inside": "L1 inside",
     "l1_outside": "L1 outside",
     "frechet": "Frechet",

@@ -226,6 +226,7 @@ def test_results_are_written_once_and_students_stay(places, monkeypatch, capsys)
     assert row["seconds"]["train"] > 0
     assert row["points"][-1]["figures"].keys() >= {"agreement_inside", "frechet", "recall"}
     assert 0 < row["floor"]["inside"] < 1
+    assert 0 <= row["points"][-1]["figures"]["variety"] < 1
 
 
 def test_a_job_that_fails_does_not_end_the_study(places, monkeypatch, capsys):
