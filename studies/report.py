@@ -76,6 +76,8 @@ def introduction(table: Table) -> str:
     )
     seconds = [sum(row["seconds"].values()) for row in table.rows]
     commits = len({row.get("commit") for row in table.rows})
+    lacking = sum("variety" not in row["points"][-1]["figures"] for row in table.rows)
+    without = f" ({lacking} jobs were run without it)" if lacking else ""
     classifier = load_attribute_classifier(bundled.ATTRIBUTES)
     outside = [name for name in classifier.attributes if name not in classifier.inside]
     return f"""# Study: what content-aware compression does
@@ -99,7 +101,7 @@ the share of attributes that the student's picture has in common with the teache
 latent, inside the content ({", ".join(classifier.inside)}) and outside ({", ".join(outside)}).
 The teacher agrees with itself by 1; two of its pictures of different latents, the floor, by
 {agreement}. *Variety* is the share of attributes in which two of a student's own pictures differ,
-{1 - table.floor("all"):.3f} for the teacher; the first arms were run without it. *Frechet* is the
+{1 - table.floor("all"):.3f} for the teacher{without}. *Frechet* is the
 distance of the judge's penultimate features to those of real pictures that no training saw;
 *inside* multiplies pictures by a mask, generated ones by that of the teacher's picture of the same
 latent. L1 is per value, inside and outside that mask. PPL is the standard protocol with the
