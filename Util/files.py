@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-PREFIX = ".tmp-"
+PREFIX = ".tmp-cagan-"
 """Names of unfinished files begin with it: hidden, so no reader takes one for a result."""
 
 
@@ -66,18 +66,18 @@ def _locked_temporary(target: Path) -> tuple[int, Path]:
         os.close(handle)
 
 
-def _try_lock(handle: int) -> bool:
+def _try_lock(handle: int) -> bool | None:
     """Lock an open file or folder for this process; False if another one holds it.
 
-    The lock ends with the process, however that ends. Where the file system has no locks, there is
-    no protection.
+    The lock ends with the process, however that ends. None where the file system has no locks: then
+    there is no protection, and nothing may be taken for left behind.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        pass
+        return None
     return True
 
 
@@ -85,7 +85,8 @@ def remove_left_overs(folder: Path) -> None:
     """Remove temporary files of processes that were killed; those being written are locked."""
     for file in folder.glob(f"{PREFIX}*"):
         try:
-            handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+            # Over NFS, only what is open for writing can be locked.
+            handle = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
         except OSError:
             continue
         try:
@@ -102,7 +103,7 @@ def lock_folder(folder: Path) -> int | None:
         The handle; None if another process has reserved the folder.
     """
     handle = os.open(folder, os.O_RDONLY)
-    if _try_lock(handle):
+    if _try_lock(handle) is not False:
         return handle
     os.close(handle)
     return None

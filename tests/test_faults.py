@@ -185,6 +185,25 @@ def test_left_overs_that_are_no_files_are_left(tmp_path):
     assert (tmp_path / f"{PREFIX}folder").is_dir()
 
 
+@pytest.mark.parametrize("kind", ["local", "nfs", "none"])
+def test_a_file_that_is_being_written_stays_whatever_the_locks(tmp_path, monkeypatch, kind):
+    real = files.fcntl.flock
+
+    def flock(handle, how):
+        if kind == "none":
+            raise OSError(38, "Function not implemented")
+        if kind == "nfs" and files.fcntl.fcntl(handle, files.fcntl.F_GETFL) & 3 == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")  # flock(2): it must be open for writing
+        real(handle, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with atomic_path(tmp_path / "a.txt") as one:
+        one.write_text("a")
+        with atomic_path(tmp_path / "b.txt") as other:
+            other.write_text("b")
+    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {"a.txt": "a", "b.txt": "b"}
+
+
 # The log of a run
 
 
