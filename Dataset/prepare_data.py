@@ -5,9 +5,7 @@ Every encoding process imports this module, so it must not import PyTorch.
 
 import hashlib
 import io
-import os
 import shutil
-import signal
 import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
@@ -28,7 +26,7 @@ from Dataset.sources.lmdb import LENGTH_KEY, STATE_KEY, State, image_key, open_e
 from Util.cli import check_writable, if_interrupted, run_settings
 from Util.progress import Progress, warn
 from Util.settings import SettingError, Settings, blame, setting
-from Util.workers import end_with_parent, worker_pool
+from Util.workers import cores, worker_pool
 
 MAP_SIZE = 2**30
 """Of a new LMDB, in bytes; doubled whenever it is full. The file takes only what it holds."""
@@ -210,7 +208,7 @@ def _write_missing(
     pixels = sum(size**2 for size in settings.sizes)
     step = min(max(CHUNK_PIXELS // pixels, 1), 256)
     chunks = [names[i : i + step] for i in range(state.done, len(names), step)]
-    workers = min(settings.workers or os.cpu_count() or 1, len(chunks))
+    workers = min(settings.workers or cores(), len(chunks))
     bar = Progress(len(names), "encoding", "img", done=state.done, shown=progress)
     # Closed by hand, so that an error here stops the processes at once.
     with bar, closing(_encoded(settings, chunks, workers)) as encoded:
@@ -218,12 +216,6 @@ def _write_missing(
             _store(env, state, names[state.done :][: len(results)], results)
             bar.update(len(results))
             _check_bad(settings, state)
-
-
-def _start_worker() -> None:
-    end_with_parent()
-    # Ctrl-C reaches the whole process group; the parent alone deals with it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _encode_files(settings: PrepareSettings, names: list[str]) -> list[Encoded]:
@@ -242,7 +234,7 @@ def _encoded(
 ) -> Generator[list[Encoded], None, None]:
     """Encode chunks of files in several processes; yield in order, with few chunks in memory."""
     waiting: deque[Future[list[Encoded]]] = deque()
-    with worker_pool(workers, _start_worker) as pool:
+    with worker_pool(workers) as pool:
         try:
             for chunk in chunks:
                 waiting.append(pool.submit(_encode_files, settings, chunk))

@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
-from os import cpu_count
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from Util.cli import check_writable, if_interrupted, run_settings
 from Util.files import atomic_path
 from Util.progress import Progress
 from Util.settings import Settings, blame, setting
-from Util.workers import worker_pool
+from Util.workers import cores, worker_pool
 
 VERSION = 1
 CANVAS = 256.0
@@ -406,7 +405,8 @@ def render_dataset(settings: ToonFacesSettings, progress: bool = True) -> None:
     if not missing:
         return
     chunks = [missing[i : i + 64] for i in range(0, len(missing), 64)]
-    done, workers = settings.n - len(missing), settings.workers or cpu_count() or 1
+    done = settings.n - len(missing)
+    workers = min(settings.workers or cores(), len(chunks))
     bar = Progress(settings.n, "rendering", "img", done=done, shown=progress)
     with worker_pool(workers) as pool, bar:
         try:
@@ -419,7 +419,7 @@ def render_dataset(settings: ToonFacesSettings, progress: bool = True) -> None:
                 " the same command goes on from here"
             ) from None
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
 
 

@@ -1,8 +1,8 @@
 """Processes that work for this one, and end with it."""
 
 import os
+import signal
 import threading
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
 
@@ -24,15 +24,25 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def worker_pool(
-    workers: int | None, start: Callable[[], None] = end_with_parent
-) -> ProcessPoolExecutor:
+def start_worker() -> None:
+    """Leave Ctrl-C, which reaches the whole process group, to the parent, and end with it."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def worker_pool(workers: int | None) -> ProcessPoolExecutor:
     """Make a pool of processes.
 
     Spawned, not forked: a fork of a process that has used threads, as PyTorch does, may hang.
 
     Args:
         workers: processes; None: one for each core.
-        start: what each does first; it should call `end_with_parent`.
     """
-    return ProcessPoolExecutor(workers, get_context("spawn"), start)
+    return ProcessPoolExecutor(workers or cores(), get_context("spawn"), start_worker)

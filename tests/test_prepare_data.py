@@ -18,6 +18,7 @@ from Dataset.pictures import Resizing
 from Dataset.prepare_data import PrepareSettings, main, prepare
 from Dataset.sources.folder import image_files
 from Util.settings import SettingError
+from Util.workers import start_worker
 
 ROOT = Path(__file__).parent.parent
 ERROR = "python -m Dataset.prepare_data: error: "
@@ -310,7 +311,7 @@ def test_encoding_processes_do_not_load_pytorch():
 def test_an_interrupt_is_left_to_the_parent():
     handler = signal.getsignal(signal.SIGINT)
     try:
-        prepare_data._start_worker()
+        start_worker()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, handler)
