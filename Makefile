@@ -31,5 +31,6 @@ slow: $(VENV)/installed
 web: $(VENV)/installed
 	$(BIN)/python -m web.build
 
+# What has been trained, in runs/, stays.
 clean:
-	rm -rf demo runs web/dist web/node_modules
+	rm -rf demo web/dist web/node_modules

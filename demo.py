@@ -31,11 +31,12 @@ from Model.generator import Generator
 from train_hyperparams import TrainConfig
 from Util import progress
 from Util.cli import check_writable, run_settings
-from Util.files import atomic_path
+from Util.files import atomic_path, lock_folder
 from Util.pictures import save_png, side_by_side
 from Util.plot_log import plot
-from Util.run_log import TIMING
-from Util.settings import Settings, command, from_flags, setting
+from Util.run_log import CONFIG, TIMING
+from Util.settings import SettingError, Settings, command, from_flags, setting
+from Util.workers import cores
 
 TEACHER = os.path.relpath(bundled.MODEL)
 EXAMPLE = """example: python3 demo.py --out longer --iter 9000
@@ -101,12 +102,12 @@ def retraining(data: Path, pruned: Path, iterations: int, run: Path) -> TrainCon
 def rehearse(settings: DemoSettings) -> dict[str, float]:
     """Do a little of each step in a temporary folder; returns the seconds that the whole takes."""
     with TemporaryDirectory() as folder, progress.quietly():
-        place, cores, few = Path(folder), os.cpu_count() or 1, 16
+        place, few = Path(folder), 16
         start = time.perf_counter()
         for i in range(few):
             picture, _ = toon_faces.render(i, labels=False)
             save_png(place / f"data/images/{i}.png", picture)
-        rendering = (time.perf_counter() - start) / few / cores * settings.n
+        rendering = (time.perf_counter() - start) / few / cores() * settings.n
 
         taken = []
         for n in (10, 30):  # what does not depend on the number of images is in both
@@ -152,10 +153,23 @@ def compare(networks: dict[str, Generator], out: Path) -> str:
     return "\n".join(lines)
 
 
+def _check_run(folder: Path) -> None:
+    """Refuse to replace a folder that is no run, or in which a run is going on."""
+    if not folder.exists():
+        return
+    if not (folder / CONFIG).is_file():
+        raise SettingError("out", f"{folder} is no run of the demo; name another folder")
+    lock = lock_folder(folder)
+    if lock is None:
+        raise SettingError("out", f"{folder}: another process is training there; wait for its end")
+    os.close(lock)
+
+
 def run(settings: DemoSettings) -> int:
     """Run all steps and print the result; returns the exit code."""
     out, start = settings.out, time.perf_counter()
     check_writable("out", out / "table.txt")
+    _check_run(out / "run")
     print(announcement(settings, rehearse(settings)), flush=True)
     data, run = out / "toon_faces_64px", out / "run"
 
@@ -168,7 +182,8 @@ def run(settings: DemoSettings) -> int:
         small = prune(smaller)
         print(f"{summary(small.full, small.pruned)}\nsaved {small.path}")
 
-    shutil.rmtree(run, ignore_errors=True)
+    if run.exists():
+        shutil.rmtree(run)
     config = retraining(data, small.path, settings.iter, run)
     with step(command("python3 train.py", config)):
         result = train(config, progress.show)

@@ -25,6 +25,14 @@ def test_the_main_job_runs_on_the_bundled_model(tmp_path, capsys):
         assert Image.open(tmp_path / name).width > 400
 
 
+def test_a_folder_that_is_no_run_stays(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.txt").write_text("x")
+    assert demo.main(["--out", str(tmp_path), "--n", "20", "--iter", "2"]) == 2
+    assert "run is no run of the demo; name another folder" in capsys.readouterr().err
+    assert (tmp_path / "run/thesis.txt").read_text() == "x"
+
+
 def test_content_l1_is_the_mean_inside_the_mask():
     student, teacher = torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
     teacher[..., :2] = 0.5
