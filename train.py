@@ -98,7 +98,10 @@ def run_to_resume(args: argparse.Namespace) -> str:
 def run_folder(resume: str) -> Path:
     """Folder of the run that --resume names, by itself or by one of its checkpoints."""
     path = Path(resume)
-    return path.parent.parent if path.is_file() else path
+    if not path.is_file():
+        return path
+    # best.pt and the state before a failure lie beside the settings, the others one level below.
+    return path.parent if (path.parent / CONFIG).is_file() else path.parent.parent
 
 
 def run(argv: Sequence[str] | None) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from Compression.parser_scores import Scores
 from Compression.parser_training import ParserSettings, score_parser, train_parser
-from Util.cli import check_writable, run_settings
+from Util.cli import check_writable, if_interrupted, run_settings
 from Util.progress import Progress, show
 from Util.settings import SettingError
 
@@ -40,7 +40,12 @@ def _check_target(name: str, file: Path) -> None:
 
 def train(settings: ParserSettings) -> None:
     """Train under a progress bar and print the scores."""
-    with Progress(settings.iter, "training") as bar:
+
+    def kept() -> str:
+        there = settings.state_file.is_file()
+        return f"{settings.out} is kept; the same command with --resume goes on" if there else ""
+
+    with if_interrupted(kept), Progress(settings.iter, "training") as bar:
 
         def after_step(step: int, loss: float) -> None:
             bar.update()

@@ -126,7 +126,8 @@ def observe(settings: ShowSettings, parser: ContentParser, device: torch.device)
         pixels = torch.bincount(maps.flatten().cpu(), minlength=len(parser.network.class_names))
         counts = counts + pixels / (maps[0].numel() * n)
         inside += float(masks.mean()) * len(part) / n
-        first.append((made.cpu(), maps.cpu(), masks.cpu()))
+        if part.start < settings.shown:
+            first.append((made.cpu(), maps.cpu(), masks.cpu()))
     shown = [torch.cat(parts)[: settings.shown] for parts in zip(*first, strict=True)]
     return Shown(shown[0], shown[1], shown[2], counts, inside)
 

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ class ParserSettings(DeviceSettings):
     @property
     def state_file(self) -> Path:
         """Where a run keeps what it needs to go on."""
-        return self.out.with_suffix(".state")
+        return self.out.with_name(f"{self.out.name}.state")
 
     @property
     def augmentation(self) -> Augmentation:
@@ -188,6 +188,7 @@ def train_parser(
     network = _network(settings).to(device)
     parser = ContentParser(network)
     run = ParserRun(network, settings, generator, _class_weights(train_set, settings))
+    run.course["pictures"] = len(train_set)  # type: ignore[arg-type]
     if settings.resume:
         run.load(settings.state_file)
     batches = _endless(loader)
@@ -345,6 +346,8 @@ class ParserRun:
 
     Attributes:
         step: steps done.
+        course: what a run that goes on must have in common with the one before, by its settings'
+            names: other pictures would be held out, or another schedule be gone on with.
     """
 
     def __init__(
@@ -362,6 +365,8 @@ class ParserRun:
             self.optimiser, lambda step: learning_rate_factor(step, settings.iter)
         )
         self.step, self._best, self._worse = 0, -math.inf, 0
+        names = ("seed", "val_fraction", "lr", "iter", "batch_size")
+        self.course: dict[str, float] = {name: getattr(settings, name) for name in names}
 
     def train_on(self, batch: Batch) -> float:
         """Take a step; returns the loss.
@@ -411,7 +416,13 @@ class ParserRun:
             "schedule": self.schedule.state_dict(),
             "run": {"step": self.step, "best": self._best, "worse": self._worse},
             "augmentation": self.generator.get_state(),
+            "course": dict(self.course),
         }
+
+    def _check_course(self, saved: Mapping[str, float], file: Path) -> None:
+        for name, value in self.course.items():
+            if saved.get(name, value) != value:
+                raise ValueError(f"{file} is of a run with {name} {saved[name]}, not {value}")
 
     def load(self, file: Path) -> None:
         """Go on from a `state`, with a new order of the pictures.
@@ -423,6 +434,7 @@ class ParserRun:
             saved = checkpoint.read(file)
             if saved.get("config") != self.network.config:
                 raise ValueError(f"{file} is of a parser with other sizes or classes")
+            self._check_course(saved.get("course", {}), file)
             try:
                 checkpoint.load_strict(self.network, saved["parser"], str(file))
                 self.optimiser.load_state_dict(saved["optimiser"])

@@ -76,7 +76,9 @@ def _gpu_of_this_process(gpus: Sequence[int]) -> int:
     if torch.cuda.device_count() == 1:  # as where a scheduler shows each process its own alone
         return 0
     local = distributed.local_rank()
-    return gpus[local] if len(gpus) == distributed.local_processes() else local
+    # A launcher may leave open how many processes there are here; a run may go on with others.
+    named = len(gpus) == distributed.local_processes() and local < len(gpus)
+    return gpus[local] if named else local
 
 
 def _keep_freed_memory() -> None:

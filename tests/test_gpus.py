@@ -90,6 +90,12 @@ def test_listed_gpus_are_given_out_in_order(machine):
     assert chosen(gpu_device_ids=(3, 1)) == "cuda:2"
 
 
+def test_a_launcher_may_leave_open_how_many_processes_there_are(machine, monkeypatch):
+    machine(4, **launched(2, 4))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert chosen() == "cuda:2"
+
+
 def test_a_process_that_sees_one_gpu_takes_it(machine):
     made = machine(1, CUDA_VISIBLE_DEVICES="2", **launched(1))
     assert chosen(gpu_device_ids=(0, 1)) == "cuda:0"

@@ -294,6 +294,7 @@ def test_the_state_before_a_gradient_that_is_not_finite_goes_on(folder, monkeypa
     assert str(kept) in error
     assert "the gradient of the generator loss (" in error
     monkeypatch.undo()
+    assert train.run_folder(str(kept)) == folder / "run"
     assert run(folder, f"{SMALL} --iter 5 --ckpt {kept} --load_train_state", "next") == 0
     assert [p.name for p in checkpoints(folder / "next")] == ["000005.pt"]
     rows = read_metrics(folder / "next")

@@ -16,6 +16,7 @@ from Dataset.label_maps import LabelMapDataset, LabelMapError
 from Model import bundled, checkpoint
 from Model.face_parser import CELEBAMASK_NAMES, BiSeNet
 from Util.pictures import to_uint8
+from Util.settings import SettingError
 
 
 def make_folder(path, count, side=32, seed=0):
@@ -251,7 +252,11 @@ def test_a_run_goes_on_from_its_last_evaluation(folder, tmp_path, capsys):
     assert moment.abs().max() > 0
     other = flags(folder, tmp_path, "--resume", "--width", "2", "--iter", "8")
     assert train_parser.main(other) == 2
-    assert "parser.state is of a parser with other sizes" in capsys.readouterr().err
+    assert "parser.pt.state is of a parser with other sizes" in capsys.readouterr().err
+    with pytest.raises(SettingError, match="is of a run with seed 0, not 1"):
+        parser_training.train_parser(replace(settings, resume=True, seed=1))
+    with pytest.raises(SettingError, match=r"is of a run with lr 0.01, not 0.001"):
+        parser_training.train_parser(replace(settings, resume=True, lr=0.001))
     steps = []
     parser_training.train_parser(
         replace(settings, resume=True), lambda step, loss: steps.append(step)
@@ -287,7 +292,7 @@ def test_the_report_shows_the_worst_first(folder, tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--resume"], "parser.state is missing; train without it"),
+        (["--resume"], "parser.pt.state is missing; train without it"),
         (["--report", "/proc/x/worst.png"], "--report /proc/x/worst.png: "),
         (["--patience", "-1"], "--patience must be at least 0, not -1"),
         (["--class_balance", "2"], "--class_balance must be at most 1, not 2.0"),
