@@ -53,15 +53,16 @@ class ExportSettings(Form):
         Raises:
             SettingError: two would be the same, or one file stands for several.
         """
-        if self.out is None:
-            return [ckpt.with_suffix(".onnx") for ckpt in self.ckpt]
-        if self.out.suffix == ".onnx" and not self.out.is_dir():
+        if self.out and self.out.suffix == ".onnx" and not self.out.is_dir():
             if len(self.ckpt) > 1:
                 raise SettingError("out", f"{self.out}: name a folder for several checkpoints")
             return [self.out]
-        files = [self.out / f"{ckpt.stem}.onnx" for ckpt in self.ckpt]
+        folders = [self.out or ckpt.parent for ckpt in self.ckpt]
+        pairs = zip(folders, self.ckpt, strict=True)
+        files = [folder / f"{ckpt.stem}.onnx" for folder, ckpt in pairs]
         if len(set(files)) < len(files):
-            raise SettingError("out", f"{self.out}: two checkpoints have the same name")
+            name = "out" if self.out else "ckpt"
+            raise SettingError(name, f"{self.out or files[0]}: two checkpoints have the same name")
         return files
 
 

@@ -131,9 +131,17 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
     edit, moment = _edit_of(settings, generator)
     mask = settings.load_mask(load_mask, first, device)
     distance = settings.load_distance(first, device)
+    empty = 0
+
+    def content(pictures: Tensor) -> Tensor:
+        nonlocal empty
+        masks = masks_of(mask, pictures)
+        empty += int((masks.flatten(1).amax(1) == 0).sum())
+        return pictures * masks
+
     with torch.no_grad():
         edits = {
-            name: edit(own, scale, lambda x: x * masks_of(mask, x), distance)
+            name: edit(own, scale, content, distance)
             for name, own in track(faces.items(), len(faces), mode, "model")
         }
     picture = stacked(models, {name: shown for name, (shown, _) in edits.items()}, scale, gap=24)
@@ -144,6 +152,8 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
     files = save_pictures(settings, stem, picture, frames)
     distances = {name: found for name, (_, found) in edits.items()}
     lines = [*sizes(settings, models), f"content-aware {settings.distance_name(first)}"]
+    if empty:
+        lines.append(f"{empty} pictures have no content, and so no distance to each other")
     lines += [_table(distances), f"saved {' and '.join(files)}"]
     chosen = {"ckpt": settings.checkpoints, "perceptual": settings.network(first)}
     figures = {"files": files, "models": distances}

@@ -92,11 +92,17 @@ def read_statistics(
         resizing: how the real images are meant to come to their size.
 
     Raises:
-        ValueError: no statistics, those of other features or of images resized by another filter,
-            or without the features themselves.
+        ValueError: no statistics, those of other features, of images of another side or resized by
+            another filter, or without the features themselves.
     """
     found = feature_statistics.load(file)
     _check_filter(file, found.record.get("resample"), resizing)
+    side = found.record.get("size", resizing.size)
+    if side != resizing.size:
+        raise ValueError(
+            f"{file} was made of images of {side} px; these settings mean {resizing.size} px, which"
+            " changes a distance; name other statistics"
+        )
     made_by = found.record.get("protocol", extractor.protocol)
     if made_by != extractor.protocol:
         raise ValueError(

@@ -172,6 +172,10 @@ def _side(folder: Path) -> int:
     Raises:
         SettingError: they differ, or it is no folder of images.
     """
+    if (folder / "data.mdb").is_file():
+        raise SettingError(
+            "generated_img_size", f"is missing; name one of the sizes in the LMDB {folder}"
+        )
     sides = Folder(folder).resizing(1, "bilinear").sides
     if sides is None or sides[0] != sides[1]:
         found = f"{sides[0]} to {sides[1]} px" if sides else "of unknown size"

@@ -17,8 +17,9 @@ from Evaluation.sampling import POSITION, draw_noise, draw_z, shares, synthesise
 from Evaluation.settings import ModelSettings, PerceptualSettings, Result
 from Model.generator import Generator
 from Util import distributed, memory
+from Util.device import tf32_allowed
 from Util.progress import Progress
-from Util.settings import setting
+from Util.settings import SettingError, setting
 from Util.streams import stream
 
 Protocol = Literal["paper", "standard"]
@@ -135,6 +136,10 @@ def measure(settings: PathSettings) -> Result:
         SettingError: names the setting and what to do.
     """
     device = distributed.join(settings.pick_device())
+    if tf32_allowed(device):
+        raise SettingError(
+            "tf32", "rounds by more than the two images of a pair differ; leave it out here"
+        )
     settings.check_parser(settings.ckpt)
     generator = settings.load(settings.ckpt, device)
     perceptual = settings.load_distance(settings.ckpt, device)

@@ -269,7 +269,8 @@ def _project_and_save(
     perceptual: Distance,
 ) -> list[Row]:
     """Write latents and table after every batch, the picture at the end; return a row each."""
-    done = _finished(settings, generator, targets) if settings.resume else {}
+    masked = content is not None
+    done = _finished(settings, generator, targets, masked) if settings.resume else {}
     pending = [i for i, name in enumerate(targets.names) if name not in done]
 
     def rows() -> list[Row]:
@@ -350,9 +351,9 @@ def _save_rows(settings: ProjectionSettings, rows: Sequence[Row]) -> None:
 
 
 def _finished(
-    settings: ProjectionSettings, generator: Generator, targets: Targets
+    settings: ProjectionSettings, generator: Generator, targets: Targets, masked: bool
 ) -> dict[str, Row]:
-    """The rows of pictures that the folder holds already, by name.
+    """The rows of pictures that the folder holds already, by name; masked: with content's figures.
 
     Raises:
         SettingError: the folder is of other settings or another model, or damaged.
@@ -375,6 +376,11 @@ def _finished(
                     f"{settings.out}: made with {name} {made.get(name)}, not {value}; give the same"
                     " settings, or name another --out"
                 )
+        if any(("content_psnr" in row) != masked for row in rows.values()):
+            had = "without a face parser" if masked else "with a face parser"
+            raise ValueError(
+                f"{settings.out}: made {had}; make that so again, or name another --out"
+            )
         done = {}
         for name in targets.names:
             if name in rows and (latents := _latents_file(settings, name)).is_file():

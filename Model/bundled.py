@@ -33,6 +33,8 @@ def statistics(features: str, content_aware: bool) -> Path | None:
     """
     if features == "attributes":
         return None if content_aware else ATTRIBUTE_STATISTICS
+    if features != "parser":
+        return None
     return CONTENT_STATISTICS if content_aware else STATISTICS
 
 

@@ -278,7 +278,8 @@ class Generator(nn.Module):
             w+ (N, n_latent, style_dim).
 
         Raises:
-            ValueError: no style or more than two, or truncation without a centre.
+            ValueError: no style or more than two, a w+ beside another, a layer that is none, or
+                truncation without a centre.
         """
         latents = list(styles)
         if not input_is_latent and latents:  # in one pass
@@ -289,8 +290,12 @@ class Generator(nn.Module):
             return w if w.ndim == 3 else w[:, None].expand(-1, self.n_latent, -1)
         if len(latents) != 2:
             raise ValueError(f"expected one or two latents, got {len(latents)}")
+        if any(w.ndim != 2 for w in latents):
+            raise ValueError("two styles are z or w, (N, style_dim) each")
         if inject_index is None:  # style mixing
             inject_index = int(torch.randint(1, self.n_latent, ()))
+        elif not 1 <= inject_index < self.n_latent:
+            raise ValueError(f"inject_index {inject_index} is not in 1 to {self.n_latent - 1}")
         first = latents[0][:, None].expand(-1, inject_index, -1)
         second = latents[1][:, None].expand(-1, self.n_latent - inject_index, -1)
         return torch.cat([first, second], dim=1)
@@ -307,9 +312,12 @@ class Generator(nn.Module):
             features: keep the activations.
 
         Raises:
-            ValueError: not one noise map per styled convolution.
+            ValueError: not one w per layer, or not one noise map per styled convolution.
             StaleError: parameters have changed since `prepare`.
         """
+        if w_plus.shape[1:] != (self.n_latent, self.style_dim):
+            expected = f"(N, {self.n_latent}, {self.style_dim})"
+            raise ValueError(f"expected w+ {expected}, got {tuple(w_plus.shape)}")
         if noise is None:
             noise = [None] * (self.n_latent - 1)
         maps = self.fixed_noise if noise == "fixed" else list(noise)

@@ -166,7 +166,7 @@ def test_costs_are_those_of_what_the_file_holds(generator):
 
 @pytest.fixture
 def models(tmp_path, generator):
-    for name in ("a.pt", "b.pt", "sub/a.pt"):
+    for name in ("a.pt", "a.pkl", "b.pt", "sub/a.pt"):
         checkpoint.save(tmp_path / name, {"g_ema": generator})
     return tmp_path
 
@@ -176,6 +176,7 @@ def models(tmp_path, generator):
     [
         ("--ckpt none.pt", "--ckpt none.pt: no such file"),
         ("--ckpt a.pt b.pt --out new.onnx", "--out new.onnx: name a folder"),
+        ("--ckpt a.pt a.pkl", "a.onnx: two checkpoints have the same name"),
         ("--ckpt a.pt sub/a.pt --out new", "--out new: two checkpoints have the same name"),
         ("--ckpt a.pt --out a.pt/x", "--out a.pt/x/a.onnx: "),
         ("--ckpt a.pt --output w --input w_plus", "--output w: "),

@@ -123,3 +123,15 @@ def test_wrong_arguments_are_refused():
         generator([z], truncation=0.5)
     with pytest.raises(ValueError, match="5 noise maps"):
         generator([z], noise=generator.make_noise()[:3])
+
+
+def test_latents_that_do_not_fit_are_refused():
+    network = Generator(16, 8, 2, (4,) * 6)
+    with pytest.raises(ValueError, match=r"expected w\+ \(N, 6, 8\), got \(1, 8, 8\)"):
+        network.synthesis(torch.randn(1, 8, 8))
+    z = [torch.randn(1, 8), torch.randn(1, 8)]
+    for index in (-1, 0, 6):
+        with pytest.raises(ValueError, match=f"inject_index {index} is not in 1 to 5"):
+            network.w_plus(z, inject_index=index)
+    with pytest.raises(ValueError, match="two styles are z or w"):
+        network.w_plus([torch.randn(1, 6, 8), z[0]], input_is_latent=True)

@@ -226,6 +226,8 @@ def test_bundled_statistics_fit_the_bundled_classifier_of_attributes(capsys):
         ("--n_sample 120 --stats lanczos.npz", "--stats lanczos.npz was made of images resized by"),
         ("--n_sample 120 --stats small.npz", "statistics of 112 and of 3 features"),
         ("--n_sample 120 --stats small.npz --metrics kid", "need the real images"),
+        ("--n_sample 120 --stats side.npz", "side.npz was made of images of 1024 px; these set"),
+        (f"--ckpt {bundled.MODEL} --features inception", "--path is missing"),
     ],
 )
 def test_bad_input_is_one_line(files, monkeypatch, capsys, flags, message):
@@ -254,6 +256,8 @@ def write_bad_statistics(folder):
     feature_statistics.save(folder / "other.npz", other)
     lanczos = Statistics(np.zeros(112), np.eye(112), None, {"resample": "lanczos"})
     feature_statistics.save(folder / "lanczos.npz", lanczos)
+    side = Statistics(np.zeros(112), np.eye(112), None, {"size": 1024})
+    feature_statistics.save(folder / "side.npz", side)
 
 
 def test_pickled_statistics_are_read_without_running_anything(tmp_path):

@@ -6,9 +6,10 @@ import torch
 
 import get_ppl
 from Evaluation import ppl
-from Evaluation.ppl import PathPairs, pair_distances, perceptual_path_length
+from Evaluation.ppl import PathPairs, PathSettings, pair_distances, perceptual_path_length
 from Model import bundled, checkpoint
 from Model.generator import Generator
+from Util.settings import SettingError
 
 
 @pytest.fixture
@@ -74,3 +75,9 @@ def test_the_script_measures_exactly_n_sample_pairs(tmp_path, generator, capsys,
     assert line["protocol"]["distance"] == "parser distance"
     assert figures[0] == pytest.approx(figures[1], rel=1e-2)
     assert figures[0]["paper"] > 0
+
+
+def test_rounded_products_are_refused(monkeypatch):
+    monkeypatch.setattr(ppl, "tf32_allowed", lambda device: True)
+    with pytest.raises(SettingError, match="tf32 rounds by more than"):
+        ppl.measure(PathSettings())
