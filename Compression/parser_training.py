@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from Compression.content import ContentParser
 from Compression.parser_augmentation import CELEBAMASK_FLIP_PAIRS, Augmentation, Batch, augment
 from Compression.parser_scores import Scores, evaluate, worst_cases
 from Dataset.label_maps import LabelMapDataset
+from Dataset.loading import EpochBatches
 from Model import checkpoint
 from Model.face_parser import CELEBAMASK_NAMES, BiSeNet
 from Util.device import DeviceSettings
@@ -182,8 +183,8 @@ def train_parser(
     size, workers = settings.batch_size, settings.workers
     if len(train_set) < size:  # type: ignore[arg-type]
         raise SettingError("batch_size", f"{size}: more than the pictures to train on")
-    loader = DataLoader(train_set, size, shuffle=True, drop_last=True, num_workers=workers)
-    held_out = DataLoader(val_set, size, num_workers=workers)
+    loader = EpochBatches(train_set, settings.path, size, workers, shuffle=True)
+    held_out = EpochBatches(val_set, settings.val_path or settings.path, size, workers)
 
     network = _network(settings).to(device)
     parser = ContentParser(network)
@@ -242,7 +243,7 @@ def score_parser(settings: ParserSettings) -> Scores:
     network.class_names = settings.class_names or network.class_names
     name = "val_path" if settings.val_path else "path"
     dataset = _open(settings, name, network.input_size, network.n_classes)
-    batches = DataLoader(dataset, settings.batch_size, num_workers=settings.workers)
+    batches = EpochBatches(dataset, dataset.path, settings.batch_size, settings.workers)
     parser = ContentParser(network, settings.classes_excluded)
     if settings.report:
         save_png(settings.report, worst_cases(parser, batches, settings.image_size))
@@ -318,7 +319,7 @@ def learning_rate_factor(step: int, iterations: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _endless(loader: DataLoader[Batch]) -> Iterator[Batch]:
+def _endless(loader: EpochBatches) -> Iterator[Batch]:
     """Go through a loader's batches again and again."""
     while True:
         yield from loader

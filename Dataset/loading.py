@@ -71,13 +71,84 @@ def load_batches(
         # Its own, or a resumed run would draw a seed for its workers from the restored state.
         generator=torch.Generator(),
     )
+    return _reported(_started(loader), dataset, device)
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Start a loader's processes."""
     before = set(active_children())
     with _deaf_to_termination():
         messages = iter(loader)
     # Whatever still holds the iterator at the exit (the traceback of an error, say): there, Python
     # ends remaining processes by the signal that these ignore, and waits for them.
-    atexit.register(_kill, [weakref.ref(p) for p in set(active_children()) - before])
-    return _reported(messages, dataset, device)
+    if new := [weakref.ref(p) for p in set(active_children()) - before]:
+        atexit.register(_kill, new)
+    return messages
+
+
+class EpochBatches:
+    """Batches of all items of a data set, in each pass anew.
+
+    Args:
+        dataset: of tensors, or of tuples of them; raises `ValueError` for what is damaged.
+        place: where it is, for messages.
+        batch_size: items in a batch.
+        workers: processes that load, kept from pass to pass; 0 loads in this one.
+        shuffle: draw the order from PyTorch's stream, and leave out what fills no batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        place: str | Path,
+        batch_size: int,
+        workers: int = 0,
+        shuffle: bool = False,
+    ) -> None:
+        self.place = place
+        self.loader: DataLoader[Any] = DataLoader(
+            _Told(dataset),
+            batch_size,
+            shuffle=shuffle,
+            drop_last=shuffle,
+            num_workers=workers,
+            collate_fn=_as_is,
+            worker_init_fn=_start_worker,
+            multiprocessing_context=_worker_context() if workers else None,
+            persistent_workers=workers > 0,
+        )
+
+    def __len__(self) -> int:
+        """Batches of a pass."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches.
+
+        Raises:
+            ValueError: what the data set raised, or a `DatasetError` if a process was killed.
+        """
+        messages = _started(self.loader)
+        while (message := _next_message(messages, self.place)) is not None:
+            if isinstance(message, ValueError):
+                raise message
+            yield message
+
+
+class _Told(Dataset[Any]):
+    """Batches of a data set, or the error that one ended in; see `_Batches`."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitems__(self, items: list[int]) -> Any:
+        try:
+            return default_collate([self.inner[i] for i in items])
+        except ValueError as error:
+            return error
 
 
 def default_workers() -> int:
@@ -144,7 +215,7 @@ def _reported(
     messages: Iterator[Any], images: Images, device: torch.device = CPU
 ) -> Generator[Tensor, None, None]:
     try:
-        while (message := _next_message(messages, images)) is not None:
+        while (message := _next_message(messages, images.path)) is not None:
             if isinstance(message, DatasetError):
                 raise message
             batch, bad = message
@@ -156,8 +227,8 @@ def _reported(
         del messages
 
 
-def _next_message(messages: Iterator[Any], images: Images) -> Any:
-    """Fetch what `_Batches` made of the next batch; None at the end.
+def _next_message(messages: Iterator[Any], place: str | Path) -> Any:
+    """Fetch what `_Batches` or `_Told` made of the next batch; None at the end.
 
     If its process was killed, return the error: a raised one would refer to PyTorch's, whose
     traceback holds the loader.
@@ -172,7 +243,7 @@ def _next_message(messages: Iterator[Any], images: Images) -> Any:
         if not (fetching or "exited unexpectedly" in str(error)):
             raise
     return DatasetError(
-        f"{images.path}: a loading process was killed, perhaps for want of memory; fewer workers"
+        f"{place}: a loading process was killed, perhaps for want of memory; fewer workers"
         " take less"
     )
 

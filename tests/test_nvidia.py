@@ -469,6 +469,9 @@ def test_a_clamp_that_acts_is_a_note_and_one_that_does_not_is_none(tmp_path, cap
     loud["D"].part("b8.conv0").state["_parameters"]["bias"].data += 300
     path = write(tmp_path / "loud.pkl", loud)
     assert "clamped to 256" in converted(path, capsys)
+    skip = {"G_ema": pytorch_generator(clamp=256), "D": pytorch_discriminator(clamp=256)}
+    skip["D"].part("b8.skip").state["_parameters"]["weight"].data *= 1e4
+    assert "clamped to 256" in converted(write(tmp_path / "skip.pkl", skip), capsys)
     assert "clamped" not in converted(path, capsys, "--n_sample", "0")
 
 

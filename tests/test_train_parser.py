@@ -306,6 +306,7 @@ def test_the_report_shows_the_worst_first(folder, tmp_path):
         (["--device", "tpu"], "--device tpu: unknown"),
         (["--stem_stride", "3"], "--stem_stride 3: unknown; take 1, 2, 4"),
         (["--n_classes", "2"], "raise n_classes"),
+        (["--n_classes", "2", "--workers", "1"], "raise n_classes"),
         (["--flip_pairs", "1,7"], "--flip_pairs 7: there is no such class in 0 to 2"),
         (["--classes_excluded", "16"], "--classes_excluded 16: there is no such class in 0 to 2"),
         (["--class_names", "a,b"], "--class_names names 2 classes, but there are 3"),

@@ -1,6 +1,7 @@
 """Convert a StyleGAN2 file of NVIDIA's to a checkpoint; none of its code is run."""
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from Model import checkpoint, nvidia
+from Model.discriminator import ResBlock
 from Model.errors import CheckpointError
 from Model.layers import FusedLeakyReLU, StyledConv, ToRGB
 from Util.cli import OneLineParser, run_script
@@ -140,8 +142,16 @@ def largest_activation(content: Mapping[str, Any], key: str, n: int) -> float:
 
 
 def watch(module: nn.Module, peaks: list[float]) -> None:
-    """Note the largest magnitude that a layer puts out, before RGB images are added up."""
-    if isinstance(module, StyledConv | FusedLeakyReLU):
+    """Note the largest magnitude that a layer puts out, before RGB images are added up.
+
+    A layer with another gain is clamped at as much of it: the two paths of a `ResBlock`.
+    """
+    if isinstance(module, ResBlock):
+        for path in (module.conv2, module.skip):
+            path.register_forward_hook(
+                lambda _, __, y: peaks.append(y.abs().max().item() / math.sqrt(0.5))
+            )
+    elif isinstance(module, StyledConv | FusedLeakyReLU):
         module.register_forward_hook(lambda _, __, y: peaks.append(y.abs().max().item()))
     elif isinstance(module, ToRGB):
 
