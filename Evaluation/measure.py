@@ -236,5 +236,11 @@ def _real(
     stats = stats or bundled.statistics(settings.network, settings.content_aware)
     assert stats is not None  # `_check_real` has seen to it
     with blame("stats"):
-        resizing = Resizing(size, settings.resample, None)
-        return read_statistics(stats, extractor, whole, resizing)
+        found = read_statistics(stats, extractor, whole, Resizing(size, settings.resample, None))
+        own = extractor.dimensions(size, device)
+        if len(found.mean) != own:  # found before images are made
+            raise ValueError(
+                f"{stats} is of {len(found.mean)} features, and these settings make {own}; name"
+                " other statistics"
+            )
+        return found

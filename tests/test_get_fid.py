@@ -224,7 +224,10 @@ def test_bundled_statistics_fit_the_bundled_classifier_of_attributes(capsys):
         ("--n_sample 120 --stats other.npz", "--stats other.npz was made by: another network"),
         ("--n_sample 120 --path real --stats lanczos.npz", "resized by filter lanczos; these set"),
         ("--n_sample 120 --stats lanczos.npz", "--stats lanczos.npz was made of images resized by"),
-        ("--n_sample 120 --stats small.npz", "statistics of 112 and of 3 features"),
+        (
+            "--n_sample 120 --stats small.npz",
+            "small.npz is of 3 features, and these settings make 112",
+        ),
         ("--n_sample 120 --stats small.npz --metrics kid", "need the real images"),
         ("--n_sample 120 --stats side.npz", "side.npz was made of images of 1024 px; these set"),
         (f"--ckpt {bundled.MODEL} --features inception", "--path is missing"),
