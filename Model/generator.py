@@ -268,8 +268,8 @@ class Generator(nn.Module):
             styles: one or two z (N, style_dim), the second from layer ``inject_index`` on (style
                 mixing: StyleGAN, section 3.1); with ``input_is_latent`` w instead of z, or one w+
                 (N, n_latent, style_dim).
-            inject_index: layer where the second style takes over, in [1, n_latent - 1]; None draws
-                it.
+            inject_index: layer where the second style takes over, in [0, n_latent]; None draws it,
+                so that each has a layer at least.
             truncation: psi; see `truncate`.
             truncation_latent: (1, style_dim), the centre of truncation, required below 1.
             input_is_latent: styles are already mapped.
@@ -294,8 +294,8 @@ class Generator(nn.Module):
             raise ValueError("two styles are z or w, (N, style_dim) each")
         if inject_index is None:  # style mixing
             inject_index = int(torch.randint(1, self.n_latent, ()))
-        elif not 1 <= inject_index < self.n_latent:
-            raise ValueError(f"inject_index {inject_index} is not in 1 to {self.n_latent - 1}")
+        elif not 0 <= inject_index <= self.n_latent:
+            raise ValueError(f"inject_index {inject_index} is not in 0 to {self.n_latent}")
         first = latents[0][:, None].expand(-1, inject_index, -1)
         second = latents[1][:, None].expand(-1, self.n_latent - inject_index, -1)
         return torch.cat([first, second], dim=1)
