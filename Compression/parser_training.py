@@ -383,7 +383,7 @@ class ParserRun:
         images, labels = (part.to(self.device) for part in batch)
         images, labels = augment(images, labels, self.settings.augmentation, self.generator)
         network.train()
-        images = network.prepare(images).contiguous(memory_format=torch.channels_last)
+        images = network.prepare(images)
         main, *others = network.all_logits(images)
         # The auxiliary outputs only guide the lower layers; small maps do, and are far cheaper.
         outputs = (network.upsample(main, images.shape[2:]), *others)

@@ -158,7 +158,7 @@ class Trainer:
             suffix: self._update_of(network, r1_every) for suffix, network in networks.items()
         }
         self.averages, self.clock = Averages(), Clock(device)
-        self.iteration = self.images_seen = self._averaged = 0
+        self.iteration = self.images_seen = 0
         self.mean_path_length = torch.zeros((), device=device)
 
     def _update_of(
@@ -222,7 +222,6 @@ class Trainer:
                 metrics |= self._path_phase(max(1, real.shape[0] // s.path_batch_shrink))
         # The average of the generators of some hundred iterations is what is kept and measured.
         accumulate(self.g_ema, self.generator, s.ema_decay)
-        self._averaged += 1
         self._look(now=(self.iteration + 1) % s.log_freq == 0)
         self.iteration += 1
         self.images_seen += s.batch_size
@@ -255,13 +254,13 @@ class Trainer:
         late = self.judge.posted()
         self.judge.post()
         if late or (now and self.judge.posted()):
-            self._fail(self.iteration - late)
+            self._fail(self.iteration - late, averaged=1 + late)
 
-    def _fail(self, good: int) -> NoReturn:
-        if (late := self._averaged - good) and self.settings.ema_decay:
-            # Since then the generator has stood still, so that its average can be taken back.
-            accumulate(self.g_ema, self.generator, self.settings.ema_decay**-late)
-        self._averaged = good
+    def _fail(self, good: int, averaged: int = 0) -> NoReturn:
+        """Go back to the last good iteration, since which the average has moved some times."""
+        if averaged and self.settings.ema_decay:
+            # The generator has stood still meanwhile, so that its average can be taken back.
+            accumulate(self.g_ema, self.generator, self.settings.ema_decay**-averaged)
         self.images_seen -= (self.iteration - good) * self.settings.batch_size
         self.iteration = good
         self.averages = Averages()  # those of the log so far hold what was not finite
@@ -522,7 +521,7 @@ class Trainer:
         if self.device.type == "cuda":
             own["cuda"] = torch.cuda.get_rng_state(self.device)
         if together and self.judge.posted():
-            self._fail(self.iteration - 1)
+            self._fail(self.iteration - 1, averaged=1)
         further: dict[str, Any] = {}
         for name, (network, optimizer) in self.further.items():
             further |= {name: network, f"{name}_optim": optimizer.state_dict()}
@@ -573,7 +572,6 @@ class Trainer:
             else:
                 self.iteration = iteration or 0
                 self.images_seen = self.iteration * self.settings.batch_size
-            self._averaged = self.iteration
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(
