@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import active_children, get_all_start_methods, get_context
@@ -59,7 +59,7 @@ def load_batches(
     """
     workers = default_workers() if workers is None else workers
     loader = DataLoader(
-        _Batches(dataset),
+        _Batches(dataset, _pixels),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_as_is,
@@ -71,7 +71,7 @@ def load_batches(
         # Its own, or a resumed run would draw a seed for its workers from the restored state.
         generator=torch.Generator(),
     )
-    return _reported(_started(loader), dataset, device)
+    return _reported(_fetched(_started(loader), dataset.path), dataset, device)
 
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -107,7 +107,7 @@ class EpochBatches:
     ) -> None:
         self.place = place
         self.loader: DataLoader[Any] = DataLoader(
-            _Told(dataset),
+            _Batches(dataset, _collated),
             batch_size,
             shuffle=shuffle,
             drop_last=shuffle,
@@ -128,27 +128,7 @@ class EpochBatches:
         Raises:
             ValueError: what the data set raised, or a `DatasetError` if a process was killed.
         """
-        messages = _started(self.loader)
-        while (message := _next_message(messages, self.place)) is not None:
-            if isinstance(message, ValueError):
-                raise message
-            yield message
-
-
-class _Told(Dataset[Any]):
-    """Batches of a data set, or the error that one ended in; see `_Batches`."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getitems__(self, items: list[int]) -> Any:
-        try:
-            return default_collate([self.inner[i] for i in items])
-        except ValueError as error:
-            return error
+        return _fetched(_started(self.loader), self.place)
 
 
 def default_workers() -> int:
@@ -157,21 +137,33 @@ def default_workers() -> int:
 
 
 class _Batches(Dataset[Any]):
-    """Whole batches with the images newly found bad, or the error that a batch ended in.
+    """What a function makes of whole batches of items, or the error that a batch ended in.
 
     Errors are results here: what a worker raises, DataLoader turns into a long traceback.
     """
 
-    def __init__(self, images: Images) -> None:
-        self.images = images
+    def __init__(self, dataset: Any, make: Callable[[Any, list[Any]], Any]) -> None:
+        self.dataset, self.make = dataset, make
 
-    def __getitems__(self, items: list[Item]) -> tuple[Tensor, dict[str, str]] | DatasetError:
-        known = len(self.images.bad)
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, items: list[Any]) -> Any:
         try:
-            batch = default_collate([self.images.pixels(item) for item in items])
-        except DatasetError as error:
+            return self.make(self.dataset, items)
+        except ValueError as error:
             return error
-        return batch, dict(list(self.images.bad.items())[known:])
+
+
+def _collated(dataset: Any, items: list[int]) -> Any:
+    return default_collate([dataset[i] for i in items])
+
+
+def _pixels(images: Images, items: list[Item]) -> tuple[Tensor, dict[str, str]]:
+    """A batch with the images newly found bad, which the main process counts."""
+    known = len(images.bad)
+    batch = default_collate([images.pixels(item) for item in items])
+    return batch, dict(list(images.bad.items())[known:])
 
 
 def _as_is(batch: Any) -> Any:
@@ -212,23 +204,28 @@ def _deaf_to_termination() -> Iterator[None]:
 
 
 def _reported(
-    messages: Iterator[Any], images: Images, device: torch.device = CPU
+    fetched: Iterator[Any], images: Images, device: torch.device = CPU
 ) -> Generator[Tensor, None, None]:
+    for batch, bad in fetched:
+        for name, reason in bad.items():
+            images.note_bad(name, reason)
+        yield to_float(batch.to(device, non_blocking=True))
+
+
+def _fetched(messages: Iterator[Any], place: str | Path) -> Iterator[Any]:
+    """Yield what `_Batches` made; raise what it made of an error."""
     try:
-        while (message := _next_message(messages, images.path)) is not None:
-            if isinstance(message, DatasetError):
+        while (message := _next_message(messages, place)) is not None:
+            if isinstance(message, ValueError):
                 raise message
-            batch, bad = message
-            for name, reason in bad.items():
-                images.note_bad(name, reason)
-            yield to_float(batch.to(device, non_blocking=True))
+            yield message
     finally:
         # An error's traceback holds this frame; the workers end when nothing holds their iterator.
         del messages
 
 
 def _next_message(messages: Iterator[Any], place: str | Path) -> Any:
-    """Fetch what `_Batches` or `_Told` made of the next batch; None at the end.
+    """Fetch what `_Batches` made of the next batch; None at the end.
 
     If its process was killed, return the error: a raised one would refer to PyTorch's, whose
     traceback holds the loader.

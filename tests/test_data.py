@@ -210,7 +210,8 @@ def test_a_forgotten_loader_does_not_hold_up_the_exit(folder):
         "import sys; from Dataset.loading import *;"
         f"images = Images({str(folder)!r}, 8);"
         "stream = load_batches(images, EndlessBatches(7, 4), 1); next(stream);"
-        "sys.kept = stream.gi_frame, stream.gi_frame.f_locals['messages']"
+        "fetched = stream.gi_frame.f_locals['fetched'];"
+        "sys.kept = stream.gi_frame, fetched.gi_frame.f_locals['messages']"
     )
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, timeout=120)
     assert run.returncode == 0
@@ -218,7 +219,7 @@ def test_a_forgotten_loader_does_not_hold_up_the_exit(folder):
 
 def test_pictures_travel_as_bytes(folder):
     images = Images(folder, 8)
-    batch, _ = loading._Batches(images).__getitems__([(0, False), (3, True)])
+    batch, _ = loading._Batches(images, loading._pixels).__getitems__([(0, False), (3, True)])
     assert (batch.dtype, batch.shape) == (torch.uint8, (2, 3, 8, 8))
     expected = torch.stack([images[0, False], images[3, True]])
     torch.testing.assert_close(to_float(batch), expected, rtol=0, atol=0)

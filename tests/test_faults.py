@@ -336,10 +336,10 @@ def test_a_killed_loader_leaves_a_checkpoint(pictures, tmp_path, monkeypatch, ca
 
 def batches_until(error, pictures):
     def fetch():
-        yield torch.zeros(1), {}
+        yield torch.zeros(1)
         raise error
 
-    batches = loading._reported(fetch(), Images(pictures, 16))
+    batches = loading._fetched(fetch(), pictures)
     next(batches)
     return batches
 
