@@ -64,6 +64,20 @@ def load_distance(
     return lambda a, b: network(at_most(a, 256), at_most(b, 256)).flatten()
 
 
+def within_content(distance: Distance) -> Distance:
+    """Leave out pairs of which one picture has no content: their distance is not a number.
+
+    Args:
+        distance: of pictures that have been multiplied by their content masks.
+    """
+
+    def known(a: Tensor, b: Tensor) -> Tensor:
+        empty = [~images.flatten(1).any(dim=1) for images in (a, b)]
+        return distance(a, b).masked_fill(empty[0] | empty[1], torch.nan)
+
+    return known
+
+
 def _features(
     trunk: Callable[[Tensor], Iterable[Tensor]], images: Tensor, half: torch.dtype | None
 ) -> list[Tensor]:

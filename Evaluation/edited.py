@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from Evaluation import editing, sampling
-from Evaluation.distances import Distance
+from Evaluation.distances import Distance, within_content
 from Evaluation.features import masks_of
 from Evaluation.projection import load_projection
 from Evaluation.sampling import Latents
-from Evaluation.settings import ContentSettings, LoadMask, PictureSettings, Result
+from Evaluation.settings import ContentSettings, LoadMask, PictureSettings, Result, finite
 from Evaluation.side_by_side import load_models, save_pictures, sizes, stacked, target_stem
 from Evaluation.walking import KINDS, Walk, find_walks, walking_distances
 from Model.generator import Generator
@@ -130,7 +130,7 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
     scale = settings.scale_of(generator.size)
     edit, moment = _edit_of(settings, generator)
     mask = settings.load_mask(load_mask, first, device)
-    distance = settings.load_distance(first, device)
+    distance = within_content(settings.load_distance(first, device))
     empty = 0
 
     def content(pictures: Tensor) -> Tensor:
@@ -153,10 +153,10 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
     distances = {name: found for name, (_, found) in edits.items()}
     lines = [*sizes(settings, models), f"content-aware {settings.distance_name(first)}"]
     if empty:
-        lines.append(f"{empty} pictures have no content, and so no distance to each other")
+        lines.append(f"{empty} pictures have no content; the distances leave them out")
     lines += [_table(distances), f"saved {' and '.join(files)}"]
     chosen = {"ckpt": settings.checkpoints, "perceptual": settings.network(first)}
-    figures = {"files": files, "models": distances}
+    figures = {"files": files, "models": {name: finite(own) for name, own in distances.items()}}
     return Result(figures, _protocol(settings, mask.chosen), lines, settings, chosen)
 
 
@@ -342,7 +342,7 @@ def _walk(
         distances.append(walking_distances(unedited, masked, distance))
     width = next(iter(blocks.values())).shape[1]
     head = headed([f"{s:+.2g} sd" if s else "0" for s in strengths], width, gap=4)
-    means = {key: sum(d[key] for d in distances) / len(distances) for key in distances[0]}
+    means = {k: torch.tensor([d[k] for d in distances]).nanmean().item() for k in distances[0]}
     return captioned({"": head, **blocks}, gap=8), means
 
 

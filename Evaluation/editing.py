@@ -114,14 +114,14 @@ def mixing_distances(a: Tensor, b: Tensor, mixed: Tensor, distance: Distance) ->
         distance: perceptual.
 
     Returns:
-        Means over the grid: a_to_mixed (small: identity survives), b_to_mixed, and a_to_b, what
-        different faces are apart.
+        Means over the grid, without pairs whose distance is not a number: a_to_mixed (small:
+        identity survives), b_to_mixed, and a_to_b, what different faces are apart.
     """
     pairs_a, pairs_b = a.repeat_interleave(len(b), dim=0), b.repeat(len(a), 1, 1, 1)
     return {
-        "a_to_mixed": distance(pairs_a, mixed).mean().item(),
-        "b_to_mixed": distance(pairs_b, mixed).mean().item(),
-        "a_to_b": distance(pairs_a, pairs_b).mean().item(),
+        "a_to_mixed": distance(pairs_a, mixed).nanmean().item(),
+        "b_to_mixed": distance(pairs_b, mixed).nanmean().item(),
+        "a_to_b": distance(pairs_a, pairs_b).nanmean().item(),
     }
 
 
@@ -136,14 +136,15 @@ def morphing_distances(frames: Sequence[Tensor], distance: Distance) -> dict[str
     Returns:
         nearer_end: distance of a frame between the ends to the end that it is closer to, mean
         (small: faces in between are still one of the two); step: of consecutive frames, mean;
-        largest_step: mean over the N of their largest; a_to_b: of the ends.
+        largest_step: mean over the N of their largest; a_to_b: of the ends. What rests on a
+        distance that is not a number is left out.
     """
     first, *between, last = frames
     nearer = [torch.minimum(distance(first, x), distance(x, last)) for x in between]
     steps = torch.stack([distance(x, y) for x, y in itertools.pairwise(frames)])
     return {
-        "nearer_end": torch.stack(nearer).mean().item(),
-        "step": steps.mean().item(),
-        "largest_step": steps.amax(dim=0).mean().item(),
-        "a_to_b": distance(first, last).mean().item(),
+        "nearer_end": torch.stack(nearer).nanmean().item(),
+        "step": steps.nanmean().item(),
+        "largest_step": steps.amax(dim=0).nanmean().item(),
+        "a_to_b": distance(first, last).nanmean().item(),
     }

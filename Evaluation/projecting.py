@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from Evaluation.projection import (
     project,
     save_projection,
 )
-from Evaluation.settings import ContentSettings, LoadMask, ModelSettings, Result
+from Evaluation.settings import ContentSettings, LoadMask, ModelSettings, Result, finite
 from Model import bundled
 from Model.generator import Generator
 from Util import memory
@@ -169,7 +169,7 @@ def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Resul
         passes = ", ".join(f"{row['evaluations']}" for row in rows)
         lines.append(f"{model}: {generator.size} px on {device}; evaluations: {passes}")
     lines.append(f"saved {settings.out}: {PICTURE}, {TABLE}, {len(rows)} x .npz")
-    figures = {"mean": _finite(_means(rows)), "pictures": [_finite(row) for row in rows]}
+    figures = {"mean": finite(_means(rows)), "pictures": [finite(row) for row in rows]}
     chosen = {"perceptual": settings.network(model), "perceptual_weight": settings.weight}
     return Result(figures, protocol, lines, settings, chosen)
 
@@ -345,7 +345,7 @@ def _common(settings: ProjectionSettings) -> dict[str, Any]:
 def _save_rows(settings: ProjectionSettings, rows: Sequence[Row]) -> None:
     """Write the table, and the record by which an interrupted run goes on."""
     _save_csv(settings.out / TABLE, rows)
-    record = {"settings": _common(settings), "pictures": [_finite(row) for row in rows]}
+    record = {"settings": _common(settings), "pictures": [finite(row) for row in rows]}
     with atomic_path(settings.out / RECORD) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -441,8 +441,3 @@ def _protocol(settings: ProjectionSettings, distance: str, content: str) -> str:
         f" noise by {settings.optimizer}, {settings.num_iters} iterations, on"
         f" {settings.mse_weight:g} MSE + {settings.weight:g} {distance}{paper}"
     )
-
-
-def _finite(row: Mapping[str, str | float]) -> dict[str, str | float | None]:
-    """Replace values that are not finite by None, which JSON can hold."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -220,6 +221,14 @@ class PictureSettings(EvaluationSettings):
         if size * scale < 8:
             raise SettingError("scale", f"{scale:g} leaves less than 8 px of {size} px; take more")
         return scale
+
+
+def finite(figures: Mapping[str, str | float]) -> dict[str, str | float | None]:
+    """Replace values that are not finite by None, which JSON can hold."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in figures.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -82,12 +82,12 @@ def walking_distances(
 
     Returns:
         Means over the N: to_ends, from the unedited pictures to both ends; step, of consecutive
-        frames; largest_step.
+        frames; largest_step. What rests on a distance that is not a number is left out.
     """
     steps = torch.stack([distance(a, b) for a, b in itertools.pairwise(frames)])
     ends = [distance(unedited, end) for end in (frames[0], frames[-1])]
     return {
-        "to_ends": torch.stack(ends).mean().item(),
-        "step": steps.mean().item(),
-        "largest_step": steps.amax(dim=0).mean().item(),
+        "to_ends": torch.stack(ends).nanmean().item(),
+        "step": steps.nanmean().item(),
+        "largest_step": steps.amax(dim=0).nanmean().item(),
     }

@@ -7,6 +7,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from Evaluation import editing, sampling
+from Evaluation.distances import within_content
 from Evaluation.sampling import Latents
 from Model.generator import Generator
 from Util.animation import save_gif
@@ -148,6 +149,27 @@ def test_morphing_distances_by_hand():
             "a_to_b": (1.0 + 2.0) / 2,
         }
     )
+
+
+def test_pictures_without_content_are_left_out_of_the_means():
+    known = within_content(l1)
+    a, b = constant(0.0, 1.0), constant(0.5, 2.0)
+    mixed = constant(0.1, 0.2, 1.3, 0.0)
+    assert editing.mixing_distances(a, b, mixed, known) == pytest.approx(
+        {"a_to_mixed": 0.3, "b_to_mixed": (0.4 + 1.8 + 0.8) / 3, "a_to_b": (0.5 + 1.0) / 2}
+    )
+    frames = [constant(*pair) for pair in ((0.2, 0.0), (0.3, 0.5), (0.8, 0.5), (1.2, 2.0))]
+    assert editing.morphing_distances(frames, known) == pytest.approx(
+        {
+            "nearer_end": (0.1 + 0.4) / 2,
+            "step": (0.1 + 0.5 + 0.4 + 0.0 + 1.5) / 5,
+            "largest_step": 0.5,
+            "a_to_b": 1.0,
+        }
+    )
+    nowhere = editing.mixing_distances(constant(0.0), constant(1.0), constant(1.0), known)
+    assert math.isnan(nowhere["a_to_b"])
+    assert nowhere["b_to_mixed"] == 0
 
 
 def test_an_animation_has_all_frames_one_palette_and_pure_white(tmp_path):
