@@ -84,6 +84,12 @@ class TrainConfig(Settings):
 
     # Optimiser. Betas (0, 0.99), adjusted for lazy regularisation as in StyleGAN2, appendix B.
     lr: float = setting(0.002, "learning rate of Adam", low=0)
+    lr_decay: int = setting(
+        0,
+        "images at the end of the run over which the learning rates fall in a line to nothing: the"
+        " last steps of a short run are less noisy; 0: none, as published",
+        low=0,
+    )
     mixing: float = setting(0.9, "probability of mixing two styles in a batch", low=0, high=1)
     ema_decay: float = setting(
         0.5 ** (32 / 10_000),

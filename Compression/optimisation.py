@@ -248,10 +248,16 @@ class Update:
         order: Iterable[nn.Parameter] | None = None,
     ) -> None:
         self.network, self.adam, self.clip = network, adam, clip
+        self.rate = adam.param_groups[0]["lr"]
         self.judge, self.scale = judge, scale
         self.names = [name for name, p in network.named_parameters() if p.requires_grad]
         own = list(network.parameters())
         self.gradients = Gradients(own, reversed(own) if order is None else order)
+
+    def slow_down(self, factor: float) -> None:
+        """Take steps at a share of the learning rate from now on."""
+        for group in self.adam.param_groups:
+            group["lr"] = factor * self.rate
 
     def keep_to_itself(self) -> None:
         """Exchange no gradients with other processes from now on."""

@@ -202,6 +202,8 @@ class Trainer:
         begin_step(s.compile_mode)
         # Of the iterations before a line of the log, as many as have one of each phase.
         self.clock.running = -(self.iteration + 1) % s.log_freq < max(s.d_reg_every, s.g_reg_every)
+        for update in self.updates:
+            update.slow_down(self._rate_left)
         for update in self._discriminators.values():
             update.network.requires_grad_(True)
         # 1. Discriminator: softplus(-D(x)) + softplus(D(G(z))) (Goodfellow et al., 2014).
@@ -237,6 +239,13 @@ class Trainer:
         """Weigh the GAN losses in the generator's phase: a ramp over the first images."""
         ramp = self.settings.gan_ramp
         return min(1.0, self.images_seen / ramp) if ramp else 1.0
+
+    @property
+    def _rate_left(self) -> float:
+        """Share of the learning rates that is left: a line to nothing over the last images."""
+        s = self.settings
+        images = (s.iter - self.iteration) * s.batch_size
+        return min(1.0, images / s.lr_decay) if s.lr_decay else 1.0
 
     def _autocast(self) -> torch.autocast:
         """Where the networks run in half precision, if --amp says so.

@@ -86,7 +86,7 @@ FLAGS = {
         " log_freq channel_multiplier moments_n_sample",
         "positive": "relation_step",
         "count from 0": "seed max_bad fid_n_sample val_sample_freq model_save_freq keep_checkpoints"
-        " workers size gan_ramp batch_gpu",
+        " workers size gan_ramp batch_gpu lr_decay",
         "fraction": "mixing ema_decay",
         "file": "ckpt teacher_ckpt resume",
         "folder": "path",

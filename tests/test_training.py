@@ -249,6 +249,20 @@ def test_the_gan_loss_grows_over_the_first_images(monkeypatch):
         assert shares[-1] == pytest.approx(min(1, i / 4) * whole.item(), rel=1e-5)
 
 
+def test_the_learning_rates_fall_over_the_last_images():
+    settings = config(lr=0.008, lr_decay=16, iter=6, d_reg_every=3)  # the last four iterations
+    trainer, rates = make_trainer(settings, second_discriminator()), []
+    adams = [update.adam for update in trainer.updates]
+    whole = [adam.param_groups[0]["lr"] for adam in adams]
+    for real in images(6):
+        before = snapshot(trainer.generator)
+        trainer.iterate(real)
+        rates.append([adam.param_groups[0]["lr"] for adam in adams])
+        assert changed(trainer.generator, before)
+    for share, found in zip((1, 1, 1, 0.75, 0.5, 0.25), rates, strict=True):
+        assert found == pytest.approx([share * rate for rate in whole])
+
+
 def test_a_term_may_train_the_discriminator_and_sees_the_teachers_pass(monkeypatch):
     torch.manual_seed(5)
     teacher = Generator(8, style_dim=8, n_mlp=2, channels=(6, 5, 4, 4)).requires_grad_(False)
