@@ -88,7 +88,7 @@ Plans: [studies/plans](../studies/plans). {done} of {len(plan.jobs)} jobs of the
 which their lines name.
 
 **How.** The bundled 64 px teacher is pruned, retrained on {plan.images:,} shown images by the
-settings of `make demo`, and measured on {plan.n_sample:,} latents. An arm differs from
+plan's settings, and measured on {plan.n_sample:,} latents. An arm differs from
 `{plan.control}` in the settings that `python -m studies {plan.name} --list` prints for it. Seed s
 of every arm scores by the same latents, as many as it scores by, sees the same pictures in the same
 order and is measured on the same latents; differences are paired by seed. The latents of training
