@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import active_children, get_all_start_methods, get_context
 from multiprocessing.context import BaseContext
@@ -204,15 +204,16 @@ def _deaf_to_termination() -> Iterator[None]:
 
 
 def _reported(
-    fetched: Iterator[Any], images: Images, device: torch.device = CPU
+    fetched: Generator[Any, None, None], images: Images, device: torch.device = CPU
 ) -> Generator[Tensor, None, None]:
-    for batch, bad in fetched:
-        for name, reason in bad.items():
-            images.note_bad(name, reason)
-        yield to_float(batch.to(device, non_blocking=True))
+    with closing(fetched):
+        for batch, bad in fetched:
+            for name, reason in bad.items():
+                images.note_bad(name, reason)
+            yield to_float(batch.to(device, non_blocking=True))
 
 
-def _fetched(messages: Iterator[Any], place: str | Path) -> Iterator[Any]:
+def _fetched(messages: Iterator[Any], place: str | Path) -> Generator[Any, None, None]:
     """Yield what `_Batches` made; raise what it made of an error."""
     try:
         while (message := _next_message(messages, place)) is not None:

@@ -4,6 +4,7 @@ import pickle
 import re
 import subprocess
 import sys
+from multiprocessing import active_children
 from pathlib import Path
 
 import lmdb
@@ -252,6 +253,21 @@ def test_a_bad_file_is_named_once_and_replaced_the_same_way_in_every_run(folder,
     assert sorted(line.split(": ")[1][-5:] for line in lines) == ["1.png", "6.png"]
     assert "truncated" in lines[0]
     assert len(images.bad) == 2
+
+
+def test_loading_processes_end_with_too_many_bad_files(folder):
+    images, others = Images(folder, 8, max_bad=1), set(active_children())
+    break_files(folder, "6.png", "5.png")
+    # Each process knows of one bad file only, so that the main process finds them too many.
+    batches = load_batches(images, [[(3, False)], [(6, False)]], 2)
+    started = set(active_children()) - others
+    assert len(started) == 2
+    with pytest.raises(DatasetError, match="more than 1 unreadable") as held:
+        list(batches)
+    assert held.traceback
+    for process in started:
+        process.join(timeout=20)
+        assert not process.is_alive()
 
 
 def test_after_the_last_image_comes_the_first(folder):
