@@ -86,8 +86,8 @@ class TrainConfig(Settings):
     lr: float = setting(0.002, "learning rate of Adam", low=0)
     lr_decay: int = setting(
         0,
-        "images at the end of the run over which the learning rates fall in a line to nothing,"
-        " as the moving average's noise then does; 0: none, as published",
+        "images at the end of the run over which the learning rates fall in a line to nothing;"
+        " 0: none, as published",
         low=0,
     )
     mixing: float = setting(0.9, "probability of mixing two styles in a batch", low=0, high=1)
