@@ -15,7 +15,7 @@ from Evaluation.distances import Distance, within_content
 from Evaluation.features import masks_of
 from Evaluation.projection import load_projection
 from Evaluation.sampling import Latents
-from Evaluation.settings import ContentSettings, LoadMask, PictureSettings, Result, finite
+from Evaluation.settings import ContentSettings, LoadMask, PictureSettings, Result
 from Evaluation.side_by_side import load_models, save_pictures, sizes, stacked, target_stem
 from Evaluation.walking import KINDS, Walk, find_walks, walking_distances
 from Model.generator import Generator
@@ -156,7 +156,7 @@ def show_edited(settings: EditedSettings, load_mask: LoadMask) -> Result:
         lines.append(f"{empty} pictures have no content; the distances leave them out")
     lines += [_table(distances), f"saved {' and '.join(files)}"]
     chosen = {"ckpt": settings.checkpoints, "perceptual": settings.network(first)}
-    figures = {"files": files, "models": {name: finite(own) for name, own in distances.items()}}
+    figures = {"files": files, "models": distances}
     return Result(figures, _protocol(settings, mask.chosen), lines, settings, chosen)
 
 

@@ -169,7 +169,7 @@ def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Resul
         passes = ", ".join(f"{row['evaluations']}" for row in rows)
         lines.append(f"{model}: {generator.size} px on {device}; evaluations: {passes}")
     lines.append(f"saved {settings.out}: {PICTURE}, {TABLE}, {len(rows)} x .npz")
-    figures = {"mean": finite(_means(rows)), "pictures": [finite(row) for row in rows]}
+    figures = {"mean": _means(rows), "pictures": rows}
     chosen = {"perceptual": settings.network(model), "perceptual_weight": settings.weight}
     return Result(figures, protocol, lines, settings, chosen)
 
@@ -345,7 +345,7 @@ def _common(settings: ProjectionSettings) -> dict[str, Any]:
 def _save_rows(settings: ProjectionSettings, rows: Sequence[Row]) -> None:
     """Write the table, and the record by which an interrupted run goes on."""
     _save_csv(settings.out / TABLE, rows)
-    record = {"settings": _common(settings), "pictures": [finite(row) for row in rows]}
+    record = {"settings": _common(settings), "pictures": finite(rows)}
     with atomic_path(settings.out / RECORD) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
 

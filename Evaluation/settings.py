@@ -223,12 +223,13 @@ class PictureSettings(EvaluationSettings):
         return scale
 
 
-def finite(figures: Mapping[str, str | float]) -> dict[str, str | float | None]:
-    """Replace values that are not finite by None, which JSON can hold."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in figures.items()
-    }
+def finite(value: Any) -> Any:
+    """Replace numbers that are not finite, at any depth, by None: JSON has no word for them."""
+    if isinstance(value, Mapping):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,8 @@ class Result:
     """What an evaluation found.
 
     Attributes:
-        figures: by their names; those of several models or pictures are nested.
+        figures: by their names; those of several models or pictures are nested. Numbers that are
+            not finite are null in JSON.
         protocol: how they were measured.
         lines: all of it in words.
         settings: of the evaluation.
@@ -264,5 +266,5 @@ class Result:
     def _json(self) -> str:
         settings = plain(self.settings) | dict(self.chosen)
         settings = {k: v for k, v in settings.items() if k not in ("json", "info_print")}
-        content = {"figures": self.figures, "protocol": self.protocol, "settings": settings}
+        content = {"figures": finite(self.figures), "protocol": self.protocol, "settings": settings}
         return json.dumps(content, default=str)

@@ -144,3 +144,12 @@ def test_an_evaluation_tells_that_it_rounds(capsys):
         out, err = capsys.readouterr()
         assert ("TensorFloat-32" in err) == tf32
         assert json.loads(out)["settings"]["tf32"] == tf32
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(capsys):
+    figures = {"fid": 1.5, "files": ("a",), "models": {"m": {"l1": float("nan")}}}
+    figures["pictures"] = [{"psnr": float("inf"), "name": "a"}]
+    Result(figures, "", [], PathSettings(json=True)).show()
+    line = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    expected = {"fid": 1.5, "files": ["a"], "models": {"m": {"l1": None}}}
+    assert line["figures"] == expected | {"pictures": [{"psnr": None, "name": "a"}]}
