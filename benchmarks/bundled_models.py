@@ -18,7 +18,7 @@ from Compression.pruning import PruneSettings, prune
 from Dataset.batches import in_order
 from Dataset.images import Images
 from Dataset.loading import load_batches
-from Evaluation import feature_statistics, sampling
+from Evaluation import attributes, feature_statistics, sampling
 from Evaluation.comparison import content_l1
 from Evaluation.distances import Distance, load_distance
 from Evaluation.feature_sets import sampled_features
@@ -26,7 +26,8 @@ from Evaluation.features import Extractor, make_extractor
 from Evaluation.metrics import evaluate
 from Evaluation.ppl import path_length
 from Model import bundled
-from Model.checkpoint import load_generator
+from Model.attribute_classifier import AttributeClassifier
+from Model.checkpoint import load_attribute_classifier, load_generator
 from Model.complexity import macs, parameters
 from Model.generator import Generator
 from Util.cli import run_settings
@@ -66,6 +67,21 @@ def to_teacher(
     return sum(l1) / n, torch.cat(distances).mean().item()
 
 
+@torch.no_grad()
+def shared_attributes(
+    student: Generator, teacher: Generator, judge: AttributeClassifier, n: int
+) -> float:
+    """Compute the share of attributes inside the content that equal the teacher's."""
+
+    def values(network: Generator) -> attributes.Values:
+        parts = sampling.shares(n, 50)
+        images = [sampling.images(network, part, seed=1, fixed_noise=True) for part in parts]
+        return attributes.values_of(judge, torch.cat(images))
+
+    found = attributes.agreement(values(student), values(teacher))
+    return attributes.summary(found, judge)["inside"]
+
+
 def frechet(generator: Generator, extractor: Extractor, file: Path, n: int) -> float:
     """Compute the Frechet distance to bundled statistics of the real images."""
     features = sampled_features(generator, extractor, n, batch_size=50, seed=0)
@@ -79,22 +95,30 @@ def rows(networks: Mapping[str, Generator], n_sample: int, n_pairs: int) -> dict
     device = torch.device("cpu")
     parser = load_content_parser(bundled.PARSER, device)
     perceptual = load_distance("parser", None, lambda: bundled.PARSER, device)
+    judge = load_attribute_classifier(bundled.ATTRIBUTES)
+    kinds = (("attributes", None), ("parser", None), ("parser", load_content_parser))
     extractors = [
-        make_extractor("parser", None, bundled.PARSER, load_mask, device)
-        for load_mask in (None, load_content_parser)
+        make_extractor(features, None, bundled.PARSER, load_mask, device)
+        for features, load_mask in kinds
     ]
+    files = (bundled.ATTRIBUTE_STATISTICS, bundled.STATISTICS, bundled.CONTENT_STATISTICS)
     per_second = speeds(networks, batch=16)
     teacher = next(iter(networks.values()))
     table = {}
     for name, network in track(networks.items(), len(networks), "measuring", "model"):
-        whole = frechet(network, extractors[0], bundled.STATISTICS, n_sample)
-        content = frechet(network, extractors[1], bundled.CONTENT_STATISTICS, n_sample)
+        judged, whole, content = (
+            frechet(network, extractor, file, n_sample)
+            for extractor, file in zip(extractors, files, strict=True)
+        )
+        shared = shared_attributes(network, teacher, judge, n_sample)
         l1, distance = to_teacher(network, teacher, parser, perceptual, n=500)
         path = path_length(network, perceptual, "standard", n_pairs)
         table[name] = {
             "parameters": f"{parameters(network):,}",
             "MACs": f"{macs(network):,}",
             "images/s": f"{per_second[name]:.0f}",
+            "attributes shared with the teacher inside": f"{shared:.3f}",
+            "Frechet attribute distance": f"{judged:.1f}",
             "Frechet parser distance": f"{whole:.3f}",
             "inside the content": f"{content:.3f}",
             "L1 to the teacher inside": f"{l1:.4f}",
