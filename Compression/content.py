@@ -168,6 +168,10 @@ class ContentParser(nn.Module):
         """
         return torch.cat(list(self._class_maps(images)))
 
+    def mask_of(self, class_maps: Tensor, images: Tensor) -> Tensor:
+        """Content masks of class maps that `parse` made of the images; see `forward`."""
+        return (_resized(self._inside(class_maps), images) > 0.5).to(images.dtype)
+
     def _inside(self, class_map: Tensor) -> Tensor:
         return self.is_content.to(class_map.device)[class_map].unsqueeze(1)
 
@@ -184,8 +188,7 @@ class ContentParser(nn.Module):
         Raises:
             ValueError: if `images` is not of that shape.
         """
-        masks = [_resized(self._inside(found), images) > 0.5 for found in self._class_maps(images)]
-        return torch.cat(masks).to(images.dtype)
+        return torch.cat([self.mask_of(found, images) for found in self._class_maps(images)])
 
     @torch.no_grad()
     def soft(self, images: Tensor) -> Tensor:

@@ -122,7 +122,8 @@ def observe(settings: ShowSettings, parser: ContentParser, device: torch.device)
             made = sampling.images(generator, part, settings.seed)
         else:
             made = torch.stack([images[i, False] for i in part]).to(device)
-        maps, masks = parser.parse(made), parser(made)
+        maps = parser.parse(made)
+        masks = parser.mask_of(maps, made)
         pixels = torch.bincount(maps.flatten().cpu(), minlength=len(parser.network.class_names))
         counts = counts + pixels / (maps[0].numel() * n)
         inside += float(masks.mean()) * len(part) / n
