@@ -19,6 +19,9 @@ import numpy as np
 PREFIX = ".tmp-cagan-"
 """Names of unfinished files begin with it: hidden, so no reader takes one for a result."""
 
+LOCK = ".lock"
+"""Name of the file by which a folder is reserved."""
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str], flush: bool = True) -> Iterator[Path]:
@@ -99,10 +102,13 @@ def remove_left_overs(folder: Path) -> None:
 def lock_folder(folder: Path) -> int | None:
     """Reserve a folder for this process until the returned handle is closed or the process ends.
 
+    What is locked is a hidden file in it, which stays: over NFS, the lock of a folder itself is
+    known to its own node alone.
+
     Returns:
         The handle; None if another process has reserved the folder.
     """
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     if _try_lock(handle) is not False:
         return handle
     os.close(handle)

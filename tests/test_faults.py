@@ -4,11 +4,13 @@ A child process is forked for every fault, with a limit on the size of files: th
 fails its writing, at exactly that byte, whoever writes.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -445,6 +447,16 @@ def test_a_folder_that_is_being_trained_in_is_refused(run, tmp_path, capsys, mor
     assert {f: f.read_bytes() for f in folder.rglob("*.*")} == before
     os.close(handle)
     assert train.main(argv) == 0
+
+
+def test_what_is_locked_can_be_locked_over_nfs(tmp_path):
+    handle = lock_folder(
+        tmp_path
+    )  # NFS locks files alone, and those alone that are open for writing
+    assert stat.S_ISREG(os.fstat(handle).st_mode)
+    assert fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+    assert lock_folder(tmp_path) is None
+    os.close(handle)
 
 
 def test_the_lock_ends_with_a_killed_process(tmp_path):

@@ -49,7 +49,7 @@ def test_training_from_scratch_writes_a_run(folder):
     assert [row["iteration"] for row in read_metrics(folder / "run")] == [2, 4]
     written = {str(f.relative_to(folder / "run")) for f in (folder / "run").rglob("*.*")}
     assert written == {
-        "config.json", "metrics.jsonl", "samples/000002.png", "samples/000004.png",
+        ".lock", "config.json", "metrics.jsonl", "samples/000002.png", "samples/000004.png",
         "checkpoints/000002.pt", "checkpoints/000004.pt",
     }  # fmt: skip
     config = json.loads((folder / "run" / "config.json").read_text())["config"]
