@@ -117,10 +117,9 @@ def run_jobs(plan: Plan, jobs: Sequence[Job], places: Places) -> int:
     """
     failed, file = 0, results_file(places.results, plan.name)
     for job in jobs:
-        # A folder of its own: pruning locks the one that it writes to.
-        reserved = places.job(plan, job) / "lock"
-        reserved.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(reserved)
+        folder = places.job(plan, job)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder)
         if lock is None:
             continue
         try:
