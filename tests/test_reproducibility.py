@@ -13,6 +13,7 @@ import get_projected_image
 import prune
 import train
 from tests.hostile import make_files
+from Util.files import LOCK
 from Util.run_log import TIMING, read_metrics
 
 
@@ -41,7 +42,7 @@ def contents(folder):
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name not in ("config.json", "metrics.jsonl")
+        if file.is_file() and file.name not in (LOCK, "config.json", "metrics.jsonl")
     }
 
 
