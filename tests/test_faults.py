@@ -450,9 +450,8 @@ def test_a_folder_that_is_being_trained_in_is_refused(run, tmp_path, capsys, mor
 
 
 def test_what_is_locked_can_be_locked_over_nfs(tmp_path):
-    handle = lock_folder(
-        tmp_path
-    )  # NFS locks files alone, and those alone that are open for writing
+    # Over NFS, only files that are open for writing can be locked.
+    handle = lock_folder(tmp_path)
     assert stat.S_ISREG(os.fstat(handle).st_mode)
     assert fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
     assert lock_folder(tmp_path) is None
