@@ -68,18 +68,11 @@ def to_teacher(
 
 
 @torch.no_grad()
-def shared_attributes(
-    student: Generator, teacher: Generator, judge: AttributeClassifier, n: int
-) -> float:
-    """Compute the share of attributes inside the content that equal the teacher's."""
-
-    def values(network: Generator) -> attributes.Values:
-        parts = sampling.shares(n, 50)
-        images = [sampling.images(network, part, seed=1, fixed_noise=True) for part in parts]
-        return attributes.values_of(judge, torch.cat(images))
-
-    found = attributes.agreement(values(student), values(teacher))
-    return attributes.summary(found, judge)["inside"]
+def shown_attributes(generator: Generator, judge: AttributeClassifier, n: int) -> attributes.Values:
+    """Name the attributes of what a generator shows."""
+    parts = sampling.shares(n, 50)
+    images = [sampling.images(generator, part, seed=1, fixed_noise=True) for part in parts]
+    return attributes.values_of(judge, torch.cat(images))
 
 
 def frechet(generator: Generator, extractor: Extractor, file: Path, n: int) -> float:
@@ -104,13 +97,15 @@ def rows(networks: Mapping[str, Generator], n_sample: int, n_pairs: int) -> dict
     files = (bundled.ATTRIBUTE_STATISTICS, bundled.STATISTICS, bundled.CONTENT_STATISTICS)
     per_second = speeds(networks, batch=16)
     teacher = next(iter(networks.values()))
+    wanted = shown_attributes(teacher, judge, n_sample)
     table = {}
     for name, network in track(networks.items(), len(networks), "measuring", "model"):
         judged, whole, content = (
             frechet(network, extractor, file, n_sample)
             for extractor, file in zip(extractors, files, strict=True)
         )
-        shared = shared_attributes(network, teacher, judge, n_sample)
+        shares = attributes.agreement(shown_attributes(network, judge, n_sample), wanted)
+        shared = attributes.summary(shares, judge)["inside"]
         l1, distance = to_teacher(network, teacher, parser, perceptual, n=500)
         path = path_length(network, perceptual, "standard", n_pairs)
         table[name] = {
