@@ -117,7 +117,11 @@ def lock_folder(folder: Path) -> int | None:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block for the folder."""
+    """Wait until no other process of this machine is in such a block for the folder.
+
+    Nothing is left in it. It is for moments and for what costs little when two nodes of a shared
+    folder collide; what is reserved for long is reserved by `lock_folder`.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
