@@ -183,7 +183,11 @@ def compared(table: Table, pairs: Sequence[tuple[str, float]]) -> list[tuple[str
 
 
 def differences(table: Table, pairs: Sequence[tuple[str, float]]) -> str:
-    """Tabulate differences to each arm's control at the same ratio, paired by seed."""
+    """Tabulate differences to each arm's control at the same ratio, paired by seed.
+
+    Where the arms have several controls, a row names its own.
+    """
+    several = len({table.plan.arm(arm).control for arm, _ in pairs}) > 1
     rows = []
     for arm, ratio in pairs:
         control = table.plan.arm(arm).control
@@ -192,7 +196,8 @@ def differences(table: Table, pairs: Sequence[tuple[str, float]]) -> str:
             for f in table.figures
         )
         cells = [signed(difference, len(table.plan.seeds)) for difference in found]
-        rows.append([label(table, arm, ratio), *cells])
+        name = label(table, arm, ratio)
+        rows.append([f"{name} - {control}" if several else name, *cells])
     return markdown(["arm", *(TITLES[f] for f in table.figures)], rows)
 
 

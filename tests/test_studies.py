@@ -31,6 +31,7 @@ from studies.statistics import (
     paired_difference,
     verdict,
 )
+from studies.tables import Table, differences
 from Util.pictures import to_uint8
 
 PLAN = {
@@ -298,6 +299,24 @@ def fake_results(folder, name, jobs_done, value):
             },
         )
     return plan
+
+
+def test_rows_of_differences_name_their_controls_where_there_are_several(tmp_path):
+    arms = [{"name": n, "group": "g"} for n in "ab"] + [{"name": "c", "group": "g", "control": "b"}]
+    plan = parse_plan(changed(arms=arms), "p", "p.toml")
+    done = [
+        {"job": j.name, "arm": j.arm.name, "ratio": 0.7, "seed": j.seed}
+        | {"points": [{"images": 64, "figures": {"l1_inside": i + j.seed**2}}]}
+        for i, j in enumerate(plan.jobs)
+    ]
+    table = Table(plan, done)
+
+    def names(*arms):
+        rows = differences(table, [(arm, 0.7) for arm in arms]).splitlines()[2:]
+        return [row.split("|")[1].strip() for row in rows]
+
+    assert names("b") == ["b"]
+    assert names("b", "c") == ["b - a", "c - b"]
 
 
 def test_the_page_says_what_the_results_say(tmp_path, capsys, monkeypatch):
