@@ -62,6 +62,12 @@ def test_bundled_plans_are_read(file):
     assert len({job.name for job in plan.jobs}) == len(plan.jobs) > 1
 
 
+@pytest.mark.parametrize("name", ["cagc", "svs_recipe", "combined"])
+def test_an_arm_at_other_ratios_has_the_settings_of_the_arm(name):
+    arm, others = (read_plan("compression").arm(n) for n in (name, f"{name}_ratios"))
+    assert (arm.prune, arm.train) == (others.prune, others.train)
+
+
 def test_jobs_come_arm_by_arm_with_all_seeds():
     names = [job.name for job in parse_plan(PLAN, "p", "p.toml").jobs]
     assert names == ["a-0.7-s0", "a-0.7-s1", "b-0.5-s0", "b-0.5-s1", "b-0.8-s0", "b-0.8-s1"]
@@ -301,7 +307,7 @@ def fake_results(folder, name, jobs_done, value):
     return plan
 
 
-def test_rows_of_differences_name_their_controls_where_there_are_several(tmp_path):
+def test_rows_of_differences_name_their_controls_where_there_are_several():
     arms = [{"name": n, "group": "g"} for n in "ab"] + [{"name": "c", "group": "g", "control": "b"}]
     plan = parse_plan(changed(arms=arms), "p", "p.toml")
     done = [
