@@ -1,10 +1,11 @@
 """A plan: which arms are run with which seeds, for how long, and what is measured.
 
 A TOML file. `[prune]` and `[train]` hold what all arms share, by the names of prune.py's and
-train.py's flags; an arm's own `prune` and `train` win over it. Seed s of every arm scores by the
-same latents, as many as it scores by, sees the same pictures in the same order and is measured on
-the same latents, so that arms are compared seed by seed. In training, latents and layer noise are
-the same, too, but where an arm draws numbers of its own: for a new discriminator, or for a term.
+train.py's flags; an arm's own `prune` and `train` win over it, and over those of an earlier arm
+that it is `like`. Seed s of every arm scores by the same latents, as many as it scores by, sees the
+same pictures in the same order and is measured on the same latents, so that arms are compared seed
+by seed. In training, latents and layer noise are the same, too, but where an arm draws numbers of
+its own: for a new discriminator, or for a term.
 
     about = "one line"
     seeds = [0, 1, 2]
@@ -23,6 +24,11 @@ the same, too, but where an arm draws numbers of its own: for a new discriminato
     group = "content"
     about = "one line"
     prune = { metric = "content_aware" }
+    [[arms]]
+    name = "everywhere"
+    group = "content"
+    like = "cagc"                       # that arm's settings, but for its own
+    train = { content_aware_KD = false }
     [[claims]]                          # decided by the intervals, see `studies.tables.decided`
     text = "Distilling inside the content beats distilling everywhere."
     source = "Liu et al., section 3.3"
@@ -67,7 +73,7 @@ class Arm:
         about: one line.
         control: the arm that it is compared with, at the same ratio.
         ratios: shares of the channels that are removed.
-        prune: settings of prune.py, those shared by all arms among them.
+        prune: settings of prune.py, those shared by all arms and of the arm it is like among them.
         train: settings of train.py, likewise.
     """
 
@@ -212,10 +218,13 @@ def parse_plan(content: Mapping[str, Any], name: str, place: str) -> Plan:
     top = _Table(dict(content), place)
     budget = _Table(top.take("budget", dict), f"{place}, budget")
     measure = _Table(top.take("measure", dict), f"{place}, measure")
-    shared = {kind: top.take(kind, dict, {}) for kind in ("prune", "train")}
     ratios = top.several("ratios", (int, float), (0.7,))
     control = top.take("control", str)
-    arms = [_arm(item, control, ratios, shared, place) for item in top.take("arms", list)]
+    prune, train = (top.take(kind, dict, {}) for kind in ("prune", "train"))
+    shared = Arm("", "", "", control, ratios, prune, train)
+    arms: list[Arm] = []
+    for item in top.take("arms", list):
+        arms.append(_arm(item, shared, arms, place))
     plan = Plan(
         name=name,
         about=top.take("about", str),
@@ -236,20 +245,23 @@ def parse_plan(content: Mapping[str, Any], name: str, place: str) -> Plan:
     return plan
 
 
-def _arm(
-    item: Any, control: str, ratios: tuple[float, ...], shared: Mapping[str, Any], place: str
-) -> Arm:
+def _arm(item: Any, shared: Arm, before: Sequence[Arm], place: str) -> Arm:
     table = _Table(item, f"{place}, arms")
     name = table.take("name", str)
     table.place = f"{place}, arm {name}"
+    like = table.take("like", str, "")
+    known = {"": shared} | {arm.name: arm for arm in before}
+    if like not in known:
+        raise PlanError(f"{table.place}: like {like}: no arm before it has that name")
+    base = known[like]
     arm = Arm(
         name,
         table.take("group", str),
         table.take("about", str, ""),
-        table.take("control", str, control),
-        table.several("ratios", (int, float), ratios),
-        shared["prune"] | table.take("prune", dict, {}),
-        shared["train"] | table.take("train", dict, {}),
+        table.take("control", str, shared.control),
+        table.several("ratios", (int, float), shared.ratios),
+        {**base.prune, **table.take("prune", dict, {})},
+        {**base.train, **table.take("train", dict, {})},
     )
     table.end()
     if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():

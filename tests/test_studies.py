@@ -62,10 +62,17 @@ def test_bundled_plans_are_read(file):
     assert len({job.name for job in plan.jobs}) == len(plan.jobs) > 1
 
 
-@pytest.mark.parametrize("name", ["cagc", "svs_recipe", "combined"])
-def test_an_arm_at_other_ratios_has_the_settings_of_the_arm(name):
-    arm, others = (read_plan("compression").arm(n) for n in (name, f"{name}_ratios"))
-    assert (arm.prune, arm.train) == (others.prune, others.train)
+def test_an_arm_has_the_settings_of_the_one_that_it_is_like_but_for_its_own():
+    a = {"name": "a", "group": "g", "prune": {"metric": "asv", "n_sample": 4}}
+    b = {"name": "b", "group": "h", "like": "a", "prune": {"n_sample": 6}, "train": {"r1": 0.5}}
+    c = {"name": "c", "group": "h", "like": "b", "train": {"batch_size": 4}}
+    _, second, third = parse_plan(changed(arms=[a, b, c]), "p", "p.toml").arms
+    assert (second.prune, second.train) == (
+        {"metric": "asv", "n_sample": 6},
+        {"batch_size": 8, "r1": 0.5},
+    )
+    assert (third.prune, third.train) == (second.prune, {"batch_size": 4, "r1": 0.5})
+    assert second.control == third.control == "a"
 
 
 def test_jobs_come_arm_by_arm_with_all_seeds():
@@ -111,6 +118,7 @@ def test_arms_of_a_seed_differ_in_their_own_settings_alone(tmp_path):
         (changed(arms=[*PLAN["arms"], PLAN["arms"][0]]), "two have the same name"),
         (changed(claims=[{"text": "t"}]), "source is missing"),
         (arm(control="z"), "z: no such arm"),
+        (arm(like="a"), "arm a: like a: no arm before it has that name"),
         (changed(claims=[CLAIM | {"ratio": 0.6}]), "b is not run at ratio 0.6"),
     ],
 )
