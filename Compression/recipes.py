@@ -64,6 +64,7 @@ _CAGC: Values = {
     "perceptual": "vgg",
     "content_aware_KD": True,  # faces; other content: False
 }
+_FITTED: Values = {"init": "reconstruction", "init_n_sample": 256, "init_outside": 0.1}
 # Xu et al.; what they do not change is CAGC's.
 _STYLEKD: Values = _CAGC | {
     "discriminator": "scratch",  # its code loads the checkpoint's only with a flag that is not set
@@ -71,6 +72,22 @@ _STYLEKD: Values = _CAGC | {
     "relation_loss": "kl",
     "relation_step": 5.0,  # the code's offset_weight
     "relation_gather": False,
+}
+# Kim and Yoon: their port of DCP, and StyleKD's training for twice as many images.
+_SVS_SCORES: Values = {
+    "metric": "diversity_aware",
+    "n_sample": 5000,
+    "batch_size": 5,
+    "dcp_alpha": 10.0,
+    "dcp_directions": 10,
+    "dcp_latents": 10_000,
+    "dcp_stop_gradient": True,
+}
+_SVS: Values = _STYLEKD | {
+    "batch_size": 32,
+    "iter": 468_750,  # 15 M images
+    "ema_decay": 0.5 ** (32 / 10_000),  # half-life of 10,000 images, in batches of 32
+    "r1": 10.0,
 }
 
 RECIPES = {
@@ -99,23 +116,8 @@ RECIPES = {
     ),
     "svs": Recipe(
         'Kim and Yoon, "Singular Value Scaling", AAAI 2025',
-        {
-            "metric": "diversity_aware",
-            "n_sample": 5000,  # as DCP
-            "batch_size": 5,
-            "dcp_alpha": 10.0,  # its port of DCP
-            "dcp_directions": 10,
-            "dcp_latents": 10_000,
-            "dcp_stop_gradient": True,  # its port of DCP
-            "init": "svs",
-        },
-        _STYLEKD
-        | {
-            "batch_size": 32,
-            "iter": 468_750,  # 15 M images, twice the others'
-            "ema_decay": 0.5 ** (32 / 10_000),  # half-life of 10,000 images, in batches of 32
-            "r1": 10.0,
-        },
+        _SVS_SCORES | {"init": "svs"},
+        _SVS,
     ),
     "nickel_dime": Recipe(
         'Yeo et al., "Nickel and Diming Your GAN", ECCV 2024',
@@ -147,11 +149,14 @@ RECIPES = {
             "allocation_tie": True,
             "allocation_rounds": 1,
             "min_channels": 4,
-            "init": "reconstruction",
-            "init_n_sample": 256,
-            "init_outside": 0.1,
-        },
+        }
+        | _FITTED,
         _CAGC,
+    ),
+    "combined": Recipe(
+        "this project's choice by doc/Study.md: svs with filters fitted, distilled everywhere",
+        _SVS_SCORES | _FITTED,
+        _SVS | {"content_aware_KD": False},
     ),
 }
 NONE, LIST = "none", "list"

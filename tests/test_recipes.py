@@ -106,9 +106,9 @@ def test_flags_win_over_the_recipe_wherever_they_stand():
 def test_prune_and_two_iterations_of_every_recipe(folder, tmp_path, name):
     pruned, teacher = tmp_path / "pruned.pt", folder / "teacher.pt"
     flags = f"--recipe {name} --n_sample 2 --batch_size 2 --device cpu --noise_prob 1"
-    if name in ("dcp", "svs"):
+    if RECIPES[name].prune["metric"] == "diversity_aware":
         flags += " --dcp_directions 2 --dcp_latents 200"
-    if name == "ours":
+    if RECIPES[name].prune["init"] == "reconstruction":
         flags += " --init_n_sample 2"
     flags += f" --ckpt {teacher} --parser_ckpt {bundled.PARSER} --out {pruned}"
     assert prune.main(flags.split()) == 0
