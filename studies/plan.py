@@ -143,6 +143,11 @@ class Plan:
         """All jobs, arm by arm, so that an arm has all its seeds before the next begins."""
         return [Job(a, ratio, seed) for a in self.arms for ratio in a.ratios for seed in self.seeds]
 
+    @property
+    def main_ratio(self) -> float:
+        """The first arm's first, at which most arms are compared."""
+        return self.arms[0].ratios[0]
+
     def arm(self, name: str) -> Arm:
         """Find an arm by its name."""
         return next(arm for arm in self.arms if arm.name == name)

@@ -11,13 +11,14 @@ from PIL import Image
 
 from Evaluation import sampling
 from Model.checkpoint import load_generator
-from studies.measuring import SEED_OFFSET
+from studies.measuring import HIGHER_IS_BETTER, SEED_OFFSET
 from studies.statistics import interval
-from studies.tables import TITLES, Table, label, points_of
+from studies.tables import TITLES, Table, against_control, label, points_of
 from Util.files import atomic_path
 from Util.pictures import grid, save_png, side_by_side
 
 COLOURS = ("#c0392b", "#2c6fbb", "#2e8b57", "#8e44ad", "#d98e04", "#17808e", "#7f7f7f", "#b5547a")
+BETTER, WORSE, UNDECIDED = "#2c6fbb", "#d95f02", "#9a9a9a"
 SHOWN = 8
 Pairs = Sequence[tuple[str, float]]
 
@@ -61,9 +62,46 @@ def intervals(table: Table, pairs: Pairs, figures: Sequence[str], out: Path) -> 
     _save(drawing, out)
 
 
+def differences_to_control(
+    table: Table, arms: Sequence[str], figures: Sequence[str], out: Path
+) -> None:
+    """Draw arms one below the other: paired difference to the control with its 95 % interval.
+
+    Blue: better, orange: worse, grey: the interval holds 0.
+
+    Args:
+        table: of the results.
+        arms: complete ones, as the plan's control must be.
+        figures: one plot each.
+        out: PNG file.
+    """
+    drawing = Figure(figsize=(3.1 * len(figures) + 1, 0.24 * len(arms) + 1.1), layout="constrained")
+    axes = drawing.subplots(1, len(figures), squeeze=False, sharey=True)[0]
+    for axis, figure in zip(axes, figures, strict=True):
+        higher = HIGHER_IS_BETTER[figure]
+        for i, arm in enumerate(arms):
+            found = against_control(table, arm, figure)
+            decided = BETTER if (found.mean > 0) == higher else WORSE
+            axis.errorbar(
+                found.mean,
+                i,
+                xerr=found.half if found.n > 1 else 0,
+                color=decided if found.leaves_out_zero else UNDECIDED,
+                fmt="o",
+                markersize=4,
+                capsize=2,
+            )
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(f"{TITLES[figure]} ({'higher' if higher else 'lower'} is better)", size=10)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(arms)), arms)
+    axes[0].invert_yaxis()
+    _save(drawing, out)
+
+
 def curves(table: Table, pairs: Pairs, figures: Sequence[str], out: Path) -> None:
     """Draw figures against images shown: the mean over seeds, and their range."""
-    drawing = Figure(figsize=(3.6 * len(figures), 3.2), layout="constrained")
+    drawing = Figure(figsize=(3.6 * len(figures) + 1, 3.2), layout="constrained")
     axes = drawing.subplots(1, len(figures), squeeze=False)[0]
     for axis, figure in zip(axes, figures, strict=True):
         for i, pair in enumerate(pairs):
@@ -87,7 +125,7 @@ def curves(table: Table, pairs: Pairs, figures: Sequence[str], out: Path) -> Non
         axis.grid(alpha=0.3)
         if figure.startswith("frechet"):
             axis.set_yscale("log")
-    axes[0].legend(fontsize=7, frameon=False)
+    axes[-1].legend(fontsize=7, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
     _save(drawing, out)
 
 

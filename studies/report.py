@@ -23,9 +23,11 @@ from studies.tables import (
     Table,
     by_attribute,
     compared,
+    complete,
     controls,
     decided,
     differences,
+    glance,
     label,
     markdown,
     means,
@@ -41,6 +43,7 @@ from Util.settings import file_path
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN, BEFORE = "compression", "before_retraining"
+GLANCE_FIGURES = ("agreement_inside", "agreement_outside", "l1_inside", "frechet")
 SHOWN_FIGURES = ("agreement_inside", "agreement_outside", "frechet")
 COURSE_FIGURES = ("agreement_inside", "agreement_outside", "l1_inside", "l1_outside", "frechet")
 GROUPS = {
@@ -113,6 +116,28 @@ parser's distance, over few pairs.
 Bold differences leave out 0."""
 
 
+def glance_section(table: Table, doc: Path) -> str:
+    """Write the one table and draw the one plot."""
+    plan = table.plan
+    arms = complete(table, GLANCE_FIGURES[0])
+    others = [arm for arm in arms if arm != plan.control]
+    if not others or others == arms:
+        return ""
+    plots.differences_to_control(table, others, SHOWN_FIGURES, doc / "study/glance.png")
+    return f"""## At a glance
+
+Arms with all {len(plan.seeds)} seeds at ratio {plan.main_ratio:g}, the best agreement inside first;
+mean ± standard deviation. Bold: the paired difference to `{plan.control}` leaves out 0. Agreement:
+higher is better; L1 and Frechet: lower.
+
+{glance(table, GLANCE_FIGURES)}
+
+![Differences to {plan.control}, with 95 % intervals](study/glance.png)
+
+(Differences to `{plan.control}`, paired by seed, with 95 % intervals. Blue: better, orange: worse,
+grey: undecided.)"""
+
+
 def judged(tables: Sequence[Table]) -> str:
     """Tabulate all claims."""
     parts = [verdicts(table) for table in tables if table.plan.claims]
@@ -130,7 +155,7 @@ the tables below, one in twenty would leave out 0 by chance alone; most share th
 
 def group_section(table: Table, group: str, doc: Path) -> str:
     """Write a group's tables and plots."""
-    control = (table.plan.control, table.plan.arms[0].ratios[0])
+    control = (table.plan.control, table.plan.main_ratio)
     arms = [(a, r) for a, r in table.measured if table.plan.arm(a).group == group]
     if not arms:
         return ""
@@ -167,7 +192,7 @@ def group_section(table: Table, group: str, doc: Path) -> str:
 
 def course_section(table: Table, doc: Path) -> str:
     """Write how the figures went on during training, and what they cost."""
-    pairs = [p for p in table.measured if p[1] == table.plan.arms[0].ratios[0]]
+    pairs = [p for p in table.measured if p[1] == table.plan.main_ratio]
     rows = []
     for pair in pairs:
         for i, point in enumerate(table.of(*pair)[0]["points"]):
@@ -224,7 +249,7 @@ def picture_section(table: Table, places: Places, doc: Path) -> str:
 
     The students' own files are too many to be kept with the results, their rows are not.
     """
-    seed, ratio = table.plan.seeds[0], table.plan.arms[0].ratios[0]
+    seed, ratio = table.plan.seeds[0], table.plan.main_ratio
     files = {
         job.arm.name: places.job(table.plan, job) / "student.pt"
         for job in table.plan.jobs
@@ -260,7 +285,7 @@ def not_run(table: Table) -> list[str]:
 def limits(tables: Sequence[Table]) -> str:
     """Say what such a study cannot tell, and what has not been run."""
     main = tables[0]
-    ratio = main.plan.arms[0].ratios[0]
+    ratio = main.plan.main_ratio
     kept = [channels for row in main.rows if row["ratio"] == ratio for channels in row["channels"]]
     control = [c for row in main.of(main.plan.control, ratio) for c in row["channels"]] or kept
     recall = max(r for pair in main.measured for r in main.values(*pair, "recall").values())
@@ -296,6 +321,7 @@ def page(tables: Sequence[Table], places: Places, doc: Path) -> Iterator[str]:
     """Write the page's sections."""
     main, before, *others = tables
     yield introduction(main)
+    yield glance_section(main, doc)
     yield judged([t for t in tables if t.rows])
     groups = dict.fromkeys(arm.group for arm in main.plan.arms)
     yield from (group_section(main, group, doc) for group in groups)

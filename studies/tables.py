@@ -143,6 +143,47 @@ def means(table: Table, pairs: Sequence[tuple[str, float]], point: int = -1) -> 
     return markdown(["arm", "seeds", *COSTS.values(), *(TITLES[f] for f in figures)], rows)
 
 
+def against_control(table: Table, arm: str, figure: str) -> Interval:
+    """Compute the paired difference of a complete arm to the plan's control, at the main ratio."""
+    ratio = table.plan.main_ratio
+    found = paired_difference(
+        table.values(arm, ratio, figure), table.values(table.plan.control, ratio, figure)
+    )
+    assert found is not None, f"{arm} and {table.plan.control} have no seed in common"
+    return found
+
+
+def complete(table: Table, figure: str) -> list[str]:
+    """Give the arms that have all seeds at the main ratio, the best by a figure first."""
+    plan = table.plan
+    found = {arm.name: table.values(arm.name, plan.main_ratio, figure) for arm in plan.arms}
+    means = {
+        name: mean_and_deviation(list(values.values()))[0]
+        for name, values in found.items()
+        if len(values) == len(plan.seeds)
+    }
+    return sorted(means, key=means.__getitem__, reverse=HIGHER_IS_BETTER[figure])
+
+
+def glance(table: Table, figures: Sequence[str]) -> str:
+    """Tabulate few figures of the complete arms, the best by the first of them first.
+
+    Bold: the difference to the plan's control, which must be complete, leaves out 0.
+    """
+    ratio = table.plan.main_ratio
+    rows = []
+    for arm in complete(table, figures[0]):
+        cells = []
+        for figure in figures:
+            cell = spread(table.values(arm, ratio, figure).values())
+            apart = against_control(table, arm, figure).leaves_out_zero
+            cells.append(f"**{cell}**" if apart else cell)
+        parameters = f"{table.cost(arm, ratio, 'parameters'):,.0f}"
+        rows.append([f"`{arm}`", table.plan.arm(arm).about, parameters, *cells])
+    head = ["arm", "what it is", COSTS["parameters"], *(TITLES[f] for f in figures)]
+    return markdown(head, rows)
+
+
 def controls(table: Table, pairs: Sequence[tuple[str, float]]) -> str:
     """Name what arms are compared with."""
     names = dict.fromkeys(table.plan.arm(arm).control for arm, _ in pairs)

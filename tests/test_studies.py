@@ -31,7 +31,7 @@ from studies.statistics import (
     paired_difference,
     verdict,
 )
-from studies.tables import Table, differences
+from studies.tables import Table, differences, glance
 from Util.pictures import to_uint8
 
 PLAN = {
@@ -333,6 +333,24 @@ def test_rows_of_differences_name_their_controls_where_there_are_several():
     assert names("b", "c") == ["b - a", "c - b"]
 
 
+def test_the_glance_has_the_complete_arms_with_the_best_first_and_marks_what_is_apart():
+    arms = [{"name": n, "group": "g", "about": f"arm {n}"} for n in "abcd"]
+    plan = parse_plan(changed(arms=arms), "p", "p.toml")
+    values = {"a": (5.0, 6.0), "b": (3.0, 4.01), "c": (4.0, 7.0), "d": (1.0,)}
+    done = [
+        {"job": f"{n}-0.7-s{seed}", "arm": n, "ratio": 0.7, "seed": seed, "parameters": 9}
+        | {"points": [{"images": 64, "figures": {"l1_inside": value}}]}
+        for n, found in values.items()
+        for seed, value in enumerate(found)
+    ]
+    rows = glance(Table(plan, done), ["l1_inside"]).splitlines()[2:]
+    assert rows == [
+        "| `b` | arm b | 9 | **3.505 ± 0.714** |",
+        "| `a` | arm a | 9 | 5.500 ± 0.707 |",
+        "| `c` | arm c | 9 | 5.500 ± 2.121 |",
+    ]
+
+
 def test_the_page_says_what_the_results_say(tmp_path, capsys, monkeypatch):
     better = {"cagc": 0.9, "everywhere": 0.8}
     value = lambda job, f: better[job.arm.name] * (1 + 0.001 * job.seed**2)  # noqa: E731
@@ -347,6 +365,7 @@ def test_the_page_says_what_the_results_say(tmp_path, capsys, monkeypatch):
     assert "5 of " in page
     assert "2 of 9 jobs of the plan `contents`" in page
     assert "| cagc 0.7 | 3 | 4,468,416 | 116,502 |" in page
+    assert "At a glance" not in page  # there is none beside the control
     assert "| *teacher* | 3 |  |  | - | 1.000 ± 0.000 | - |" in page
     assert "| hair | inside | 0.901 | 0.800 |" in page
     assert "leaves 5 to\n  20 channels a layer" in page
@@ -363,6 +382,8 @@ def test_the_page_says_what_the_results_say(tmp_path, capsys, monkeypatch):
     page = (tmp_path / "doc/Study.md").read_text()
     (line,) = (x for x in page.splitlines() if "inside the content keeps" in x)
     assert "**+0.100 [+0.100, +0.101]**" in line
+    assert "| `cagc` | pruned and distilled inside the content | 116,502 | 0.901 ± 0.002 |" in page
+    assert (tmp_path / "doc/study/glance.png").is_file()
     assert line.endswith("| *confirmed* |")
     assert json.loads((tmp_path / "compression.jsonl").read_text().splitlines()[0])
     assert report.main(["--results", str(tmp_path / "none"), *arguments[2:]]) == 2
