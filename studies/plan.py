@@ -11,6 +11,7 @@ its own: for a new discriminator, or for a term.
     seeds = [0, 1, 2]
     ratios = [0.7]
     control = "cagc"                    # what the others are compared with; an arm may name its own
+    repeat = "again"                    # may be left out: an arm that is the control once more
     [budget]
     images = 28800                      # shown in training; 0: no training
     measure_at = [0, 0.25, 0.5, 1]      # shares of it
@@ -129,6 +130,7 @@ class Plan:
     about: str
     seeds: tuple[int, ...]
     control: str
+    repeat: str
     images: int
     measure_at: tuple[float, ...]
     pictures: int
@@ -235,6 +237,7 @@ def parse_plan(content: Mapping[str, Any], name: str, place: str) -> Plan:
         about=top.take("about", str),
         seeds=top.several("seeds", int),
         control=control,
+        repeat=top.take("repeat", str, ""),
         images=budget.take("images", int),
         measure_at=budget.several("measure_at", (int, float), (0, 1)),
         pictures=budget.take("pictures", int, 10_000),
@@ -294,7 +297,7 @@ def _check(plan: Plan, place: str) -> None:
     if unknown := set(plan.figures) - FIGURES.keys():
         known = ", ".join(FIGURES)
         raise PlanError(f"{place}, measure: {min(unknown)}: unknown; take some of {known}")
-    controls = (plan.control, *(arm.control for arm in plan.arms))
+    controls = (plan.control, plan.repeat or plan.control, *(arm.control for arm in plan.arms))
     for what in (*controls, *(n for c in plan.claims for n in (c.arm, c.than))):
         if what not in names:
             raise PlanError(f"{place}: {what}: no such arm; there are {', '.join(names)}")

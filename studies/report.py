@@ -15,7 +15,7 @@ from Model import bundled
 from Model.checkpoint import load_attribute_classifier
 from studies import plots
 from studies.jobs import Places, judged_by, prepare, reference_figures, write_json
-from studies.plan import FOLDER, read_plan
+from studies.plan import FOLDER, Claim, read_plan
 from studies.results import references_file
 from studies.statistics import half_width, mean_and_deviation
 from studies.tables import (
@@ -26,6 +26,7 @@ from studies.tables import (
     complete,
     controls,
     decided,
+    decided_again,
     differences,
     glance,
     label,
@@ -142,15 +143,31 @@ def judged(tables: Sequence[Table]) -> str:
     """Tabulate all claims."""
     parts = [verdicts(table) for table in tables if table.plan.claims]
     merged = parts[0] + "".join("\n" + "\n".join(p.splitlines()[2:]) for p in parts[1:])
-    count = sum(decided(t, claim)[0] != "not run" for t in tables for claim in t.plan.claims)
+    pairs = [(table, claim) for table in tables for claim in table.plan.claims]
+    count = sum(decided(*pair)[0] != "not run" for pair in pairs)
     return f"""## Verdicts
 
 *Confirmed* and *refuted*: the interval lies on one side of 0, at this scale. *Undecided*: it holds
 0. *Not run*: not all seeds are there. The figure that decides stands in the plan, written before
 the runs; a question that came up later says so. Of {count} such intervals, and of the many more in
 the tables below, one in twenty would leave out 0 by chance alone; most share the control's runs.
-
+{repeated(pairs)}
 {merged}"""
+
+
+def repeated(pairs: Sequence[tuple[Table, Claim]]) -> str:
+    """Say how many verdicts hang on which of the control's runs is taken."""
+    both = [(decided(*pair)[0], decided_again(*pair)) for pair in pairs]
+    both = [two for two in both if "" not in two and "not run" not in two]
+    if not both:
+        return ""
+    changed = sum(first != second for first, second in both)
+    return f"""
+The control was run twice with the same seeds, on courses that differ by rounding alone. *Again* is
+the verdict by the other runs: of {len(both)} claims about the control, {changed} come out
+otherwise. Three seeds place a mean well and its spread badly; what holds in both columns can be
+trusted more.
+"""
 
 
 def group_section(table: Table, group: str, doc: Path) -> str:

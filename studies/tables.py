@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from studies.measuring import HIGHER_IS_BETTER
@@ -256,6 +256,19 @@ def decided(table: Table, claim: Claim) -> tuple[str, Interval | None]:
     return verdict(difference, HIGHER_IS_BETTER[claim.figure]), difference
 
 
+def decided_again(table: Table, claim: Claim) -> str:
+    """Decide a claim by the control's other runs.
+
+    Returns:
+        The verdict; empty where the claim has nothing to do with the control, or it has no others.
+    """
+    plan = table.plan
+    other = {plan.control: plan.repeat or plan.control}
+    arm, than = (other.get(name, name) for name in (claim.arm, claim.than))
+    again = replace(claim, arm=arm, than=than)
+    return decided(table, again)[0] if again != claim else ""
+
+
 def verdicts(table: Table) -> str:
     """Tabulate the claims with what the intervals say."""
     rows = []
@@ -265,8 +278,10 @@ def verdicts(table: Table) -> str:
         figure = TITLES.get(claim.figure, claim.figure.replace(":", " of "))
         sides = f"{claim.arm} - {claim.than}, {figure} ({better} is better)"
         cell = signed(difference, len(table.plan.seeds))
-        rows.append([claim.text, claim.source, sides, cell, f"*{found}*"])
-    return markdown(["claim", "whose", "compared", "difference [95 %]", "verdict"], rows)
+        again = decided_again(table, claim)
+        rows.append([claim.text, claim.source, sides, cell, f"*{found}*", again and f"*{again}*"])
+    head = ["claim", "whose", "compared", "difference [95 %]", "verdict", "again"]
+    return markdown(head, rows)
 
 
 def points_of(row: Result, figure: str) -> Mapping[int, float]:

@@ -31,7 +31,7 @@ from studies.statistics import (
     paired_difference,
     verdict,
 )
-from studies.tables import Table, differences, glance
+from studies.tables import Table, decided, decided_again, differences, glance
 from Util.pictures import to_uint8
 
 PLAN = {
@@ -118,6 +118,7 @@ def test_arms_of_a_seed_differ_in_their_own_settings_alone(tmp_path):
         (changed(arms=[*PLAN["arms"], PLAN["arms"][0]]), "two have the same name"),
         (changed(claims=[{"text": "t"}]), "source is missing"),
         (arm(control="z"), "z: no such arm"),
+        (changed(repeat="z"), "z: no such arm"),
         (arm(like="a"), "arm a: like a: no arm before it has that name"),
         (changed(claims=[CLAIM | {"ratio": 0.6}]), "b is not run at ratio 0.6"),
     ],
@@ -333,6 +334,26 @@ def test_rows_of_differences_name_their_controls_where_there_are_several():
     assert names("b", "c") == ["b - a", "c - b"]
 
 
+def test_a_claim_about_the_control_is_decided_by_its_other_runs_too():
+    arms = [{"name": n, "group": "g"} for n in "abc"]
+    claims = [CLAIM | {"arm": "b", "than": than} for than in "ac"]
+    plan = parse_plan(changed(arms=arms, claims=claims, repeat="c"), "p", "p.toml")
+    values = {"a": (5.0, 6.0), "b": (3.0, 4.01), "c": (4.0, 9.0)}
+    done = [
+        {"job": f"{n}-0.7-s{seed}", "arm": n, "ratio": 0.7, "seed": seed}
+        | {"points": [{"images": 64, "figures": {"l1_inside": value}}]}
+        for n, found in values.items()
+        for seed, value in enumerate(found)
+    ]
+    table = Table(plan, done)
+    assert [decided(table, claim)[0] for claim in plan.claims] == ["confirmed", "undecided"]
+    assert [decided_again(table, claim) for claim in plan.claims] == ["undecided", ""]
+    assert "of 1 claims about the control, 1 come out" in report.judged([table])
+    alone = replace(table, plan=replace(plan, repeat=""))
+    assert decided_again(alone, plan.claims[0]) == ""
+    assert "twice" not in report.judged([alone])
+
+
 def test_the_glance_has_the_complete_arms_with_the_best_first_and_marks_what_is_apart():
     arms = [{"name": n, "group": "g", "about": f"arm {n}"} for n in "abcd"]
     plan = parse_plan(changed(arms=arms), "p", "p.toml")
@@ -384,7 +405,7 @@ def test_the_page_says_what_the_results_say(tmp_path, capsys, monkeypatch):
     assert "**+0.100 [+0.100, +0.101]**" in line
     assert "| `cagc` | pruned and distilled inside the content | 116,502 | 0.901 ± 0.002 |" in page
     assert (tmp_path / "doc/study/glance.png").is_file()
-    assert line.endswith("| *confirmed* |")
+    assert line.endswith("| *confirmed* | *not run* |")
     assert json.loads((tmp_path / "compression.jsonl").read_text().splitlines()[0])
     assert report.main(["--results", str(tmp_path / "none"), *arguments[2:]]) == 2
     assert "no result of compression yet" in capsys.readouterr().err
