@@ -75,6 +75,14 @@ def test_the_worked_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("Frechet parser distance") == 2
 
 
+def test_its_table_of_recipes_is_that_of_the_study():
+    study = (README.parent / "doc/Study.md").read_text().splitlines()
+    section = README.read_text().split("## What is true of it")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 4
+    assert [row for row in rows if row not in study] == []
+
+
 def test_the_pages_it_links_to_are_there():
     for page in re.findall(r"\]\(((?!http|#)[^)]+)\)", README.read_text()):
         assert (README.parent / page.partition("#")[0]).exists(), page
