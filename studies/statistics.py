@@ -78,6 +78,27 @@ def paired_difference(
     return interval(differences, level) if differences else None
 
 
+def seeds_share(values: Sequence[Sequence[float]]) -> float:
+    """Estimate how much of an arm's variance the seeds explain: what pairing can remove.
+
+    Two-way analysis of variance without replication: with the mean squares MS of A arms' seeds,
+    s^2 = (MS_seeds - MS_rest) / A, at least 0, and the share is s^2 / (s^2 + MS_rest).
+
+    Args:
+        values: a row for each of at least two arms, with the same two or more seeds.
+
+    Returns:
+        A share in [0, 1]; 0 where nothing varies.
+    """
+    table = np.asarray(values, dtype=float)
+    arms, seeds = table.shape
+    by_seed = table.mean(0)
+    rest = table - table.mean(1, keepdims=True) - by_seed + table.mean()
+    unexplained = float((rest**2).sum()) / ((arms - 1) * (seeds - 1))
+    explained = max(0.0, float(by_seed.var(ddof=1)) - unexplained / arms)
+    return explained / (explained + unexplained) if explained else 0.0
+
+
 def verdict(difference: Interval | None, higher_is_better: bool) -> str:
     """Decide whether something is better by its difference to what it is compared with.
 

@@ -29,6 +29,7 @@ from studies.statistics import (
     interval,
     mean_and_deviation,
     paired_difference,
+    seeds_share,
     verdict,
 )
 from studies.tables import Table, decided, decided_again, differences, glance
@@ -332,6 +333,18 @@ def test_rows_of_differences_name_their_controls_where_there_are_several():
 
     assert names("b") == ["b"]
     assert names("b", "c") == ["b - a", "c - b"]
+
+
+def test_the_share_of_seeds_is_that_of_their_variance():
+    rng = np.random.default_rng(0)
+    arms, seeds = rng.normal(0, 5, (60, 1)), rng.normal(0, 1, (1, 400))
+    noise = rng.normal(0, 2, (60, 400))
+    assert seeds_share(arms + seeds + noise) == pytest.approx(1 / 5, abs=0.02)
+    assert seeds_share(arms + noise) < 0.01
+    assert seeds_share(arms + seeds) == pytest.approx(1)
+    # By hand: mean squares of seeds 2 * 3^2 / 2 = 9 (A = 2) and of the rest 1.
+    assert seeds_share([[0, 4], [1, 3]]) == pytest.approx(4 / 5)
+    assert seeds_share([[1, 1], [2, 2]]) == 0
 
 
 def test_a_claim_about_the_control_is_decided_by_its_other_runs_too():
