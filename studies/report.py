@@ -83,9 +83,9 @@ def pairing(table: Table) -> str:
         parts.append(f"{TITLES[figure]} {100 * share:.0f} %")
     listed = ", ".join(parts)
     return f"""
-Of the variance within an arm, seeds explain little ({listed};
-two-way analysis of the {len(arms)} complete arms): courses of GAN losses part within a few
-iterations. Pairing removes no more than that; more seeds would narrow the intervals."""
+The seeds' share of the variance within an arm, by a two-way analysis of the {len(arms)} complete
+arms: {listed}. Pairing removes no
+more than that; the rest is the course of a GAN loss, and only more seeds narrow its intervals."""
 
 
 def introduction(table: Table) -> str:
