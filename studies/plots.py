@@ -13,7 +13,7 @@ from Evaluation import sampling
 from Model.checkpoint import load_generator
 from studies.measuring import HIGHER_IS_BETTER, SEED_OFFSET
 from studies.statistics import interval
-from studies.tables import TITLES, Table, against_control, label, points_of
+from studies.tables import TITLES, Table, against_control, families, label, points_of
 from Util.files import atomic_path
 from Util.pictures import grid, save_png, side_by_side
 
@@ -130,28 +130,43 @@ def curves(table: Table, pairs: Pairs, figures: Sequence[str], out: Path) -> Non
 
 
 def against_macs(table: Table, figures: Sequence[str], out: Path) -> None:
-    """Draw figures of all arms against multiply-accumulates, with 95 % intervals."""
-    drawing = Figure(figsize=(4.2 * len(figures), 3.4), layout="constrained")
+    """Draw figures against multiply-accumulates.
+
+    Settings that were run at several ratios are a line each, with 95 % intervals, side by side; the
+    means of the other arms are grey points.
+    """
+    drawing = Figure(figsize=(4.2 * len(figures) + 1, 3.6), layout="constrained")
     axes = drawing.subplots(1, len(figures), squeeze=False)[0]
+    lines = {name: pairs for name, pairs in families(table).items() if len(pairs) > 1}
+    drawn = {pair for pairs in lines.values() for pair in pairs}
+    others = [pair for pair in table.measured if pair not in drawn]
+
+    def cost(pair: tuple[str, float]) -> float:
+        return table.cost(*pair, "macs") / 1e6
+
     for axis, figure in zip(axes, figures, strict=True):
-        for i, (arm, ratio) in enumerate(table.measured):
-            cost = table.cost(arm, ratio, "macs") / 1e6
-            found = interval(list(table.values(arm, ratio, figure).values()))
-            error = found.half if found.n > 1 else 0
+        means = [interval(list(table.values(*pair, figure).values())).mean for pair in others]
+        axis.plot([cost(pair) for pair in others], means, ".", color="#b0b0b0", label="other arms")
+        for i, (name, pairs) in enumerate(lines.items()):
+            found = [interval(list(table.values(*pair, figure).values())) for pair in pairs]
             axis.errorbar(
-                cost * (1 + 0.006 * (i % 12)),  # arms of equal cost side by side
-                found.mean,
-                yerr=error,
-                fmt="o",
+                [cost(pair) * (1 + 0.02 * i) for pair in pairs],
+                [f.mean for f in found],
+                yerr=[f.half if f.n > 1 else 0 for f in found],
+                fmt="o-",
+                color=COLOURS[i % len(COLOURS)],
                 markersize=4,
                 capsize=2,
-                color=COLOURS[i % len(COLOURS)],
-                label=label(table, arm, ratio),
+                linewidth=1,
+                label=name,
             )
         axis.set_xscale("log")
+        ticks = sorted({round(cost(pair), 1) for pairs in lines.values() for pair in pairs})
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_xticks([], minor=True)
         axis.set(xlabel="million multiply-accumulates", title=TITLES[figure])
         axis.grid(alpha=0.3)
-    axes[-1].legend(fontsize=6, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
+    axes[-1].legend(fontsize=7, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
     _save(drawing, out)
 
 

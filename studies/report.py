@@ -239,7 +239,7 @@ def course_section(table: Table, doc: Path) -> str:
     if len({ratio for _, ratio in table.measured}) > 1:
         plots.against_macs(table, SHOWN_FIGURES[:2], doc / "study/macs.png")
         parts.append("![Agreement against multiply-accumulates](study/macs.png)")
-        parts.append("(Arms of equal cost are drawn side by side.)")
+        parts.append("(Lines: the same settings at several ratios; grey: the other arms.)")
     return "\n\n".join(parts)
 
 

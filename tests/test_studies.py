@@ -32,7 +32,7 @@ from studies.statistics import (
     seeds_share,
     verdict,
 )
-from studies.tables import Table, decided, decided_again, differences, glance
+from studies.tables import Table, decided, decided_again, differences, families, glance
 from Util.pictures import to_uint8
 
 PLAN = {
@@ -383,6 +383,22 @@ def test_the_glance_has_the_complete_arms_with_the_best_first_and_marks_what_is_
         "| `a` | arm a | 9 | 5.500 ± 0.707 |",
         "| `c` | arm c | 9 | 5.500 ± 2.121 |",
     ]
+
+
+def test_arms_of_equal_settings_are_a_family_over_the_ratios():
+    arms = [
+        {"name": "a", "group": "g"},
+        {"name": "b", "group": "g", "train": {"r1": 0.5}},
+        {"name": "b_ratios", "group": "h", "like": "b", "ratios": [0.8, 0.5]},
+        {"name": "c", "group": "h", "like": "b", "train": {"r1": 1.0}, "ratios": [0.5]},
+    ]
+    plan = parse_plan(changed(arms=arms), "p", "p.toml")
+    done = [{"arm": j.arm.name, "ratio": j.ratio, "seed": j.seed} for j in plan.jobs]
+    assert families(Table(plan, done)) == {
+        "a": [("a", 0.7)],
+        "b": [("b_ratios", 0.5), ("b", 0.7), ("b_ratios", 0.8)],
+        "c": [("c", 0.5)],
+    }
 
 
 def test_the_page_says_what_the_results_say(tmp_path, capsys, monkeypatch):
