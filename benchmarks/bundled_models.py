@@ -105,14 +105,15 @@ def rows(networks: Mapping[str, Generator], n_sample: int, n_pairs: int) -> dict
             for extractor, file in zip(extractors, files, strict=True)
         )
         shares = attributes.agreement(shown_attributes(network, judge, n_sample), wanted)
-        shared = attributes.summary(shares, judge)["inside"]
+        shared = attributes.summary(shares, judge)
         l1, distance = to_teacher(network, teacher, parser, perceptual, n=500)
         path = path_length(network, perceptual, "standard", n_pairs)
         table[name] = {
             "parameters": f"{parameters(network):,}",
             "MACs": f"{macs(network):,}",
             "images/s": f"{per_second[name]:.0f}",
-            "attributes shared with the teacher inside": f"{shared:.3f}",
+            "attributes shared with the teacher inside": f"{shared['inside']:.3f}",
+            "outside": f"{shared['outside']:.3f}",
             "Frechet attribute distance": f"{judged:.1f}",
             "Frechet parser distance": f"{whole:.3f}",
             "inside the content": f"{content:.3f}",
