@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from studies.measuring import HIGHER_IS_BETTER
-from studies.plan import Arm, Claim, Plan, read_plan
+from studies.plan import Claim, Plan, read_plan
 from studies.results import Result, read_results, references_file, results_file
 from studies.statistics import Interval, mean_and_deviation, paired_difference, verdict
 
@@ -78,17 +78,15 @@ def families(table: Table) -> dict[str, list[tuple[str, float]]]:
     """Gather arms and ratios that have results by their settings.
 
     Returns:
-        Arms and ratios, the smallest ratio first, by the name of the first arm that has their
-        settings.
+        Arms and ratios, the smallest ratio first, by the name of the plan's first arm that has
+        their settings.
     """
-    first: list[Arm] = []
     found: dict[str, list[tuple[str, float]]] = {}
     for name, ratio in table.measured:
         arm = table.plan.arm(name)
-        same = (a for a in first if (a.prune, a.train) == (arm.prune, arm.train))
-        if (head := next(same, arm)) is arm:
-            first.append(arm)
-        found.setdefault(head.name, []).append((name, ratio))
+        settings = (arm.prune, arm.train)
+        first = next(a for a in table.plan.arms if (a.prune, a.train) == settings)
+        found.setdefault(first.name, []).append((name, ratio))
     return {name: sorted(pairs, key=lambda pair: pair[1]) for name, pairs in found.items()}
 
 
