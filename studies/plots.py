@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from PIL import Image
 
 from Evaluation import sampling
@@ -38,9 +39,16 @@ def _interval_lines(axis: Axes, table: Table, pairs: Pairs, figure: str) -> None
         axis.plot(values, [i + 0.22] * len(values), ".", color="#c0392b", markersize=5)
     names = [label(table, *pair) for pair in pairs]
     axis.set_yticks(range(len(pairs)), names)
-    axis.invert_yaxis()
+    axis.set_ylim(len(pairs) - 0.4, -0.6)
     axis.set_title(TITLES[figure], fontsize=10)
     axis.grid(axis="x", alpha=0.3)
+
+
+def _ends(table: Table, pairs: Pairs, figure: str) -> list[float]:
+    """Give what a plot must have room for: values, and intervals but those of two, far too wide."""
+    values = [list(table.values(*pair, figure).values()) for pair in pairs]
+    found = [interval(v) for v in values if len(v) > 2]
+    return [*(x for v in values for x in v), *(end for f in found for end in (f.low, f.high))]
 
 
 def intervals(table: Table, pairs: Pairs, figures: Sequence[str], out: Path) -> None:
@@ -51,14 +59,12 @@ def intervals(table: Table, pairs: Pairs, figures: Sequence[str], out: Path) -> 
     axes = drawing.subplots(1, len(figures), squeeze=False, sharey=True)[0]
     for axis, figure in zip(axes, figures, strict=True):
         _interval_lines(axis, table, pairs, figure)
-        values = [v for pair in pairs for v in table.values(*pair, figure).values()]
-        low, high = min(values), max(values)
-        axis.set_xlim(max(0.0, low - 0.6 * (high - low)), high + 0.35 * (high - low) + 1e-9)
-        group = {"agreement_inside": "inside", "agreement_outside": "outside"}.get(figure)
-        if group:
-            floor = table.floor(group)
-            axis.set_xlim(left=min(axis.get_xlim()[0], floor - 0.02))
-            axis.axvline(floor, color="#7f7f7f", linestyle="--", linewidth=1)
+        ends = _ends(table, pairs, figure)
+        if group := {"agreement_inside": "inside", "agreement_outside": "outside"}.get(figure):
+            ends.append(table.floor(group))
+            axis.axvline(ends[-1], color="#7f7f7f", linestyle="--", linewidth=1)
+        margin = 0.05 * (max(ends) - min(ends)) + 1e-9
+        axis.set_xlim(min(ends) - margin, max(ends) + margin)
     _save(drawing, out)
 
 
@@ -125,6 +131,9 @@ def curves(table: Table, pairs: Pairs, figures: Sequence[str], out: Path) -> Non
         axis.grid(alpha=0.3)
         if figure.startswith("frechet"):
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axis.yaxis.set_major_formatter(ScalarFormatter())
+            axis.yaxis.set_minor_locator(NullLocator())
     axes[-1].legend(fontsize=7, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
     _save(drawing, out)
 
