@@ -32,7 +32,6 @@ from studies.tables import (
     label,
     markdown,
     means,
-    number,
     overview,
     read_table,
     spread,
@@ -106,8 +105,8 @@ def introduction(table: Table) -> str:
 
 Written by `python -m studies.report` from [studies/results](../studies/results); do not edit.
 Plans: [studies/plans](../studies/plans). {done} of {len(plan.jobs)} jobs of the main plan are done,
-{number(mean_and_deviation(seconds)[0])} s of one core each, by {commits} versions of the code,
-which their lines name.
+{mean_and_deviation(seconds)[0]:,.0f} s of one core each on average, by {commits} versions of the
+code, which their lines name.
 
 **How.** The bundled 64 px teacher is pruned, retrained on {plan.images:,} shown images by the
 plan's settings, and measured on {plan.n_sample:,} latents. An arm differs from
@@ -231,7 +230,7 @@ def course_section(table: Table, doc: Path) -> str:
     rows = []
     for pair in pairs:
         for i, point in enumerate(table.of(*pair)[0]["points"]):
-            found = [spread(table.values(*pair, f, i).values()) for f in COURSE_FIGURES]
+            found = [spread(table.values(*pair, f, i).values(), f) for f in COURSE_FIGURES]
             rows.append([label(table, *pair), f"{point['images']:,}", *found])
     head = ["arm", "images shown", *(TITLES[f] for f in COURSE_FIGURES)]
     parts = [f"## While training\n\n{markdown(head, rows)}"]
@@ -298,9 +297,11 @@ def picture_section(table: Table, places: Places, doc: Path) -> str:
     if len(there) == 1:
         return ""
     plots.students_picture(there, doc / "study/students.png")
+    lacking = ", ".join(f"`{name}`" for name in rows if name not in there)
+    without = f" No student was kept of {lacking}." if lacking else ""
     return f"""## The same latents through every arm
 
-Seed {seed}, ratio {ratio:g}, at the end of the budget.
+Seed {seed}, ratio {ratio:g}, at the end of the budget.{without}
 
 ![Teacher and students](study/students.png)"""
 

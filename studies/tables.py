@@ -25,6 +25,8 @@ TITLES = {
     "ppl": "PPL",
 }
 COSTS = {"macs": "MACs", "parameters": "parameters"}
+ONE_DECIMAL = ("frechet", "frechet_inside", "ppl")
+"""Figures in the tens; all others are shares or distances below 1, in three decimals."""
 
 
 @dataclass(frozen=True)
@@ -106,30 +108,28 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def number(value: float) -> str:
-    """Write a figure in three or four significant digits."""
-    if not math.isfinite(value):
-        return "-"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+def number(value: float, figure: str, sign: str = "") -> str:
+    """Write a value of a figure, in as many decimals as all of its values have."""
+    return format(value, f"{sign}.{1 if figure in ONE_DECIMAL else 3}f")
 
 
-def spread(values: Iterable[float]) -> str:
-    """Write mean and standard deviation, of a single value itself."""
+def spread(values: Iterable[float], figure: str) -> str:
+    """Write mean and standard deviation of a figure, of a single value itself."""
     found = list(values)
     if not found:
         return "-"
-    mean, deviation = mean_and_deviation(found)
-    return f"{number(mean)} ± {number(deviation)}" if len(found) > 1 else number(mean)
+    texts = [number(v, figure) for v in mean_and_deviation(found) if math.isfinite(v)]
+    return " ± ".join(texts) or "-"
 
 
-def signed(difference: Interval | None, seeds: int) -> str:
-    """Write a difference with its interval, in bold where that leaves out 0 and has all seeds."""
+def signed(difference: Interval | None, seeds: int, figure: str) -> str:
+    """Write a figure's difference with its interval; bold: it leaves out 0 and has all seeds."""
     if difference is None:
         return "-"
+    ends = (difference.mean, difference.low, difference.high)
+    mean, low, high = (number(v, figure, "+") for v in ends)
     if difference.n < 2:
-        return f"{difference.mean:+.3f} (one seed)"
-    form = "+.3f" if abs(difference.mean) < 10 else "+.1f"
-    mean, low, high = (format(v, form) for v in (difference.mean, difference.low, difference.high))
+        return f"{mean} (one seed)"
     text = f"{mean} [{low}, {high}]"
     return f"**{text}**" if difference.leaves_out_zero and difference.n == seeds else text
 
@@ -148,13 +148,13 @@ def means(table: Table, pairs: Sequence[tuple[str, float]], point: int = -1) -> 
             label(table, *pair),
             str(len(table.of(*pair))),
             *(f"{table.cost(*pair, kind):,.0f}" for kind in COSTS),
-            *(spread(table.values(*pair, figure, point).values()) for figure in figures),
+            *(spread(table.values(*pair, f, point).values(), f) for f in figures),
         ]
         for pair in pairs
     ]
     for name in table.references[0] if table.references else ():
         own = [row[name] for row in table.references]
-        cells = [spread(row[f] for row in own if f in row) for f in figures]
+        cells = [spread((row[f] for row in own if f in row), f) for f in figures]
         rows.append([f"*{name}*", str(len(own)), *("" for _ in COSTS), *cells])
     return markdown(["arm", "seeds", *COSTS.values(), *(TITLES[f] for f in figures)], rows)
 
@@ -191,7 +191,7 @@ def glance(table: Table, figures: Sequence[str]) -> str:
     for arm in complete(table, figures[0]):
         cells = []
         for figure in figures:
-            cell = spread(table.values(arm, ratio, figure).values())
+            cell = spread(table.values(arm, ratio, figure).values(), figure)
             apart = against_control(table, arm, figure).leaves_out_zero
             cells.append(f"**{cell}**" if apart else cell)
         parameters = f"{table.cost(arm, ratio, 'parameters'):,.0f}"
@@ -221,7 +221,7 @@ def by_attribute(table: Table, pairs: Sequence[tuple[str, float]], inside: Seque
             name,
             "inside" if name in inside else "outside",
             *(
-                number(mean_and_deviation(list(found.values()))[0]) if found else "-"
+                number(mean_and_deviation(list(found.values()))[0], "agreement") if found else "-"
                 for found in (table.values(*pair, f"agreement:{name}") for pair in pairs)
             ),
         ]
@@ -248,11 +248,10 @@ def differences(table: Table, pairs: Sequence[tuple[str, float]]) -> str:
     rows = []
     for arm, ratio in pairs:
         control = table.plan.arm(arm).control
-        found = (
-            paired_difference(table.values(arm, ratio, f), table.values(control, ratio, f))
-            for f in table.figures
-        )
-        cells = [signed(difference, len(table.plan.seeds)) for difference in found]
+        cells = []
+        for f in table.figures:
+            ours, theirs = table.values(arm, ratio, f), table.values(control, ratio, f)
+            cells.append(signed(paired_difference(ours, theirs), len(table.plan.seeds), f))
         name = label(table, arm, ratio)
         rows.append([f"{name} - {control}" if several else name, *cells])
     return markdown(["arm", *(TITLES[f] for f in table.figures)], rows)
@@ -293,7 +292,7 @@ def verdicts(table: Table) -> str:
         better = "higher" if HIGHER_IS_BETTER[claim.figure] else "lower"
         figure = TITLES.get(claim.figure, claim.figure.replace(":", " of "))
         sides = f"{claim.arm} - {claim.than}, {figure} ({better} is better)"
-        cell = signed(difference, len(table.plan.seeds))
+        cell = signed(difference, len(table.plan.seeds), claim.figure)
         again = decided_again(table, claim)
         rows.append([claim.text, claim.source, sides, cell, f"*{found}*", again and f"*{again}*"])
     head = ["claim", "whose", "compared", "difference [95 %]", "verdict", "again"]

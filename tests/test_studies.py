@@ -32,7 +32,16 @@ from studies.statistics import (
     seeds_share,
     verdict,
 )
-from studies.tables import Table, decided, decided_again, differences, families, glance
+from studies.tables import (
+    Table,
+    decided,
+    decided_again,
+    differences,
+    families,
+    glance,
+    signed,
+    spread,
+)
 from Util.pictures import to_uint8
 
 PLAN = {
@@ -365,6 +374,17 @@ def test_a_claim_about_the_control_is_decided_by_its_other_runs_too():
     alone = replace(table, plan=replace(plan, repeat=""))
     assert decided_again(alone, plan.claims[0]) == ""
     assert "twice" not in report.judged([alone])
+
+
+def test_all_values_of_a_figure_have_the_same_decimals():
+    assert spread([52.0, 55.0, 49.0], "frechet") == "52.0 ± 3.0"
+    assert spread([0.5, 0.52], "l1_inside") == "0.510 ± 0.014"
+    assert spread([0.5], "l1_inside") == "0.500"
+    assert spread([], "l1_inside") == "-"
+    apart = interval([4.0, 4.2, 3.8])
+    assert signed(apart, 3, "frechet") == "**+4.0 [+3.5, +4.5]**"
+    assert signed(apart, 5, "agreement:eyes") == "+4.000 [+3.503, +4.497]"
+    assert signed(interval([-12.0]), 3, "ppl") == "-12.0 (one seed)"
 
 
 def test_the_glance_has_the_complete_arms_with_the_best_first_and_marks_what_is_apart():
