@@ -8,7 +8,7 @@ import time
 import pytest
 
 import train
-from Compression import run as training_run
+from Compression.run import networks
 from Compression.training import Trainer
 from Dataset import DatasetError
 from Dataset.images import Images
@@ -126,7 +126,7 @@ def test_images_that_give_out_in_one_process_leave_a_checkpoint(folder):
     def sabotage(rank):
         if rank == 0:
             return
-        pixels, make = Images.pixels, training_run._make_networks
+        pixels, make = Images.pixels, networks._make_networks
 
         shown = []
 
@@ -137,11 +137,11 @@ def test_images_that_give_out_in_one_process_leave_a_checkpoint(folder):
             return pixels(images, item)
 
         def other(*args):
-            networks = make(*args)
-            networks[0].style[1].weight.data += 1
-            return networks
+            made = make(*args)
+            made[0].style[1].weight.data += 1
+            return made
 
-        Images.pixels, training_run._make_networks = few, other
+        Images.pixels, networks._make_networks = few, other
 
     job = start(folder / "job", flags(folder, "--iter 99999"), sabotage=sabotage)
     assert job.end() == 1

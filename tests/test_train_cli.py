@@ -15,7 +15,7 @@ from PIL import Image
 import prune
 import train
 from Compression import losses
-from Compression import run as training_run
+from Compression.run import evaluation, option_kinds
 from Compression.training import Trainer
 from Dataset.images import Images
 from Evaluation.feature_sets import sampled_features
@@ -66,7 +66,7 @@ def measured(monkeypatch):
     def colours(*args):
         return Extractor(lambda x: x.mean(dim=(2, 3)), "parser", "colours")
 
-    monkeypatch.setattr(training_run, "make_extractor", colours)
+    monkeypatch.setattr(evaluation, "make_extractor", colours)
     return f"--fid_n_sample 20 --fid_features parser --parser_ckpt {PARSER} --model_save_freq 2"
 
 
@@ -83,7 +83,7 @@ def test_the_best_checkpoint_is_kept(folder, measured):
     content = checkpoint.read(folder / "run" / BEST)
     assert content["train_state"]["iteration"] == best
     features = sampled_features(
-        checkpoint.load_generator(content), training_run.make_extractor(), 20, batch_size=7, seed=0
+        checkpoint.load_generator(content), evaluation.make_extractor(), 20, batch_size=7, seed=0
     )
     images = Images(folder / "data", 8)
     real = torch.stack([images[i, False] for i in range(5)]).mean(dim=(2, 3)).numpy()
@@ -232,7 +232,7 @@ def test_a_signal_ends_a_measurement_which_the_resumed_run_makes_up_for(
 ):
     flags = f"{SMALL} {measured} --iter 6 --fid_batch 4"
     assert run(folder, flags, "whole") == 0
-    make, calls = training_run.make_extractor, []
+    make, calls = evaluation.make_extractor, []
 
     def interrupted(*args):
         def colours(x):
@@ -243,12 +243,12 @@ def test_a_signal_ends_a_measurement_which_the_resumed_run_makes_up_for(
 
         return Extractor(colours, "parser", "colours")
 
-    monkeypatch.setattr(training_run, "make_extractor", interrupted)
+    monkeypatch.setattr(evaluation, "make_extractor", interrupted)
     assert run(folder, flags) == 143
     assert sum(calls) < 20 + 20
     assert not distances(folder / "run").keys() & {4, 6}
     kept = [p.name for p in checkpoints(folder / "run")]
-    monkeypatch.setattr(training_run, "make_extractor", make)
+    monkeypatch.setattr(evaluation, "make_extractor", make)
     assert train.main(f"--resume auto {flags} --path {folder}/data --out {folder}/run".split()) == 0
     assert [p.name for p in checkpoints(folder / "run")] == ["000002.pt", "000004.pt", "000006.pt"]
     assert kept == [p for p in ("000002.pt", "000004.pt") if p in kept] != []
@@ -411,7 +411,7 @@ def test_flags_of_type_bool_are_what_they_say(text, value):
 def test_every_setting_has_a_flag_and_the_papers_defaults_hold():
     config = train.parse_config(["--path", "."])
     assert replace(config, options=()) == TrainConfig(path=".")
-    assert config.options == tuple(kind() for kind in training_run.option_kinds())
+    assert config.options == tuple(kind() for kind in option_kinds())
     assert (config.lr, config.r1, config.path_regularize, config.mixing) == (0.002, 10, 2, 0.9)
     assert (config.kd_l1_lambda, config.kd_lpips_lambda, config.batch_size) == (3, 3, 16)
 
