@@ -207,9 +207,9 @@ class ContentParser(nn.Module):
             found = self.network.classify(part)
             if found.ndim == 4:
                 weights = self.is_content.to(found.device)
-                # In half precision under autocast, probabilities would be too coarse.
+                # No matrix product: autocast would make probabilities too coarse.
                 probabilities = found.float().permute(0, 2, 3, 1).softmax(dim=3)
-                mask = (probabilities @ weights).unsqueeze(1).clamp(0, 1)
+                mask = (probabilities * weights).sum(dim=3).unsqueeze(1).clamp(0, 1)
             else:
                 mask = self._inside(found)
             masks.append(_resized(mask, images))

@@ -194,6 +194,15 @@ def test_soft_masks_are_the_probability_of_the_content(network):
     assert ((soft > 0.5).float() - parser(images)).abs().mean() < 0.2
 
 
+def test_half_precision_leaves_soft_masks_alone(network, monkeypatch):
+    images, logits = images_of(1), torch.randn(1, 19, 32, 32)
+    monkeypatch.setattr(network, "classify", lambda part: logits)
+    parser = ContentParser(network)
+    expected = parser.soft(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(parser.soft(images), expected, rtol=0, atol=0)
+
+
 def test_a_mask_of_next_to_nothing_is_told(network):
     hair = ContentParser(network, set(range(19)) - {17})
     assert "hold 4.0% of the pixels" in share_warning(0.04, hair)

@@ -55,6 +55,14 @@ def test_distance_is_the_sum_of_the_levels_means_and_ignores_brightness():
     assert high_band.distance(a + 3, a).item() == pytest.approx(0, abs=1e-10)
 
 
+def test_half_precision_leaves_the_transform_alone():
+    a = torch.randn(1, 2, 16, 16).mul(0.01).add(3)
+    b = torch.randn(1, 2, 16, 16).mul(0.01).add(3)
+    expected = high_band.distance(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(high_band.distance(a, b), expected, rtol=0, atol=0)
+
+
 def test_features_are_the_discriminators_own():
     network, x = Discriminator(32, channels=(7, 6, 5, 4)), torch.randn(2, 3, 32, 32)
     for side, width, blocks in ((32, 4, 1), (16, 5, 2)):

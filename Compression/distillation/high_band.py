@@ -17,6 +17,7 @@ from torch import Tensor
 from Compression.distillation.terms import CriticCall, Parts, Pass, Sources
 from Model.discriminator import Discriminator
 from Model.layers import fast_layout
+from Model.precision import in_float32
 from Util.settings import SettingError, Settings, setting
 
 LEVELS = 4
@@ -53,9 +54,10 @@ def high_bands(x: Tensor, levels: int = LEVELS) -> list[Tensor]:
     return bands
 
 
+@in_float32  # the bands are differences of neighbours, next to nothing of half precision's range
 def distance(features: Tensor, teacher: Tensor) -> Tensor:
     """Add up the levels' mean squared differences of high bands, of (N, C, h, w) each."""
-    pairs = zip(high_bands(features.float()), high_bands(teacher.detach().float()), strict=True)
+    pairs = zip(high_bands(features), high_bands(teacher.detach()), strict=True)
     return torch.stack([F.mse_loss(a, b) for a, b in pairs]).sum()
 
 
