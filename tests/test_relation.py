@@ -161,6 +161,16 @@ def test_an_8_px_model_is_refused():
         distillation.make_terms(distillation.Sources(config, teacher, CPU))
 
 
+def test_a_picture_that_has_none_to_be_compared_with_is_refused():
+    config = TrainConfig(teacher_ckpt="x", kd=("relation=1",), kd_l1_lambda=0, kd_lpips_lambda=0)
+    sources = distillation.Sources(replace(config, batch_size=1), generator(16).float(), CPU)
+    with pytest.raises(SettingError, match="batch_size 1: relation compares the pictures"):
+        distillation.make_terms(sources)
+    squared = (RelationSettings(relation_loss="mse"),)
+    other = replace(sources.config, options=squared)
+    assert distillation.make_terms(replace(sources, config=other))
+
+
 def test_the_terms_settings_arrive():
     teacher = copy.deepcopy(generator(16).float())
     options = (RelationSettings(relation_loss="mse", relation_step=2.0),)

@@ -88,10 +88,17 @@ def make(sources: Sources) -> Call:
     """Make the term, with the teacher's directions.
 
     Raises:
-        SettingError: the networks have no block that is compared.
+        SettingError: the networks have no block that is compared, or a batch nothing to compare.
     """
-    options = sources.options
+    options, config = sources.options, sources.config
     assert isinstance(options, RelationSettings)
+    together = 1 if options.relation_gather else distributed.world_size()
+    if options.relation_loss == "kl" and config.batch_size // together < 2:
+        raise SettingError(
+            "batch_size",
+            f"{config.batch_size}: relation compares the pictures of a process with each other, and"
+            " one alone tells nothing; take two a process or more",
+        )
     layers = layers_of(sources.teacher)
     if not layers:
         raise SettingError(
