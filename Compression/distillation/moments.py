@@ -25,7 +25,7 @@ from Evaluation.features import fingerprint
 from Evaluation.sampling import images, shares
 from Model import bundled
 from Model.generator import Generator
-from Util import distributed
+from Util import distributed, memory
 from Util.cli import check_writable
 from Util.files import atomic_path, read_npz
 from Util.settings import SettingError, Settings, blame, setting
@@ -34,7 +34,7 @@ Moments = tuple[Tensor, Tensor]
 """Means of phi and of phi^2, (D,) each."""
 
 BATCH = 32
-"""Teacher's pictures at a time."""
+"""Teacher's pictures at a time, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,8 @@ def teacher_moments(
         n: number of pictures.
     """
     sums: dict[str, Tensor] = {}
-    for part in shares(n, BATCH, distributed.rank(), distributed.world_size()):
+    batch = memory.at_once(teacher.size, memory.INFERENCE, BATCH)
+    for part in shares(n, batch, distributed.rank(), distributed.world_size()):
         pictures = images(teacher, part, seed=0)
         for name, embedding in networks.items():
             phi = embedding.network(pictures).double()
