@@ -158,10 +158,13 @@ def test_refinement_follows_the_gradient_and_never_raises_an_error():
     assert fit.filters.norm(dim=1).tolist() == pytest.approx([1, 1], rel=1e-5)
 
 
+@pytest.mark.parametrize("dead", [[], [1]])
 @torch.no_grad()
-def test_a_stored_fit_is_what_the_layer_computes():
+def test_a_stored_fit_is_what_the_layer_computes(dead):
+    """A filter that was zero, as after pruning by magnitude, gets one of length 1."""
     torch.manual_seed(0)
     layer, x, w = layer_with(upsample=True), torch.randn(2, 3, 4, 4), torch.randn(2, 5)
+    layer.conv.weight[0, dead] = 0
     noise, every = torch.randn(2, 1, 8, 8), torch.arange(64).expand(2, -1)
     at = Positions(8, every, torch.rand(2, 64) + 0.1)
     style = layer.conv.style(w)
@@ -178,6 +181,7 @@ def test_a_stored_fit_is_what_the_layer_computes():
         1e-3,
     )
     norms = layer.conv.weight[0].flatten(1).norm(dim=1)
+    norms[dead] = 1
     fit.solve()
     fit.refine(3)
     store(layer, fit, scale)

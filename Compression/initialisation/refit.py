@@ -83,13 +83,16 @@ def filters(conv: ModulatedConv2d) -> Tensor:
 def _set_filters(conv: ModulatedConv2d, found: Tensor) -> None:
     """Store filters (O, k * k * I), each as long as the one that it replaces."""
     old = filters(conv)
-    found = found * (old.norm(dim=1) / found.norm(dim=1))[:, None]
+    length = old.norm(dim=1, keepdim=True)
+    found = _unit(found) * torch.where(length > 0, length, 1)
     weight = found.unflatten(1, (*conv.weight.shape[3:], -1)).permute(0, 3, 1, 2)
     conv.weight.copy_((weight.flip((2, 3)) if conv.upsample else weight)[None])
 
 
 def _unit(filters: Tensor) -> Tensor:
-    return filters / filters.norm(dim=1, keepdim=True)
+    """Filters of length 1; one that is zero points nowhere, and reads all inputs alike instead."""
+    zero = (filters == 0).all(dim=1, keepdim=True)
+    return F.normalize(torch.where(zero, 1.0, filters), dim=1)
 
 
 class LayerFit:
