@@ -115,7 +115,7 @@ class PruneSettings(DeviceSettings):
     batch_size: int = setting(
         10,
         "images whose gradients are summed before their absolute value is taken, at least 1; part"
-        " of the metric content_aware",
+        " of content_aware, diversity_aware and the widths greedy",
         low=1,
         metavar="N",
     )
@@ -128,9 +128,9 @@ class PruneSettings(DeviceSettings):
     )
     parser_ckpt: Path | None = setting(
         None,
-        "parser that finds the content, for content_aware alone: a file, or a name, see below"
-        " (default: for the bundled model Model/parser_model/toon_faces_128px.pt, for any other"
-        " Model/parser_model/79999_iter.pth)",
+        "parser that finds the content, for content_aware, subset, greedy, spectrum and"
+        " reconstruction: a file, or a name, see below (default: for the bundled model"
+        " Model/parser_model/toon_faces_128px.pt, for any other Model/parser_model/79999_iter.pth)",
         metavar="FILE",
         aliases=("parser",),
         exists="parser",

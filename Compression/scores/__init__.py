@@ -82,7 +82,10 @@ SCORES = {
     "l1_out": Score(l1_out, "L1 norm of the mean modulated weights that read the channel"),
     "l1_in": Score(l1_in, "L1 norm of the mean modulated weights that make the channel"),
     "l1_style": Score(l1_style, "absolute value of the channel's mean style"),
-    "asv": Score(asv, "standard deviation of the activation over images, mean over pixels"),
+    "asv": Score(
+        asv,
+        "standard deviation of the activation over images, mean over pixels; 0 for the constant",
+    ),
     "l1_norm_asv": Score(l1_norm_asv, "asv divided by the mean absolute activation"),
     "l2_norm_asv": Score(l2_norm_asv, "asv divided by the L2 norm of the activation"),
     "l1_map": Score(l1_map, "mean absolute activation"),

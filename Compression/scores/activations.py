@@ -78,7 +78,10 @@ def _spreads(generator: Generator, sampling: Sampling) -> list[_Spread]:
 
 
 def asv(generator: Generator, sampling: Sampling) -> Scores:
-    """Standard deviation of the activation over the images, averaged over the pixels."""
+    """Standard deviation of the activation over the images, averaged over the pixels.
+
+    The constant input does not vary: all of its channels score 0, and equal scores go by index.
+    """
     return [spread.asv() for spread in _spreads(generator, sampling)]
 
 
