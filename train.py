@@ -11,7 +11,7 @@ import torch
 
 from Compression import recipes
 from Compression.distillation import TERMS
-from Compression.run import TrainResult, check, option_kinds, reached, train
+from Compression.run import TrainResult, check, option_kinds, train
 from train_hyperparams import TrainConfig
 from Util import distributed
 from Util.cli import OneLineParser, listed, run_script
@@ -111,12 +111,6 @@ def run(argv: Sequence[str] | None) -> int:
         return 0
     config = parse_config(argv)
     check(config)
-    if iteration := reached(config):
-        print(
-            f"{config.resume or config.ckpt}: already at iteration {iteration}, and --iter is"
-            f" {config.iter}: nothing to train, nothing changed; a larger --iter trains on"
-        )
-        return 0
     several = len(config.gpu_device_ids) > 1 and config.device == "auto"
     if several and not distributed.launched() and torch.cuda.is_available():
         flags = sys.argv[1:] if argv is None else argv
@@ -128,8 +122,15 @@ def run(argv: Sequence[str] | None) -> int:
     result = train(config, show)
     if result.signal:
         return 128 + result.signal
-    if distributed.rank() == 0:
+    if distributed.rank() > 0:
+        return 0
+    if result.trained:
         print(f"done: {result.folder}")
+    else:
+        print(
+            f"{config.resume or config.ckpt}: already at iteration {result.iteration}, and --iter"
+            f" is {config.iter}: nothing to train, nothing changed; a larger --iter trains on"
+        )
     return 0
 
 

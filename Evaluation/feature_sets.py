@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,34 @@ def all_features(
     """
     first, step, own = distributed.rank() == 0, distributed.world_size(), []
     with Progress(n, what, "img", shown=first, leave=False) as bar:
-        for images in batches:
-            if stop():
-                break
+        for images in _together(batches, stop):
             own.append(extractor(images.to(device)).cpu())
             bar.update(min(len(images) * step, n - bar.done))
-    # One that has been told to stop waits until the others have measured their share.
-    if distributed.any_process(stop(), distributed.PATIENCE):
-        raise StoppedError
     return torch.cat(distributed.gather_in_turn(own)).numpy()
+
+
+def _together(batches: Iterable[Tensor], stop: Callable[[], bool]) -> Iterator[Tensor]:
+    """Yield this process's batches until all processes have had theirs.
+
+    Before every batch they agree on what is to come, so that none goes on with a measurement that
+    another has been told to leave.
+
+    Raises:
+        StoppedError: see `all_features`.
+    """
+    done, more, stopping = range(3)
+    rest = iter(batches)
+    while True:
+        asked = stop()
+        images = None if asked else next(rest, None)
+        wish = stopping if asked else done if images is None else more
+        agreed = distributed.highest(wish, distributed.PATIENCE)
+        if agreed == stopping:
+            raise StoppedError
+        if agreed == done:
+            return
+        if images is not None:
+            yield images
 
 
 def sampled_features(

@@ -162,9 +162,9 @@ class RunLog:
         rows = self._rows_with(self.best_by) if self.best_by else []
         return bool(rows) and min(rows)[1] == iteration
 
-    def holds(self, iteration: int, key: str) -> bool:
-        """Whether a metric has been logged in an iteration."""
-        return any(row[1] == iteration for row in self._rows_with(key))
+    def measured(self, iteration: int) -> bool:
+        """Whether figures of an iteration have been logged."""
+        return measured(self.folder, iteration)
 
     def _rows_with(self, key: str) -> list[tuple[float, float]]:
         """Values and iterations of a metric."""
@@ -268,6 +268,16 @@ def read_metrics(folder: str | PathLike[str]) -> list[dict[str, float]]:
             raise ValueError(f"{path}: line {number} is damaged; remove it") from None
         rows.append(row)
     return rows
+
+
+def measured(folder: str | PathLike[str], iteration: int) -> bool:
+    """Whether a run has logged figures of an iteration: a line without the time of training's.
+
+    Raises:
+        ValueError: the metrics are damaged.
+    """
+    rows = read_metrics(folder) if (Path(folder) / METRICS).exists() else []
+    return any(row["iteration"] == iteration and "time" not in row for row in rows)
 
 
 def read_config(folder: str | PathLike[str]) -> dict[str, Any]:

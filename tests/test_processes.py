@@ -8,12 +8,18 @@ import time
 import pytest
 
 import train
-from Compression.run import networks
+from Compression.optimisation import NonFiniteError
+from Compression.run import evaluation, loop, networks
 from Compression.training import Trainer
 from Dataset import DatasetError
 from Dataset.images import Images
+from Evaluation.features import Extractor
 from Model import checkpoint
+from Model.bundled import PARSER
 from tests.processes import attempt, start, wait_for
+from tests.test_training import make_trainer
+from train_hyperparams import TrainConfig
+from Util import distributed
 from Util.run_log import checkpoints, read_metrics
 
 SMALL = (
@@ -147,6 +153,40 @@ def test_images_that_give_out_in_one_process_leave_a_checkpoint(folder):
     assert job.end() == 1
     assert "process 1 of 2: --path the disk has gone" in job.output
     assert [int(file.stem) for file in checkpoints(folder / "run")] == [3]
+
+
+def test_a_signal_to_one_process_ends_the_measurement_of_all(folder):
+    def sabotage(rank):
+        calls = folder / f"calls_{rank}"
+
+        def colours(x):
+            with open(calls, "a") as file:
+                file.write(".")
+            if rank == 1 and calls.stat().st_size == 8:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return x.mean(dim=(2, 3))
+
+        evaluation.make_extractor = lambda *_: Extractor(colours, "parser", "colours")
+
+    more = f"--fid_n_sample 400 --fid_features parser --parser_ckpt {PARSER} --fid_batch 4"
+    job = start(folder / "job", flags(folder, f"--iter 2 {more}"), sabotage=sabotage)
+    assert job.end() != 0
+    assert "stopped at iteration 2" in job.output
+    shares = [(folder / f"calls_{rank}").stat().st_size for rank in range(2)]
+    assert abs(shares[0] - shares[1]) <= 2, shares  # of 50 batches each
+    assert [int(file.stem) for file in checkpoints(folder / "run")] == [2]
+
+
+@pytest.mark.parametrize(("rank", "written"), [(0, 1), (1, 0)])
+def test_one_process_alone_keeps_the_state_before_a_failure(tmp_path, monkeypatch, rank, written):
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    trainer = make_trainer()
+    with (
+        pytest.raises(NonFiniteError, match=r"lost \(the state before it: "),
+        loop._state_before_failure(TrainConfig(out=str(tmp_path)), trainer),
+    ):
+        raise NonFiniteError("lost")
+    assert len(list(tmp_path.glob("before_non_finite_*.pt"))) == written
 
 
 def test_processes_whose_weights_differ_write_no_checkpoint(folder):

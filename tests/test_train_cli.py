@@ -257,6 +257,33 @@ def test_a_signal_ends_a_measurement_which_the_resumed_run_makes_up_for(
     assert best[0]["iteration"] == best[1]["iteration"]
 
 
+def test_a_signal_in_the_last_measurement_is_no_success(folder, measured, monkeypatch, capsys):
+    flags = f"{SMALL} {measured} --iter 3 --fid_batch 4"
+    assert run(folder, flags, "whole") == 0
+    make, calls = evaluation.make_extractor, []
+
+    def interrupted(*args):
+        def colours(x):
+            calls.append(len(x))
+            if len(calls) == 9:  # after 5 real images and the 5 batches of iteration 2
+                signal.raise_signal(signal.SIGTERM)
+            return x.mean(dim=(2, 3))
+
+        return Extractor(colours, "parser", "colours")
+
+    monkeypatch.setattr(evaluation, "make_extractor", interrupted)
+    assert run(folder, flags) == 143
+    assert [p.name for p in checkpoints(folder / "run")] == ["000002.pt", "000003.pt"]
+    assert list(distances(folder / "run")) == [2]
+    monkeypatch.setattr(evaluation, "make_extractor", make)
+    again = f"--resume auto {flags} --path {folder}/data --out {folder}/run".split()
+    assert train.main(again) == 0
+    assert distances(folder / "run") == distances(folder / "whole")
+    capsys.readouterr()
+    assert train.main(again) == 0
+    assert "already at iteration 3" in capsys.readouterr().out
+
+
 def test_resume_auto_starts_goes_on_and_has_nothing_left_to_do(folder, capsys):
     again = f"{SMALL} --resume auto --log_freq 2"
     assert run(folder, f"{again} --iter 2") == 0

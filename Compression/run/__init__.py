@@ -30,7 +30,7 @@ from Util.device import pick_device, tune_convolutions
 from Util.run_log import RunLog, newest_checkpoint
 from Util.settings import SettingError, blame
 
-__all__ = ["TrainResult", "check", "option_kinds", "reached", "train"]
+__all__ = ["TrainResult", "check", "option_kinds", "train"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,14 @@ class TrainResult:
         iteration: that it reached.
         signal: number of the signal that ended it early, or 0.
         rows: of metrics.jsonl; empty in all processes but the first.
+        trained: something was left to do.
     """
 
     folder: Path
     iteration: int
     signal: int
     rows: list[dict[str, float]]
+    trained: bool = True
 
     @property
     def checkpoint(self) -> Path:
@@ -74,6 +76,8 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     if distributed.rank():
         announce = _nowhere
     config = _of_first_process(config)
+    if iteration := distributed.from_first(reached(config)):
+        return TrainResult(Path(config.out), iteration, 0, [], trained=False)
     if device.type == "cpu":
         config = replace(config, threads=torch.get_num_threads())
     trainer, origin, parser = make_trainer(config, device, announce)
@@ -106,6 +110,7 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
     finally:
         if log:
             log.close()
+    distributed.meet()  # a launcher would end the first process in the middle of it
     rows = log.rows() if log else []
     return TrainResult(Path(config.out), trainer.iteration, signal, rows)
 

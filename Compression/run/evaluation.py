@@ -21,8 +21,8 @@ class Evaluation:
     """What measures the moving average before a checkpoint.
 
     Attributes:
-        measure: name of a figure -> value; asks the function that it is given between batches,
-            and raises `StoppedError` if the answer was true in any process.
+        measure: name of a figure -> value, in the first process; asks the function that it is given
+            between batches, and raises `StoppedError` if the answer was true in any process.
         best_by: the figure whose lowest value chooses the best checkpoint; None keeps none.
         about: features and real images in words.
     """
@@ -64,7 +64,8 @@ def make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> Ev
     def measure(stop: Callable[[], bool]) -> dict[str, float]:
         n, batch = config.fid_n_sample, config.fid_batch
         features = sampled_features(trainer.g_ema, extractor, n, batch, config.seed, stop=stop)
-        figures = evaluate(metrics, extractor, features, real, config.seed)
+        first = distributed.rank() == 0
+        figures = evaluate(metrics, extractor, features, real, config.seed) if first else {}
         return {_log_name(name): value for name, value in figures.items()}
 
     best_by = distance_key(metrics, extractor)

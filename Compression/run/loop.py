@@ -39,6 +39,7 @@ class _Actions:
         self.trainer, self.run_log, self.bar, self.evaluation = trainer, log, bar, evaluation
         self.making, self.request, self.iterations = dict(making), request, config.iter
         self.saved = -1  # iteration of the last checkpoint
+        self.unmeasured = False  # the last measurement was left
         numbers = torch.Generator().manual_seed(config.seed)
         z = torch.randn(config.n_sample, trainer.generator.style_dim, generator=numbers)
         self.z = z.to(trainer.device)
@@ -72,19 +73,21 @@ class _Actions:
     def evaluate(self) -> None:
         """Measure g_ema, unless the end is asked for meanwhile; `catch_up` does it then."""
         if self.evaluation:
+            self.unmeasured = True
             with self.trainer.averages.paused(), contextlib.suppress(StoppedError):
                 figures = self.evaluation.measure(self.request)
                 if self.run_log:
                     self.run_log.metrics(self.trainer.iteration, figures)
+                self.unmeasured = False
             distributed.meet()
 
     def catch_up(self, every: int) -> None:
         """Measure what a resumed run was stopped in measuring."""
-        iteration, evaluation = self.trainer.iteration, self.evaluation
-        if not (evaluation and evaluation.best_by and iteration and every):
+        iteration = self.trainer.iteration
+        due = iteration == self.iterations or (every and iteration and iteration % every == 0)
+        if not (self.evaluation and due):
             return
-        known = self.run_log is not None and self.run_log.holds(iteration, evaluation.best_by)
-        if iteration % every == 0 and not distributed.from_first(known):
+        if not distributed.from_first(self.run_log is None or self.run_log.measured(iteration)):
             self.evaluate()
             self.checkpoint()
 
@@ -129,7 +132,7 @@ def run_loop(
         except DatasetError as error:
             actions.checkpoint()
             raise SettingError("path", error) from None
-        if trainer.iteration >= config.iter:
+        if trainer.iteration >= config.iter and not actions.unmeasured:
             return 0
         if actions.saved != trainer.iteration:
             actions.checkpoint()
@@ -144,7 +147,9 @@ def _state_before_failure(config: TrainConfig, trainer: Trainer) -> Iterator[Non
         yield
     except NonFiniteError as error:
         kept = Path(config.out) / f"before_non_finite_{trainer.iteration:06d}.pt"
-        checkpoint.save(kept, trainer.state(together=False))
+        if distributed.rank() == 0:
+            checkpoint.save(kept, trainer.state(together=False))
+        distributed.meet()  # a launcher would end the first one in the middle of it
         raise NonFiniteError(f"{error} (the state before it: {kept})") from None
 
 

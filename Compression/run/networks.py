@@ -20,7 +20,7 @@ from Model.generator import Generator
 from train_hyperparams import TrainConfig
 from Util import distributed
 from Util.compiling import compile_method
-from Util.run_log import newest_checkpoint
+from Util.run_log import measured, newest_checkpoint
 from Util.settings import SettingError, blame
 from Util.streams import stream
 
@@ -78,11 +78,14 @@ def _start(config: TrainConfig) -> tuple[str, bool]:
 
 
 def reached(config: TrainConfig) -> int:
-    """Give the iteration of the checkpoint to go on from if nothing is left to train, else 0."""
+    """Give the iteration of the checkpoint to go on from if nothing is left to do, else 0."""
     source, resume = _start(config)
     name = Path(source).stem
     iteration = int(name) if resume and name.isdecimal() else 0
-    return iteration if iteration >= config.iter and not config.dry_run else 0
+    if iteration < config.iter or config.dry_run:
+        return 0
+    left = config.resume and config.fid_n_sample and not measured(config.out, iteration)
+    return 0 if left else iteration
 
 
 def _make_networks(
