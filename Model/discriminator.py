@@ -136,6 +136,11 @@ def _stddev_maps(x: Tensor) -> Tensor:
     return means.expand(*x.shape[:3], 1, *x.shape[4:]).flatten(0, 2)
 
 
+def _weights(part: nn.Module) -> Weights:
+    """Scale the weights of all convolutions of a part of the network."""
+    return scaled_weights([layer for layer in part.modules() if isinstance(layer, EqualConv2d)])
+
+
 class Discriminator(nn.Module):
     """StyleGAN2 discriminator: images (N, 3, size, size) -> logits (N, 1).
 
@@ -179,12 +184,13 @@ class Discriminator(nn.Module):
             images: (N, 3, size, size).
             batches: of equal sizes, one after the other; only images of one are compared.
         """
-        convolutions = [layer for layer in self.modules() if isinstance(layer, EqualConv2d)]
-        weights = scaled_weights(convolutions)
+        # Of several processes, each block scales its own: gradients are then whole block by block,
+        # and on their way to the others while the backward pass goes on.
+        weights = _weights(self) if distributed.world_size() == 1 else None
         x = fast_layout(images)
         for block in self.convs:
-            x = block(x, weights)
-        return self._head(x, batches, weights)
+            x = block(x, weights or _weights(block))
+        return self._head(x, batches, weights or _weights(self.final_conv))
 
     @in_float32
     def _head(self, x: Tensor, batches: int, weights: Weights) -> Tensor:

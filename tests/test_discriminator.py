@@ -65,6 +65,21 @@ def test_only_images_of_one_batch_are_compared(own, world, monkeypatch):
         torch.testing.assert_close(found, expected[:, rank::world].flatten(0, 1))
 
 
+def test_in_several_processes_gradients_are_whole_block_by_block(monkeypatch):
+    torch.manual_seed(0)
+    network, images = Discriminator(16, channels=(4, 3, 3)), torch.randn(2, 3, 16, 16)
+    expected = torch.autograd.grad(network(images).sum(), list(network.parameters()))
+    order = []
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 4:
+            parameter.register_hook(lambda grad, name=name: order.append(name))
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    found = torch.autograd.grad(network(images).sum(), list(network.parameters()))
+    torch.testing.assert_close(found, expected)
+    blocks = [".".join(name.split(".")[:2]) for name in order]
+    assert blocks == sorted(blocks, reverse=True), order
+
+
 def test_the_weights_of_all_layers_are_scaled_at_once_with_their_derivatives():
     torch.manual_seed(0)
     network = Discriminator(8, channels=(4, 3)).double()
