@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.counting import Operators
 from Compression import distillation
 from Compression.distillation import high_band
 from Compression.distillation.high_band import HighBandSettings
@@ -61,6 +62,13 @@ def test_half_precision_leaves_the_transform_alone():
     expected = high_band.distance(a, b)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(high_band.distance(a, b), expected, rtol=0, atol=0)
+
+
+def test_the_host_waits_for_nothing():
+    a, b = torch.randn(2, 2, 3, 16, 16).unbind(0)
+    with Operators() as operators:
+        high_band.distance(a, b)
+    assert operators.waits == 0
 
 
 def test_features_are_the_discriminators_own():

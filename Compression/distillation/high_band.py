@@ -11,7 +11,6 @@ trains the discriminator; the generator gets it by the discriminator's answer.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from Compression.distillation.terms import CriticCall, Parts, Pass, Sources
@@ -42,23 +41,27 @@ def high_bands(x: Tensor, levels: int = LEVELS) -> list[Tensor]:
     Returns:
         (N, C, 3, h / 2^j, w / 2^j) for j = 1 ... levels: differences along rows, columns and both.
     """
-    signs = [[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]]
-    kernels = x.new_tensor(signs).div(2)[:, None]
     bands = []
     for _ in range(levels):
-        n, c, height, width = x.shape
-        split = F.conv2d(x.reshape(n * c, 1, height, width), kernels, stride=2)
-        split = split.view(n, c, 4, height // 2, width // 2)
-        x = split[:, :, 0]
-        bands.append(split[:, :, 1:])
+        # Sums and differences, since filters would have to be brought to the device.
+        total, rows = _sum_and_difference(x / 2, 2)
+        x, columns = _sum_and_difference(total, 3)
+        rows, both = _sum_and_difference(rows, 3)
+        bands.append(torch.stack([rows, columns, both], dim=2))
     return bands
+
+
+def _sum_and_difference(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Add and subtract neighbours along a dimension, which halves it."""
+    even, odd = x.unflatten(dim, (-1, 2)).unbind(dim + 1)
+    return even + odd, even - odd
 
 
 @in_float32  # the bands are differences of neighbours, next to nothing of half precision's range
 def distance(features: Tensor, teacher: Tensor) -> Tensor:
     """Add up the levels' mean squared differences of high bands, of (N, C, h, w) each."""
-    pairs = zip(high_bands(features), high_bands(teacher.detach()), strict=True)
-    return torch.stack([F.mse_loss(a, b) for a, b in pairs]).sum()
+    bands = high_bands(features - teacher.detach())  # the transform is linear
+    return torch.stack([band.square().mean() for band in bands]).sum()
 
 
 def features_at(discriminator: Discriminator, images: Tensor, side: int) -> Tensor:
