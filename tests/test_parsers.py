@@ -1,6 +1,7 @@
 import json
 import pickle
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torchvision import models
 import get_fid
 import prune
 from Compression.content import ContentParser, load_content_parser
-from Compression.parsers import PARSERS, Loaded, ParserKind, load_parser
+from Compression.parsers import PARSERS, Loaded, ParserKind, load_parser, script_module
 from Dataset import toon_faces
 from Model import bundled, checkpoint
 
@@ -159,6 +160,24 @@ def test_programs_that_do_more_than_compute_are_refused(tmp_path, monkeypatch, n
     with pytest.raises(ValueError, match=f"refused, its program has {word}"):
         load_parser(tmp_path / "module.pt", CPU)
     assert not (tmp_path / "written").exists()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "_0 = ops.image.write_file(CONSTANTS.c0, x)",
+        "_0 = (ops # prim\n .image.write_file(CONSTANTS.c0, x))",
+        "_0 = (ops\n .prim.NumToTensor(1))",
+        "_0 = 1if True else 0or(ops).image.read_file(CONSTANTS.c0)",
+    ],
+)
+def test_operators_of_other_libraries_are_refused_however_they_are_written(source):
+    with pytest.raises(ValueError, match="refused, its program has ops"):
+        script_module._check_names(Path("module.pt"), source)
+
+
+def test_pytorchs_own_operators_are_not():
+    script_module._check_names(Path("module.pt"), "_0 = ops.prim.NumToTensor(torch.size(x, 0))")
 
 
 class Bomb:
