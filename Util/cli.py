@@ -81,8 +81,10 @@ class _Lasting:
 @contextmanager
 def _lasting_output() -> Iterator[None]:
     """Let standard output and standard error outlast their readers."""
-    out, err = _Lasting(sys.stdout), _Lasting(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    # Python has none where the shell has closed it.
+    nowhere = open(os.devnull, "w")  # noqa: SIM115
+    out, err = _Lasting(sys.stdout or nowhere), _Lasting(sys.stderr or nowhere)
+    with nowhere, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             yield
         finally:

@@ -104,6 +104,22 @@ def test_a_closed_pipe_costs_no_result(name, tmp_path, monkeypatch):
         assert [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_stream_that_the_shell_has_closed_costs_no_result(name, monkeypatch):
+    def work(args):
+        with Progress(2, "working", "it") as bar:
+            bar.update(2)
+        print("done")
+
+    def fail(args):
+        raise ValueError("--flag is wrong")
+
+    monkeypatch.setattr(sys, name, None)
+    assert run_script(OneLineParser(prog="x.py"), work, []) == 0
+    assert run_script(OneLineParser(prog="x.py"), fail, []) == 2
+    assert getattr(sys, name) is None
+
+
 def interrupted(capsys, run):
     code = run_script(OneLineParser(prog="x.py"), run, [])
     return code, capsys.readouterr().err.strip()
