@@ -1,4 +1,4 @@
-"""Perceptual path length of a generator, by the paper's and by the standard protocol."""
+"""Perceptual path length of a generator, by the paper's protocol and by StyleGAN's."""
 
 import sys
 from collections.abc import Sequence
@@ -11,7 +11,9 @@ EXAMPLES = """examples:
   the bundled model, with parser features, no download:
     python3 get_ppl.py --n_sample 1000
   the paper's figure; LPIPS-VGG's weights are downloaded on first use:
-    python3 get_ppl.py --generated_img_size 256 --ckpt MODEL.pt"""
+    python3 get_ppl.py --generated_img_size 256 --ckpt MODEL.pt
+  what StyleGAN2's authors publish:
+    python3 get_ppl.py --ckpt MODEL.pt --protocols ends --n_sample 50000"""
 
 
 def run(settings: PathSettings) -> None:

@@ -22,12 +22,13 @@ from Util.progress import Progress
 from Util.settings import SettingError, setting
 from Util.streams import stream
 
-Protocol = Literal["paper", "standard"]
+Protocol = Literal["paper", "standard", "ends"]
 PROTOCOLS: dict[Protocol, str] = {
     "paper": "w space, t uniform in [0, 1], fresh layer noise for every image, not divided by"
     " eps^2 (Liu et al., 2021)",
     "standard": "w space, t uniform in [0, 1], the same layer noise at both ends of a pair,"
-    " divided by eps^2 (Karras et al., 2020)",
+    " divided by eps^2 (Karras et al., 2019, full paths)",
+    "ends": "as standard, but t = 0 (Karras et al., 2020: StyleGAN2's ppl2_wend)",
 }
 
 
@@ -40,12 +41,14 @@ class PathPairs:
         eps: distance of the two images along the line.
         seed: of latents, positions and noise.
         shared_noise: both images of a pair have the same layer noise.
+        full: pairs lie anywhere on their lines, not at the start alone.
     """
 
     generator: Generator
     eps: float
     seed: int
     shared_noise: bool
+    full: bool = True
 
     @torch.no_grad()
     def images(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -63,6 +66,7 @@ class PathPairs:
     def _positions(self, indices: Sequence[int]) -> Tensor:
         """Draw where on their lines the two images of every pair are, (2, n, 1)."""
         t = [torch.rand(1, generator=stream(self.seed, i, POSITION)) for i in indices]
+        t = t if self.full else [torch.zeros(1)] * len(t)
         return torch.stack(t).repeat(2, 1, 1) + torch.tensor([0.0, self.eps]).view(2, 1, 1)
 
 
@@ -107,7 +111,7 @@ def path_length(
     seed: int = 0,
 ) -> float:
     """Measure a generator's path length over ``n`` `PathPairs`, which the processes share."""
-    pairs = PathPairs(generator, eps, seed, shared_noise=protocol == "standard")
+    pairs = PathPairs(generator, eps, seed, protocol != "paper", protocol != "ends")
     rank, world = distributed.rank(), distributed.world_size()
     batch_size = memory.at_once(generator.size, memory.INFERENCE // 2, batch_size)  # two a pair
     batches = list(shares(n, batch_size, rank, world))
@@ -125,10 +129,16 @@ class PathSettings(PerceptualSettings, ModelSettings):
     n_sample: int = setting(5000, "pairs of images", low=1)
     batch_size: int = setting(50, "pairs at a time, fewer where images are large", low=1)
     eps: float = setting(1e-4, "step along a line between two w, in (0, 1)", above=0, below=1)
+    protocols: tuple[Protocol, ...] = setting(
+        ("paper", "standard"),
+        "; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items())
+        + " (default: paper,standard)",
+        choices=tuple(PROTOCOLS),
+    )
 
 
 def measure(settings: PathSettings) -> Result:
-    """Measure a model's path length by every protocol.
+    """Measure a model's path length by every protocol that is asked for.
 
     The processes of a launcher join here; the caller lets them leave (`Util.distributed`).
 
@@ -148,14 +158,15 @@ def measure(settings: PathSettings) -> Result:
     n, eps = settings.n_sample, settings.eps
     figures: dict[str, float] = {}
     lines = []
-    for protocol, description in PROTOCOLS.items():
+    for protocol in settings.protocols:
         value = path_length(
             generator, perceptual, protocol, n, settings.batch_size, eps, settings.seed
         )
         figures[protocol] = value
         lines.append(f"PPL ({protocol} protocol, {distance}): {value:.6g}")
         if settings.info_print:
-            lines.append(f"  {n} pairs, eps {eps:g}; {description}; 1 % trimmed")
-    protocols = {"distance": distance, "trimmed": "1 % at each end"} | dict(PROTOCOLS.items())
+            lines.append(f"  {n} pairs, eps {eps:g}; {PROTOCOLS[protocol]}; 1 % trimmed")
+    about = {"distance": distance, "trimmed": "1 % at each end"}
+    about |= {protocol: PROTOCOLS[protocol] for protocol in settings.protocols}
     chosen = {"perceptual": settings.network(settings.ckpt)}
-    return Result(figures, protocols, lines, settings, chosen)
+    return Result(figures, about, lines, settings, chosen)

@@ -40,6 +40,27 @@ def test_of_a_linear_generator_by_hand(generator, monkeypatch):
     assert t.mean(dim=1).unique().numel() == 3
 
 
+def test_path_ends_lie_at_w_itself(generator, monkeypatch):
+    monkeypatch.setattr(Generator, "forward", lambda self, w, **_: w[0])
+    seen = {}
+    monkeypatch.setattr(Generator, "mapping", lambda self, z: seen.setdefault(len(seen), 3 * z))
+    a, b = PathPairs(generator, 1e-2, seed=5, shared_noise=True, full=False).images([0, 1, 2])
+    torch.testing.assert_close(a, seen[0])
+    torch.testing.assert_close(b, seen[0] + 1e-2 * (seen[1] - seen[0]))
+
+
+def test_the_protocols_that_are_named_are_measured(tmp_path, generator, capsys):
+    checkpoint.save(tmp_path / "g.pt", {"g_ema": generator})
+    flags = f"--ckpt {tmp_path}/g.pt --perceptual parser --parser_ckpt {bundled.PARSER} --json"
+    more = "--device cpu --n_sample 7 --protocols ends,standard"
+    assert get_ppl.main(f"{flags} {more}".split()) == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(line["figures"]) == ["ends", "standard"]
+    assert line["figures"]["ends"] != line["figures"]["standard"]
+    assert get_ppl.main(f"{flags} --protocols z".split()) == 2
+    assert "--protocols" in capsys.readouterr().err
+
+
 def test_only_the_standard_protocol_shares_the_noise(generator):
     for shared, agree in ((True, True), (False, False)):
         a, b = PathPairs(generator, 1e-7, seed=0, shared_noise=shared).images([0, 1])
