@@ -40,7 +40,7 @@ def kernel_distance(
     """Average the squared discrepancy over random subsets, and find its standard error.
 
     The error is that of the distance between the whole sets, by the delete-d jackknife (Shao and
-    Wu, 1989) over the same subsets.
+    Wu, 1989) over the same subsets, and that of taking no more subsets than these.
 
     Args:
         a: features (N, D).
@@ -60,4 +60,5 @@ def kernel_distance(
         return x[rng.choice(len(x), size, replace=False)].astype(np.float64)
 
     values = np.array([squared_mmd(draw(a), draw(b)) for _ in range(subsets)])
-    return float(values.mean()), float(values.std() * np.sqrt(size / (n - size)))
+    share = size / (n - size) + 1 / subsets  # of the sets, and of the subsets that are drawn
+    return float(values.mean()), float(values.std() * np.sqrt(share))
