@@ -17,7 +17,7 @@ from Model.generator import Generator
 from Util import memory
 from Util.pictures import grid, rescale, save_png, to_uint8
 from Util.progress import track
-from Util.settings import setting
+from Util.settings import SettingError, setting
 
 PROTOCOL = {
     "latents": "image i depends on seed and i; shared by the models",
@@ -60,7 +60,10 @@ def show_generated(settings: GeneratedSettings) -> Result:
         SettingError: names the setting and what to do.
     """
     stem = target_stem(settings.out, "generated")
+    folder = stem.with_name(f"{stem.name}_files")
     models = load_models(settings, settings.pick_device())
+    for name in models:
+        _check_files(folder / name, settings.files)
     first = next(iter(models.values()))
     render, render_frame = (_renderer(settings, models, animated) for animated in (False, True))
     # The second latents are those of the next seed, so that a walk does not depend on n_sample.
@@ -69,7 +72,8 @@ def show_generated(settings: GeneratedSettings) -> Result:
     walk = _walk(settings.frames, render_frame, start, through)
     files = save_pictures(settings, stem, render(start), walk)
     if settings.files:
-        files.append(str(_save_files(settings, models, stem)))
+        _save_files(settings, models, folder)
+        files.append(str(folder))
     costs = {name: {"macs": macs(model)} for name, model in models.items()}
     lines = sizes(settings, models)
     figures: dict[str, Any] = {"files": files, "models": costs}
@@ -114,9 +118,21 @@ def _renderer(
     return lambda z: stacked(models, {name: block(name, z) for name in models}, scale)
 
 
-def _save_files(settings: GeneratedSettings, models: Mapping[str, Generator], stem: Path) -> Path:
-    """Write one file for every image of every model; return their folder."""
-    folder = stem.with_name(f"{stem.name}_files")
+def _check_files(folder: Path, n: int) -> None:
+    """Refuse a folder in which pictures of another call would stay among the new ones.
+
+    Raises:
+        SettingError: names the folder.
+    """
+    new = {f"{i:06d}.png" for i in range(n)}
+    if n and (others := [file for file in folder.glob("*.png") if file.name not in new]):
+        raise SettingError(
+            "files", f"{folder} holds {others[0].name} already; remove the folder, or change out"
+        )
+
+
+def _save_files(settings: GeneratedSettings, models: Mapping[str, Generator], folder: Path) -> None:
+    """Write one file for every image of every model, in the model's own folder."""
     for name, model in models.items():
         centre = sampling.mean_latent(model, settings.seed)
         fixed = settings.noise == "fixed"
@@ -126,7 +142,6 @@ def _save_files(settings: GeneratedSettings, models: Mapping[str, Generator], st
             images = sampling.images(model, part, settings.seed, settings.truncation, centre, fixed)
             for i, pixels in zip(part, to_uint8(images), strict=True):
                 save_png(folder / name / f"{i:06d}.png", pixels)
-    return folder
 
 
 def _walk(n: int, render: Render, start: Tensor, through: Tensor) -> Iterator[np.ndarray]:

@@ -122,6 +122,14 @@ def test_one_file_for_every_image(files, tmp_path, noise):
             assert np.abs(pixels(folder / names[i]) - shown).max() <= 1
 
 
+def test_pictures_of_two_calls_are_not_mixed(files, tmp_path, capsys):
+    flags = ["--frames", 0, "--out", tmp_path / "out", "--files"]
+    assert generate(files, *flags, 3) == 0
+    assert generate(files, *flags, 3) == 0
+    assert generate(files, *flags, 2) == 2
+    assert "out_files/full holds 000002.png already; remove the folder" in capsys.readouterr().err
+
+
 def test_truncation_goes_to_each_models_own_mean(files, tmp_path):
     flags = ["--n_sample", 3, "--frames", 0, "--scale", 1, "--truncation", 1e-6, "--out", tmp_path]
     assert generate(files, *flags) == 0
