@@ -34,7 +34,7 @@ from Util.cli import check_writable, run_settings
 from Util.files import atomic_path, lock_folder
 from Util.pictures import save_png, side_by_side
 from Util.plot_log import plot
-from Util.run_log import CONFIG, TIMING
+from Util.run_log import CONFIG, TIMING, read_config
 from Util.settings import SettingError, Settings, command, from_flags, setting
 from Util.workers import cores
 
@@ -43,6 +43,7 @@ EXAMPLE = """example: python3 demo.py --out longer --iter 18000
     retrains five times as long as make demo does
 """
 RECIPE = "ours"
+DATA = "toon_faces_64px"
 BATCH = 8
 LATENTS = 64
 SHOWN = 8
@@ -163,7 +164,9 @@ def _check_run(folder: Path) -> None:
     """Refuse to replace a folder that is no run, or in which a run is going on."""
     if not folder.exists():
         return
-    if not (folder / CONFIG).is_file():
+    made = read_config(folder) if (folder / CONFIG).is_file() else {}
+    own = {"ckpt": folder.parent / "pruned.pt", "path": folder.parent / DATA / "images"}
+    if any(Path(made.get(key, "")).resolve() != file.resolve() for key, file in own.items()):
         raise SettingError("out", f"{folder} is no run of the demo; name another folder")
     lock = lock_folder(folder)
     if lock is None:
@@ -177,7 +180,7 @@ def run(settings: DemoSettings) -> int:
     check_writable("out", out / "table.txt")
     _check_run(out / "run")
     print(announcement(settings, rehearse(settings)), flush=True)
-    data, run = out / "toon_faces_64px", out / "run"
+    data, run = out / DATA, out / "run"
 
     faces = toon_faces.ToonFacesSettings(out=data, n=settings.n, no_labels=True)
     with step(command("python3 -m Dataset.toon_faces", faces)):

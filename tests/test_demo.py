@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -31,6 +33,15 @@ def test_a_folder_that_is_no_run_stays(tmp_path, capsys):
     assert demo.main(["--out", str(tmp_path), "--n", "20", "--iter", "2"]) == 2
     assert "run is no run of the demo; name another folder" in capsys.readouterr().err
     assert (tmp_path / "run/thesis.txt").read_text() == "x"
+
+
+def test_another_training_stays(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    settings = {"config": {"ckpt": f"{tmp_path}/pruned.pt", "path": "faces"}}
+    (tmp_path / "run/config.json").write_text(json.dumps(settings))
+    assert demo.main(["--out", str(tmp_path), "--n", "20", "--iter", "2"]) == 2
+    assert "run is no run of the demo; name another folder" in capsys.readouterr().err
+    assert (tmp_path / "run/config.json").exists()
 
 
 def test_content_l1_is_the_mean_inside_the_mask():
