@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,8 @@ def real_statistics(
         # Named as before the filter was recorded, where it is the one of that time.
         record_named = old if record["resample"] in ("none", "unknown", "lanczos") else record
         digest = hashlib.sha256(json.dumps(record_named).encode()).hexdigest()[:8]
-        file = images.path.with_name(f"{images.path.name}_{images.size}px_statistics_{digest}.npz")
+        place = Path(os.path.abspath(images.path))  # "." has no name
+        file = place.with_name(f"{place.name}_{images.size}px_statistics_{digest}.npz")
     found = feature_statistics.find(file, (record, old), need_features)
     if not distributed.any_process(found is None):
         assert found is not None

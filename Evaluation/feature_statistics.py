@@ -101,13 +101,17 @@ def described(record: Mapping[str, Any]) -> str:
     """How the real images of a record came to their size, in words."""
     if not record:
         return "real images: filter, source size and flips not recorded"
-    size, made = record.get("size"), record.get("resample")
-    how = f"resized from {record.get('source')} to {size} px, filter {made}"
+    return f"real images: {resized(*map(record.get, ('size', 'resample', 'source')))}, no flips"
+
+
+def resized(size: int | None, made: str | None, source: str | None) -> str:
+    """Say how pictures came to a side in px, by which filter (none: they had it), from which."""
+    how = f"resized from {source} to {size} px, filter {made}"
     if made is None:
         how = f"{size} px, filter not recorded: lanczos where they were resized"
     elif made == "none":
         how = f"{size} px, not resized"
-    return f"real images: 8 bits, {how}, no flips"
+    return f"8 bits, {how}"
 
 
 def mean_and_covariance(features: NDArray[np.floating]) -> tuple[Array, Array]:

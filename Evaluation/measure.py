@@ -22,6 +22,7 @@ from Evaluation.settings import LoadMask, ModelSettings, PrecisionSettings, Resu
 from Model import bundled
 from Model.generator import Generator
 from Util import distributed
+from Util.progress import warn
 from Util.settings import SettingError, blame, setting, some_words
 
 
@@ -141,7 +142,10 @@ def measure(settings: MeasureSettings, load_mask: LoadMask) -> Result:
     lines = [f"{name}: {value:.6g}" for name, value in figures.items()]
     if first and "fid" in settings.metrics:
         lines += feature_statistics.notes_on_few(len(made), real)
-    bits = "8 bits" if settings.images else "floats, no 8-bit step"
+    bits = "floats, no 8-bit step"
+    if isinstance(generated, Images):
+        resizing = generated.resizing
+        bits = feature_statistics.resized(size, resizing.filter, resizing.source)
     if settings.precision != "float32" and not settings.images:
         bits += f", made in {settings.precision}"
     about_real = feature_statistics.described(real.record)
@@ -232,7 +236,15 @@ def _real(
             images = Images(settings.path, size, resample=settings.resample)
         how = (device, settings.batch_size, settings.workers, whole)
         with blame("stats" if stats and stats.is_file() else "path"):
-            return real_statistics(images, stats, extractor, *how)
+            found = real_statistics(images, stats, extractor, *how)
+        made = found.record.get("files", images.fingerprint())
+        if distributed.rank() == 0 and made != images.fingerprint():
+            warn(
+                f"warning: {stats} was made of {found.record['count']} images of"
+                f" {found.record['images']}, and {settings.path} holds others; those of the"
+                " statistics are what is compared with"
+            )
+        return found
     stats = stats or bundled.statistics(settings.network, settings.content_aware)
     assert stats is not None  # `_check_real` has seen to it
     with blame("stats"):

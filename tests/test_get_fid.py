@@ -113,6 +113,21 @@ def test_statistics_that_are_named_are_taken_and_never_overwritten(files, capsys
     assert pickle.loads((files / "kept.npz").read_bytes())["cov"].shape == (112, 112)
 
 
+def test_statistics_of_other_images_than_those_named_are_told(files, capsys):
+    flags = f"--path {files}/real --stats {files}/kept.npz --n_sample 120"
+    assert "kept.npz was made of" not in run(files, flags, capsys)
+    assert "kept.npz was made of" not in run(files, flags, capsys)
+    (files / "real/000.png").unlink()
+    told = f"kept.npz was made of 140 images of {files}/real, and {files}/real holds others"
+    assert told in run(files, flags, capsys)
+
+
+def test_the_folder_that_is_worked_in_has_statistics_beside_it(files, capsys, monkeypatch):
+    monkeypatch.chdir(files / "real")
+    run(files, "--path . --n_sample 120", capsys)
+    assert len(list(files.glob("real_8px_statistics_*.npz"))) == 1
+
+
 def test_a_folder_can_be_scored_in_place_of_a_model(files, capsys):
     flags = (
         f"--path {files}/real --images {files}/real --generated_img_size 8 --json --metrics fid,pr"
@@ -155,6 +170,8 @@ def test_every_figure_names_the_filter(files, capsys):
     for i in range(30):
         pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(files / f"large/{i}.png")
+    out = run(files, f"{flags} --images {files}/large --generated_img_size 8", capsys)
+    assert "generated images: 8 bits, resized from 20 px to 8 px, filter bilinear; real" in out
     found = {}
     for name in ("bilinear", "lanczos"):
         out = run(files, f"{flags} --resample {name} --json", capsys)
