@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from studies.jobs import check_unchanged, settings_of
 from studies.measuring import HIGHER_IS_BETTER
 from studies.plan import Claim, Plan, read_plan
 from studies.results import Result, read_results, references_file, results_file
@@ -93,10 +94,18 @@ def families(table: Table) -> dict[str, list[tuple[str, float]]]:
 
 
 def read_table(name: str, results: Path) -> Table:
-    """Read a plan, those of its results whose arms it still has, and the references' figures."""
+    """Read a plan, those of its results whose arms it still has, and the references' figures.
+
+    Raises:
+        ValueError: a result is of other settings than the plan's.
+    """
     plan = read_plan(name)
-    names = {job.name for job in plan.jobs}
-    rows = [r for r in read_results(results_file(results, plan.name)) if r["job"] in names]
+    source = results_file(results, plan.name)
+    jobs = {job.name: job for job in plan.jobs}
+    rows = [row for row in read_results(source) if row["job"] in jobs]
+    for row in rows:
+        job = jobs[row["job"]]
+        check_unchanged(job, row.get("settings", {}), settings_of(plan, job), str(source))
     file = references_file(results, plan.name)
     references = list(json.loads(file.read_text())["seeds"].values()) if file.is_file() else []
     return Table(plan, rows, references)

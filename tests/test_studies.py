@@ -39,6 +39,7 @@ from studies.tables import (
     differences,
     families,
     glance,
+    read_table,
     signed,
     spread,
 )
@@ -458,6 +459,18 @@ def test_the_page_says_what_the_results_say(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "compression.jsonl").read_text().splitlines()[0])
     assert report.main(["--results", str(tmp_path / "none"), *arguments[2:]]) == 2
     assert "no result of compression yet" in capsys.readouterr().err
+
+
+def test_results_of_other_settings_are_not_reported(tmp_path):
+    fake_results(tmp_path, "compression", 1, lambda job, f: 0.5)
+    row = json.loads((tmp_path / "compression.jsonl").read_text())
+    row["settings"] = {"train": {"kd_l1_lambda": 15.0, "no_longer_there": 1}}
+    (tmp_path / "compression.jsonl").write_text(json.dumps(row) + "\n")
+    assert len(read_table("compression", tmp_path).rows) == 1
+    row["settings"]["train"]["kd_l1_lambda"] = 3.0
+    (tmp_path / "compression.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"was begun with kd_l1_lambda 3\.0, and the plan now"):
+        read_table("compression", tmp_path)
 
 
 def test_a_kept_row_of_the_picture_is_what_was_drawn(tmp_path):
