@@ -63,7 +63,7 @@ class TrainConfig(Settings):
     style_dim: int = setting(512, "size of z and w", low=1, aliases=("latent",))
     n_mlp: int = setting(8, "layers of the mapping network", low=1)
 
-    # Length and batch. The paper: 450,000 iterations of 16 images at 256 px.
+    # Length and batch. The paper: 450,001 iterations of 16 images at 256 px.
     iter: int = setting(450_000, "train up to this iteration", low=1)
     batch_size: int = setting(
         16, "images per iteration, over all processes", low=1, aliases=("batch",)
@@ -98,7 +98,8 @@ class TrainConfig(Settings):
         high=1,
     )
 
-    # Regularisation. R1's 10 is for 256 px; its natural scale is 0.0002 * size**2 / batch.
+    # Regularisation. R1's 10 is the paper's, at 256 px; of small pictures less is enough, in
+    # proportion to size**2 / batch (StyleGAN2-ADA).
     r1: float = setting(10.0, "weight of the R1 penalty", low=0)
     path_regularize: float = setting(2.0, "weight of the path length penalty; 0: off", low=0)
     path_batch_shrink: int = setting(2, "path length is computed on batch_size / this", low=1)

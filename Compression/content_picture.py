@@ -57,7 +57,8 @@ class ShowSettings(DeviceSettings):
     )
     parser_ckpt: Path | None = setting(
         None,
-        "parser: a file, or a name as below (default: that of the model)",
+        "parser: a file, or a name as below (default: the bundled one for the bundled"
+        " models, else Model/parser_model/79999_iter.pth)",
         metavar="FILE",
         aliases=("parser",),
     )

@@ -60,7 +60,8 @@ class MeasureSettings(PrecisionSettings, ModelSettings):
     parser_ckpt: Path | None = setting(
         None,
         "parser of masks, a file or a name as prune.py has it, and a face parser's file of features"
-        " (default: that of the model)",
+        " (default: the bundled one for the bundled models, else"
+        " Model/parser_model/79999_iter.pth)",
         metavar="FILE",
         aliases=("parser",),
         exists="parser",

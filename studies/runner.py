@@ -37,8 +37,7 @@ class Progress:
 
     Attributes:
         done: names of the jobs with a result.
-        seconds: of the processor that a job took, the mean of those done with training; None
-            before the first.
+        seconds: of the processor that a job took, the mean of those done; None before the first.
     """
 
     done: frozenset[str]

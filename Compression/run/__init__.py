@@ -65,8 +65,8 @@ def train(config: TrainConfig, announce: Callable[[str], None] = lambda text: No
         announce: called in the first process with a line that tells what begins.
 
     Raises:
-        SettingError: names the setting or file.
-        DatasetError: the images gave out, in one process at least; a checkpoint has been written.
+        SettingError: names the setting or file; path, after a checkpoint has been written, where
+            the images gave out in one process at least.
         OutOfStepError: the processes' weights differ; no checkpoint has been written.
         NonFiniteError: a loss became NaN or infinite; the state before it has been written.
     """

@@ -33,7 +33,7 @@ class Evaluation:
 
 
 def make_evaluation(config: TrainConfig, trainer: Trainer, images: Images) -> Evaluation | None:
-    """Make what measures g_ema, or None where nothing is asked for."""
+    """Make what measures g_ema, or None where nothing is asked for, or tried out alone."""
     if not config.fid_n_sample:
         return None
     parser = None

@@ -14,7 +14,7 @@ NOT_REMEMBERED = (
     *("log_freq", "n_sample", "val_sample_freq", "model_save_freq", "keep_checkpoints"),
     "wandb",
 )
-"""Settings that do not change what a run computes: its checkpoints are the same without them."""
+"""Where a run computes and what it writes: no part of how its weights were made."""
 
 
 def option_kinds() -> list[type[Settings]]:
