@@ -183,7 +183,6 @@ def train_parser(
     size, workers = settings.batch_size, settings.workers
     if len(train_set) < size:  # type: ignore[arg-type]
         raise SettingError("batch_size", f"{size}: more than the pictures to train on")
-    loader = EpochBatches(train_set, settings.path, size, workers, shuffle=True)
     held_out = EpochBatches(val_set, settings.val_path or settings.path, size, workers)
 
     network = _network(settings).to(device)
@@ -192,7 +191,10 @@ def train_parser(
     run.course["pictures"] = len(train_set)  # type: ignore[arg-type]
     if settings.resume:
         run.load(settings.state_file)
-    batches = _endless(loader)
+    else:  # what an earlier run has left is no state of this one
+        settings.state_file.unlink(missing_ok=True)
+    order = settings.seed + run.step
+    batches = _endless(EpochBatches(train_set, settings.path, size, workers, order))
     while run.step < settings.iter and not run.ended:
         loss = run.train_on(next(batches))
         after_step(run.step, loss)

@@ -4,7 +4,6 @@
 """
 
 import atexit
-import os
 import signal
 import threading
 import time
@@ -12,7 +11,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from multiprocessing import active_children, get_all_start_methods, get_context
+from multiprocessing import active_children, forkserver, get_all_start_methods, get_context
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
 from Dataset import DatasetError
 from Dataset.batches import EndlessBatches, Item
@@ -29,7 +28,7 @@ from Dataset.images import Images, to_float
 from Util import distributed
 from Util.cli import run_settings
 from Util.settings import Settings, blame, setting
-from Util.workers import end_with_parent
+from Util.workers import cores, end_with_parent
 
 CPU = torch.device("cpu")
 
@@ -76,9 +75,15 @@ def load_batches(
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
     """Start a loader's processes."""
-    before = set(active_children())
-    with _deaf_to_termination():
+    before, context = set(active_children()), loader.multiprocessing_context
+    if context is not None and context.get_start_method() == "forkserver":
+        # What the server ignores, its workers do; this process is deaf for its start alone.
+        with _deaf_to_termination():
+            forkserver.ensure_running()
         messages = iter(loader)
+    else:
+        with _deaf_to_termination():
+            messages = iter(loader)
     # Whatever still holds the iterator at the exit (the traceback of an error, say): there, Python
     # ends remaining processes by the signal that these ignore, and waits for them.
     if new := [weakref.ref(p) for p in set(active_children()) - before]:
@@ -94,7 +99,8 @@ class EpochBatches:
         place: where it is, for messages.
         batch_size: items in a batch.
         workers: processes that load, kept from pass to pass; 0 loads in this one.
-        shuffle: draw the order from PyTorch's stream, and leave out what fills no batch.
+        seed: of each pass's order, which leaves out what fills no batch; None keeps that
+            of the data set.
     """
 
     def __init__(
@@ -103,19 +109,22 @@ class EpochBatches:
         place: str | Path,
         batch_size: int,
         workers: int = 0,
-        shuffle: bool = False,
+        seed: int | None = None,
     ) -> None:
-        self.place = place
+        self.place, shuffled = place, seed is not None
+        # Streams of their own: what is drawn from PyTorch's depends on the workers, and on others.
+        order = torch.Generator().manual_seed(seed or 0)
         self.loader: DataLoader[Any] = DataLoader(
             _Batches(dataset, _collated),
             batch_size,
-            shuffle=shuffle,
-            drop_last=shuffle,
+            sampler=RandomSampler(dataset, generator=order) if shuffled else None,  # type: ignore[arg-type]
+            drop_last=shuffled,
             num_workers=workers,
             collate_fn=_as_is,
             worker_init_fn=_start_worker,
             multiprocessing_context=_worker_context() if workers else None,
             persistent_workers=workers > 0,
+            generator=torch.Generator(),
         )
 
     def __len__(self) -> int:
@@ -133,7 +142,7 @@ class EpochBatches:
 
 def default_workers() -> int:
     """Loading processes of one training process: its share of the CPU cores, 1 to 4."""
-    return max(1, min(4, len(os.sched_getaffinity(0)) // distributed.local_processes()))
+    return max(1, min(4, cores() // distributed.local_processes()))
 
 
 class _Batches(Dataset[Any]):

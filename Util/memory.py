@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from Util import control_groups
+
 INFERENCE = 2**22
 """Pixels that a generator makes, and other networks see, without gradients."""
 GRADIENTS = 2**21
@@ -47,7 +49,7 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    known = [_available(), _left_in_container()]
+    known = [_available(), control_groups.memory_left()]
     return min((free for free in known if free is not None), default=None)
 
 
@@ -58,22 +60,6 @@ def _available() -> int | None:
     except OSError:
         return None
     return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable")), None)
-
-
-def _left_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What is left of the limit of this container (cgroup v2, then v1), if it has one."""
-    for place, limit, used in (
-        (folder, "memory.max", "memory.current"),
-        (folder / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            left = int((place / limit).read_text()) - int((place / used).read_text())
-            entries = (line.split() for line in (place / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):  # no such file, or no limit: "max"
-            continue
-        caches = {name: int(value) for name, value in entries}
-        return left + caches.get("inactive_file", 0)
-    return None
 
 
 class Meter(TorchDispatchMode):

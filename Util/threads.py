@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from Util.workers import cores
+
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 STATISTICS = Path("/proc/stat")
 INTERVAL = 0.2
@@ -30,18 +32,20 @@ def use_threads(chosen: int = 0) -> None:
 
 @functools.cache
 def leave_busy_cores() -> None:
-    """Let PyTorch use no more threads than there are idle cores, at least one.
+    """Let PyTorch use no more threads than there are idle cores to be used, at least one.
 
     Cached: a process looks once. A number that the user has chosen (`VARIABLES`,
     ``torch.set_num_threads(1)``) stays, as does PyTorch's own where the system tells no times.
     """
-    most = torch.get_num_threads()
-    if most == 1 or any(os.environ.get(name) for name in VARIABLES):
+    before = torch.get_num_threads()
+    if before == 1 or any(os.environ.get(name) for name in VARIABLES):
         return
-    idle = idle_cores()
-    if idle is None or (threads := threads_for(idle, most)) == most:
+    most, idle = min(before, cores()), idle_cores()
+    threads = most if idle is None else threads_for(idle, most)
+    if threads < before:
+        torch.set_num_threads(threads)
+    if threads == most:
         return
-    torch.set_num_threads(threads)
     print(
         f"{threads} of {most} threads, since other processes hold the cores; OMP_NUM_THREADS"
         " chooses another number",

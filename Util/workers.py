@@ -6,6 +6,8 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
 
+from Util import control_groups
+
 
 def end_with_parent() -> None:
     """End this process as soon as the one that started it has ended, however it did.
@@ -31,10 +33,10 @@ def start_worker() -> None:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use, or as many as its container has the time of."""
+    linux = hasattr(os, "sched_getaffinity")
+    own = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    return min(own, control_groups.processors() or own)
 
 
 def worker_pool(workers: int | None) -> ProcessPoolExecutor:

@@ -1,5 +1,6 @@
 """What a batch needs is known before it is computed."""
 
+import os
 import re
 from dataclasses import replace
 
@@ -9,11 +10,13 @@ import torch
 import train
 from Compression import batch_memory
 from Compression.batch_memory import Need, check_batch, need
+from Dataset.loading import default_workers
 from tests.test_train_cli import SMALL, run
 from tests.test_training import config, make_trainer
-from Util import distributed, memory
+from Util import control_groups, distributed, memory
 from Util.memory import imagined
 from Util.settings import SettingError
+from Util.workers import cores
 
 GIB = 2**30
 
@@ -155,15 +158,51 @@ def test_a_dry_run_tells_the_memory(folder, capsys):
     assert re.search(r"^memory: a batch of 4 images takes at least", capsys.readouterr().out, re.M)
 
 
-def test_what_is_left_of_a_container(tmp_path):
-    assert memory._left_in_container(tmp_path) is None
-    for name, text in (("max", "max"), ("current", "300"), ("stat", "anon 100\ninactive_file 50")):
-        (tmp_path / f"memory.{name}").write_text(text)
-    assert memory._left_in_container(tmp_path) is None  # no limit
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert memory._left_in_container(tmp_path) == 750
-    (tmp_path / "memory.max").unlink()
-    (tmp_path / "memory").mkdir()
-    for name, text in (("limit_in_bytes", "900"), ("usage_in_bytes", "300"), ("stat", "cache 1")):
-        (tmp_path / f"memory/memory.{name}").write_text(text)
-    assert memory._left_in_container(tmp_path) == 600
+def write(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("_", ".", 1)).write_text(text)
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """A tree of control groups in which this process has no place yet."""
+    monkeypatch.setattr(control_groups, "ROOT", tmp_path / "cgroup")
+    monkeypatch.setattr(control_groups, "OWN", tmp_path / "own")
+    return tmp_path / "cgroup"
+
+
+def test_what_is_left_of_a_container(groups):
+    assert control_groups.memory_left() is None
+    write(groups, memory_max="max", memory_current="300", memory_stat="anon 1\ninactive_file 50")
+    assert control_groups.memory_left() is None  # no limit
+    write(groups, memory_max="1000\n")
+    assert control_groups.memory_left() == 750
+    (groups / "memory.max").unlink()
+    write(groups / "memory", memory_stat="cache 1")
+    write(groups / "memory", memory_limit_in_bytes="900", memory_usage_in_bytes="300")
+    assert control_groups.memory_left() == 600
+
+
+def test_a_job_has_the_least_of_its_group_and_those_above(groups, tmp_path):
+    (tmp_path / "own").write_text("0::/slurm/job\n")
+    write(groups / "slurm", memory_max="900", memory_current="500", memory_stat="", cpu_max="max 1")
+    write(groups / "slurm/job", memory_max="800", memory_current="300", memory_stat="")
+    assert control_groups.memory_left() == 400
+    assert control_groups.processors() is None
+    write(groups / "slurm/job", cpu_max="250000 100000")
+    assert control_groups.processors() == 3
+    (tmp_path / "own").write_text("4:memory:/job\n3:cpu,cpuacct:/job\n0::/\n")
+    write(groups / "cpu/job", cpu_cfs_quota_us="200000", cpu_cfs_period_us="100000")
+    write(groups / "memory/job", memory_limit_in_bytes="90", memory_usage_in_bytes="30")
+    write(groups / "memory/job", memory_stat="inactive_file 9")
+    assert (control_groups.processors(), control_groups.memory_left()) == (2, 69)
+    write(groups / "cpu/job", cpu_cfs_quota_us="-1")
+    assert control_groups.processors() is None
+
+
+def test_a_container_has_as_many_cores_as_it_has_time(monkeypatch):
+    monkeypatch.setattr(control_groups, "processors", lambda: 1)
+    assert cores() == default_workers() == 1
+    monkeypatch.setattr(control_groups, "processors", lambda: 10**6)
+    assert cores() == len(os.sched_getaffinity(0))

@@ -2,6 +2,7 @@ import hashlib
 import itertools
 import pickle
 import re
+import signal
 import subprocess
 import sys
 from multiprocessing import active_children
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 
 import train
 from Dataset import DatasetError, loading, sources
 from Dataset.batches import EndlessBatches
 from Dataset.images import Images, to_float
-from Dataset.loading import load_batches, main
+from Dataset.loading import EpochBatches, load_batches, main
 from Dataset.pictures import FILTERS, Resizing, UnreadableImageError, fit_square
 from train_hyperparams import TrainConfig
 
@@ -228,7 +230,7 @@ def test_pictures_travel_as_bytes(folder):
 
 @pytest.mark.parametrize(("cores", "processes", "workers"), [(64, 8, 4), (8, 4, 2), (2, 8, 1)])
 def test_loading_processes_are_a_share_of_the_cores(monkeypatch, cores, processes, workers):
-    monkeypatch.setattr(loading.os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(loading, "cores", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert loading.default_workers() == workers
 
@@ -339,3 +341,29 @@ def test_the_loader_is_measured(folder, tmp_path, capsys):
     assert main([*flags.split(), str(tmp_path / "none")]) == 2
     start = f"python -m Dataset.images: error: --path {tmp_path}/none: no such folder"
     assert capsys.readouterr().err.startswith(start)
+
+
+def test_the_order_of_each_pass_is_the_seeds_alone():
+    data, orders = TensorDataset(torch.arange(9)), []
+    for workers in (0, 1):
+        torch.manual_seed(workers)
+        batches = EpochBatches(data, "here", 4, workers, seed=5)
+        orders.append([torch.cat([b[0] for b in batches]).tolist() for _ in range(3)])
+    assert orders[0] == orders[1]
+    assert len({tuple(order) for order in orders[0]}) == 3
+    (first, _, last) = EpochBatches(data, "here", 4)
+    assert (first[0].tolist(), last[0].tolist()) == ([0, 1, 2, 3], [8])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork server")
+def test_signals_are_heard_while_processes_start(folder, monkeypatch):
+    start, handlers = DataLoader.__iter__, []
+
+    def started(loader):
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        return start(loader)
+
+    monkeypatch.setattr(DataLoader, "__iter__", started)
+    batches = load_batches(Images(folder, 8), EndlessBatches(7, 4), 1)
+    batches.close()
+    assert handlers == [signal.getsignal(signal.SIGTERM)] != [signal.SIG_IGN]
