@@ -125,8 +125,10 @@ def rehearse(settings: DemoSettings) -> dict[str, float]:
         pruned = taken[0] + per_image * (PruneSettings.n_sample - 10)
 
         config = retraining(place / "data", small.path, 9, place / "run")
-        rows = train(replace(config, log_freq=3, val_sample_freq=0)).rows
-        per_second = max(row[TIMING[0]] for row in rows[1:])  # the first ones warm up
+        result = train(replace(config, log_freq=3, val_sample_freq=0))
+        if result.signal:
+            raise KeyboardInterrupt
+        per_second = max(row[TIMING[0]] for row in result.rows[1:])  # the first ones warm up
         training = config.batch_size * settings.iter / per_second
     return {"rendering": rendering, "pruning": pruned, "retraining": training}
 
@@ -191,6 +193,7 @@ def run(settings: DemoSettings) -> int:
         small = prune(smaller)
         print(f"{summary(small.full, small.pruned)}\nsaved {small.path}")
 
+    _check_run(run)  # again: one may have begun since
     if run.exists():
         shutil.rmtree(run)
     config = retraining(data, small.path, settings.iter, run)

@@ -117,8 +117,10 @@ def run(argv: Sequence[str] | None) -> int:
         distributed.relaunch(__file__, flags, len(config.gpu_device_ids))
     if config.dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            print_dry_run(train(replace(config, out=folder, wandb=""), show), config)
-        return 0
+            result = train(replace(config, out=folder, wandb=""), show)
+            if not result.signal:
+                print_dry_run(result, config)
+        return 128 + result.signal if result.signal else 0
     result = train(config, show)
     if result.signal:
         return 128 + result.signal

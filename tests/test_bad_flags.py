@@ -6,6 +6,7 @@ To cover a new script, add it to `SCRIPTS` with flags that work; to cover a flag
 import re
 
 import pytest
+import torch
 
 import demo
 import get_edited_image
@@ -67,7 +68,7 @@ KINDS = {
     "folder": ["none", "model.pt"],
     "target": ["model.pt/x", "/proc/none/x"],
     "choice": ["", "none", "PARSER"],
-    "device": ["tpu", "cuda:99", "cuda", ""],
+    "device": ["tpu", "cuda:99", *([] if torch.cuda.is_available() else ["cuda"]), ""],
 }
 FLAGS = {
     "prune": {

@@ -136,7 +136,8 @@ def run_loop(
             return 0
         if actions.saved != trainer.iteration:
             actions.checkpoint()
-        show(f"stopped at iteration {trainer.iteration}; go on with --resume {config.out}")
+        if not config.dry_run:
+            show(f"stopped at iteration {trainer.iteration}; go on with --resume {config.out}")
     return request.signal
 
 
