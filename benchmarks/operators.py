@@ -140,25 +140,26 @@ def timed(
     operation: Operation, rounds: int, device: str, clock: Callable[[], float]
 ) -> dict[str, dict[str, Timing]]:
     """Time the three forms and a copy, forward and forward with backward."""
-    x = operation.x
+    # Each in its own layout: the textbook's forms are written for PyTorch's default.
+    inputs = {"textbook": operation.x.contiguous()}
     forms: dict[str, Impl | None]
     forms = {"textbook": None, "reference": "reference", "native": "native"}
 
-    def forward(impl: Impl | None) -> None:
+    def forward(name: str) -> None:
         with torch.no_grad():
-            operation.run(x, impl)
+            operation.run(inputs.get(name, operation.x), forms[name])
 
-    wanted = x.detach().requires_grad_()
-    y = operation.run(x, "reference")
+    wanted = {name: inputs.get(name, operation.x).detach().requires_grad_() for name in forms}
+    y = operation.run(operation.x, "reference")
     source, target, direction = torch.randn_like(y), torch.empty_like(y), torch.randn_like(y)
 
-    def backward(impl: Impl | None) -> None:
-        torch.autograd.grad(operation.run(wanted, impl), wanted, direction)
+    def backward(name: str) -> None:
+        torch.autograd.grad(operation.run(wanted[name], forms[name]), wanted[name], direction)
 
     once: dict[str, Callable[[], object]]
-    once = {name: functools.partial(forward, impl) for name, impl in forms.items()}
+    once = {name: functools.partial(forward, name) for name in forms}
     once["copy"] = lambda: target.copy_(source)
-    twice = {name: functools.partial(backward, impl) for name, impl in forms.items()}
+    twice = {name: functools.partial(backward, name) for name in forms}
     return {
         "forward": interleaved(once, rounds, device, clock=clock),
         "forward + backward": interleaved(twice, rounds, device, clock=clock),

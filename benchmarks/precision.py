@@ -1,9 +1,10 @@
 """Inference in bfloat16 (``--precision bf16``): speed, and grey levels off float32.
 
-``python -m benchmarks.precision``: one image a call, the two precisions taking turns. The bundled
+``python -m benchmarks.precision``: one image a call, both prepared, taking turns. The bundled
 models tell the error; the others have random weights and tell the speed alone.
 """
 
+import copy
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -42,9 +43,8 @@ def models() -> Iterator[tuple[str, Generator, bool]]:
             yield f"{size} px {label}", generator(size, ratio), False
 
 
-def synthesise(network: Generator, w: torch.Tensor, precision: str) -> None:
-    """Make an image of w+ in a precision."""
-    network.precision = None if precision == "float32" else PRECISIONS[precision]
+def synthesise(network: Generator, w: torch.Tensor) -> None:
+    """Make an image of w+."""
     with torch.no_grad():
         network.synthesis(w, "fixed")
 
@@ -56,16 +56,14 @@ def measure(settings: PrecisionSettings) -> list[dict[str, Any]]:
     clock = time.thread_time if settings.cpu_time else time.perf_counter
     results, rows = [], []
     for name, network, trained in models():
-        network = frozen(network).prepare("bf16")
+        prepared = {way: frozen(copy.deepcopy(network)).prepare(way) for way in PRECISIONS}
         w = torch.randn(1, network.n_latent, network.style_dim)
-        calls = {name: partial(synthesise, network, w, name) for name in PRECISIONS}
+        calls = {way: partial(synthesise, prepared[way], w) for way in PRECISIONS}
         times = interleaved(calls, settings.rounds, clock=clock)
         errors: tuple[float, ...] = ()
         if trained:
-            network.precision = PRECISIONS["bf16"]
-            errors = grey_levels_off(
-                network, from_z(network, draw_z(network, range(ERROR_IMAGES), 0))
-            )
+            half = prepared["bf16"]
+            errors = grey_levels_off(half, from_z(half, draw_z(half, range(ERROR_IMAGES), 0)))
         ratio = times["float32"].median / times["bf16"].median
         off = f"{errors[0]:.2f} mean, {errors[1]:.1f} at most" if errors else ""
         rows.append([name, *map(milliseconds, times.values()), f"{ratio:.2f}", off])
