@@ -226,7 +226,8 @@ def tensorflow_generator(n_mlp=3, seed=0, **kwargs):
             synthesis |= styled(f"{name}/Conv1", width, width)
         synthesis |= styled(f"{name}/ToRGB", width, 3, 1, noise=False)
     settings = {"num_channels": 3, "resolution": SIZE, "label_size": 0, "fmap_base": 32} | kwargs
-    parts = {"synthesis": Network(synthesis, settings), "mapping": Network(mapping, settings)}
+    repeated = settings | {"dlatent_broadcast": 2 * len(WIDTHS)}  # as G_main makes its mapping
+    parts = {"synthesis": Network(synthesis, settings), "mapping": Network(mapping, repeated)}
     own = {"lod": np.float32(0), "dlatent_avg": normal(W_DIM)}
     return Network(own, settings, parts)
 

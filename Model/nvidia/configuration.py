@@ -57,7 +57,7 @@ _FREE = (
     " latent_size dlatent_size resolution mapping_layers label_fmaps mapping_fmaps mapping_lrmul"
     " dlatent_avg_beta fmap_base fmap_decay fmap_min fmap_max truncation_psi truncation_cutoff"
     " truncation_psi_val truncation_cutoff_val style_mixing_prob structure randomize_noise"
-    " fused_modconv dtype"
+    " fused_modconv dtype dlatent_broadcast"
 )
 FREE = frozenset(_FREE.split())
 """Settings that the shapes of the tensors repeat, that only training uses, or that are read."""
