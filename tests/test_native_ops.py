@@ -1,5 +1,6 @@
 """The compiled operators against the plain ones, and how they are built and chosen."""
 
+import errno
 import re
 import stat
 import subprocess
@@ -451,10 +452,30 @@ def test_a_failing_compiler_is_reported_in_short_and_remembered(unbuilt, monkeyp
     assert count.read_text().count("x") > 2
 
 
-def test_a_compiler_ended_from_outside_is_tried_again(unbuilt, monkeypatch):
-    monkeypatch.setenv("CXX", compiler_script(unbuilt, "kill -TERM $$"))
-    with pytest.raises(build.BuildError, match="signal 15"):
+@pytest.mark.parametrize(
+    ("ended", "said"),
+    [
+        ("kill -TERM $$", "signal 15"),
+        (
+            "echo 'g++: fatal error: Killed signal terminated program cc1plus'; exit 1",
+            "by a signal",
+        ),
+    ],
+)
+def test_a_compiler_ended_from_outside_is_tried_again(unbuilt, monkeypatch, ended, said):
+    monkeypatch.setenv("CXX", compiler_script(unbuilt, ended))
+    with pytest.raises(build.BuildError, match=said):
         build.library("cpu")
+    body = 'while [ "$1" != -o ]; do shift; done; echo lib > "$2"'
+    monkeypatch.setenv("CXX", compiler_script(unbuilt, body))
+    assert build.library("cpu").read_text() == "lib\n"
+
+
+def test_a_cache_without_locks_is_built_in(unbuilt, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
     body = 'while [ "$1" != -o ]; do shift; done; echo lib > "$2"'
     monkeypatch.setenv("CXX", compiler_script(unbuilt, body))
     assert build.library("cpu").read_text() == "lib\n"

@@ -211,6 +211,8 @@ def _run(command: Sequence[str]) -> None:
     if result.returncode < 0:
         raise InterruptedBuildError(f"{program}: signal {-result.returncode}")
     printed = result.stdout + result.stderr
+    if "signal terminated program" in printed:  # the compiler that g++ runs, for want of memory
+        raise InterruptedBuildError(f"{program}: its compiler was ended by a signal")
     log = cache_folder() / f"{program}_failed.log"
     log.write_text(" ".join(command) + "\n" + printed)
     errors = [line for line in printed.splitlines() if "error" in line.lower()]
@@ -248,7 +250,8 @@ def _locked(file: Path) -> Iterator[None]:
     import fcntl
 
     with open(file, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # no locks there: what several have made is replaced
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
