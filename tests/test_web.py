@@ -64,6 +64,20 @@ def test_other_files_stay(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_page_that_was_not_finished_is_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "check_packages", lambda: None)
+    monkeypatch.setattr(build, "copy_runtime", lambda folder: folder.mkdir(exist_ok=True))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "write_model", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            build.build(build.WebSettings(out=tmp_path / "dist"))
+    assert not (tmp_path / "dist/data.json").exists()
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     if MISSING:

@@ -6,6 +6,7 @@ version and with the checksum of package-lock.json.
 """
 
 import dataclasses
+import filecmp
 import json
 import shutil
 import subprocess
@@ -50,7 +51,7 @@ class WebSettings(Settings):
     out: Path = setting(
         HERE / "dist", "folder to write; what is in it is replaced", metavar="FOLDER"
     )
-    n_faces: int = setting(12, "faces to choose from: images 0, 1, ... of seed 0", low=2)
+    n_faces: int = setting(12, "faces to choose from: images 0, 1, ... of seed 0", low=10)
     n_directions: int = setting(6, "sliders", low=1)
     n_sample: int = setting(4096, "w that the sliders' directions are found from", low=64)
 
@@ -160,10 +161,13 @@ def build(settings: WebSettings) -> Path:
     """
     check_packages()
     out = settings.out
-    if out.exists() and any(out.iterdir()) and not (out / "data.json").is_file():
+    page, begun = HERE / "page", out / "index.html"
+    whole = (out / "data.json").is_file()
+    ours = whole or (begun.is_file() and filecmp.cmp(begun, page / "index.html", shallow=False))
+    if out.exists() and any(out.iterdir()) and not ours:
         raise SettingError("out", f"{out} holds files that are no such page; name another folder")
+    shutil.copytree(page, out, dirs_exist_ok=True)
     copy_runtime(out / "vendor")
-    shutil.copytree(HERE / "page", out, dirs_exist_ok=True)
     generators = {name: checkpoint.load_generator(path).eval() for name, path in MODELS.items()}
     data = {
         "models": [write_model(name, g, out / "models") for name, g in generators.items()],
