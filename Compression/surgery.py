@@ -48,12 +48,16 @@ def _copy_styled_conv(
     source: StyledConv, target: StyledConv, keep_in: Tensor, keep_out: Tensor
 ) -> None:
     _copy_conv(source.conv, target.conv, keep_in, keep_out)
+    if source.conv.upsample:  # the filter is the network's, and need not be the usual one
+        target.conv.blur.kernel.copy_(source.conv.blur.kernel)
     target.noise.weight.copy_(source.noise.weight)
     target.activate.bias.copy_(source.activate.bias[keep_out])
 
 
 def _copy_to_rgb(source: ToRGB, target: ToRGB, keep_in: Tensor) -> None:
     _copy_conv(source.conv, target.conv, keep_in, None)
+    if hasattr(source, "upsample"):
+        target.upsample.kernel.copy_(source.upsample.kernel)
     target.bias.copy_(source.bias)
 
 

@@ -52,16 +52,17 @@ def truncate(w: Tensor, truncation: float, centre: Tensor | None) -> Tensor:
     Args:
         w: (N, style_dim) or (N, n_latent, style_dim).
         truncation: psi; 1 leaves w as it is.
-        centre: (1, style_dim), required below 1.
+        centre: (1, style_dim), required for any other.
 
     Raises:
         ValueError: truncation without a centre.
     """
-    if truncation >= 1:
+    if truncation == 1:
         return w
     if centre is None:
         raise ValueError(
-            "truncation below 1 needs its centre (truncation_latent), e.g. the mean w of 4096 z"
+            f"truncation {truncation} needs its centre (truncation_latent), e.g. the mean w of"
+            " 4096 z"
         )
     return centre + truncation * (w - centre)
 
@@ -237,7 +238,8 @@ class Generator(nn.Module):
     def freeze(self) -> "Generator":
         """Keep what no latent changes where no gradient is recorded; for a network at rest.
 
-        Takes some memory, a ninth of the convolutions' weights. Copies are not frozen.
+        Takes some memory, a ninth of the convolutions' weights and as much as the styles' layers.
+        Copies are not frozen.
 
         Returns:
             This generator.
@@ -283,7 +285,8 @@ class Generator(nn.Module):
         """
         latents = list(styles)
         if not input_is_latent and latents:  # in one pass
-            latents = list(self.mapping(torch.cat(latents)).chunk(len(latents)))
+            numbers = [len(z) for z in latents]
+            latents = list(self.mapping(torch.cat(latents)).split(numbers))
         latents = [truncate(w, truncation, truncation_latent) for w in latents]
         if len(latents) == 1:
             w = latents[0]

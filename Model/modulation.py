@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from Model.layers import EPSILON, ModulatedConv2d
 from Model.precision import in_float32
+from Model.prepared import version
 
 
 def plan(
@@ -113,7 +114,7 @@ class FrozenModulation:
     def _refresh(self) -> None:
         convs, layers = self._convs, (*self._convs, *self._rgbs)
         read = [p for layer in layers for p in layer.parameters()]
-        marks = [(p.data_ptr(), p._version) for p in read]
+        marks = [(p.data_ptr(), version(p)) for p in read]
         if marks == self._marks:
             return
         self._marks = marks

@@ -37,8 +37,13 @@ class Source(NamedTuple):
         return (
             self.owner[self.name] is self.tensor
             and self.tensor.data_ptr() == self.address
-            and self.tensor._version == self.version
+            and version(self.tensor) == self.version
         )
+
+
+def version(tensor: Tensor) -> int:
+    """Count what was written to a tensor in place; inference mode's count nothing: 0."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _sources(module: nn.Module) -> Iterator[Source]:
@@ -46,7 +51,7 @@ def _sources(module: nn.Module) -> Iterator[Source]:
         for owner in (part._parameters, part._buffers):
             for name, tensor in owner.items():
                 if tensor is not None:
-                    yield Source(owner, name, tensor, tensor.data_ptr(), tensor._version)
+                    yield Source(owner, name, tensor, tensor.data_ptr(), version(tensor))
 
 
 class _Styles:

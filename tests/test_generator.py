@@ -109,6 +109,22 @@ def test_style_mixing_takes_the_second_latent_from_the_injected_layer_on():
     torch.testing.assert_close(w_plus[0, 2:], b.expand(4, -1))
 
 
+def test_a_network_made_in_inference_mode_can_be_prepared():
+    with torch.inference_mode():
+        generator, w = small().prepare("float32").freeze(), torch.randn(1, 8)
+        made = generator([w], input_is_latent=True, randomize_noise=False)
+        expected = generator.prepare(None)([w], input_is_latent=True, randomize_noise=False)
+    torch.testing.assert_close(made, expected)
+
+
+def test_truncation_above_one_moves_away_from_the_centre():
+    generator, centre = small(), torch.randn(1, 8)
+    w = torch.randn(2, 8)
+    how = {"input_is_latent": True, "truncation": 1.5, "truncation_latent": centre}
+    expected = (centre + 1.5 * (w - centre))[:, None].expand(-1, generator.n_latent, -1)
+    torch.testing.assert_close(generator.w_plus([w], **how), expected)
+
+
 @pytest.mark.parametrize("size", [0, 4, 48, -8])
 def test_sizes_other_than_powers_of_two_are_refused(size):
     with pytest.raises(ValueError, match="power of two"):
@@ -119,8 +135,11 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="6 positive channel counts"):
         Generator(16, channels=(4, 4, 4))
     generator, z = small(), torch.randn(2, 8)
-    with pytest.raises(ValueError, match="truncation_latent"):
-        generator([z], truncation=0.5)
+    for psi in (0.5, 1.5):
+        with pytest.raises(ValueError, match="truncation_latent"):
+            generator([z], truncation=psi)
+    with pytest.raises(RuntimeError, match=r"[Ss]ize"):
+        generator.w_plus([torch.randn(3, 8), torch.randn(1, 8)], inject_index=2)
     with pytest.raises(ValueError, match="5 noise maps"):
         generator([z], noise=generator.make_noise()[:3])
 

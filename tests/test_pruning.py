@@ -92,6 +92,17 @@ def test_removing_nothing_copies():
         assert theirs[name].data_ptr() != value.data_ptr()
 
 
+def test_filters_of_the_networks_own_are_kept():
+    _, network = golden_network("generator_32px")
+    for name, buffer in network.named_buffers():
+        if name.endswith("kernel"):
+            buffer.copy_(torch.full_like(buffer, 1 / 4))
+    pruned = prune_generator(network, random_keep(network, ratio=0.0))
+    z = torch.randn(2, network.style_dim)
+    made = [g([z], randomize_noise=False) for g in (network, pruned)]
+    torch.testing.assert_close(made[1], made[0])
+
+
 def test_surgery_leaves_the_rest_alone():
     _, network = golden_network("generator_32px")
     network.requires_grad_(False).double()
