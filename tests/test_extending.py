@@ -1,6 +1,7 @@
 """A published idea is one file and one line in a table: flags, help, log and plots follow."""
 
 import json
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,7 +121,7 @@ def test_a_metric_during_training(folder, monkeypatch):
 
     monkeypatch.setitem(METRICS, "toy", Metric(toy_metric, "a toy", ("toy", "toy")))
     flags = (
-        f"--fid_n_sample 150 --fid_features parser --parser_ckpt {bundled.PARSER}"
+        f"--fid_n_sample 150 --fid_features parser --parser_ckpt {os.path.relpath(bundled.PARSER)}"
         " --fid_metrics toy,fid"
     )
     assert trained(folder, flags) == 0

@@ -1,5 +1,6 @@
 import json
 import pickle
+import shlex
 from dataclasses import replace
 
 import numpy as np
@@ -41,8 +42,9 @@ def files(tmp_path, generator):
 
 
 def run(files, flags, capsys):
-    argv = f"--ckpt {files}/g.pt --parser_ckpt {bundled.PARSER} --features parser --device cpu"
-    assert get_fid.main([*argv.split(), "--workers", "0", *flags.split()]) == 0
+    argv = f"--ckpt {files}/g.pt --features parser --device cpu --workers 0"
+    argv = [*argv.split(), "--parser_ckpt", str(bundled.PARSER), *flags.split()]
+    assert get_fid.main(argv) == 0
     captured = capsys.readouterr()
     return captured.err + captured.out
 
@@ -247,16 +249,16 @@ def test_bundled_statistics_fit_the_bundled_classifier_of_attributes(capsys):
         ),
         ("--n_sample 120 --stats small.npz --metrics kid", "need the real images"),
         ("--n_sample 120 --stats side.npz", "side.npz was made of images of 1024 px; these set"),
-        (f"--ckpt {bundled.MODEL} --features inception", "--path is missing"),
+        (f"--ckpt {shlex.quote(str(bundled.MODEL))} --features inception", "--path is missing"),
     ],
 )
 def test_bad_input_is_one_line(files, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(files)
     write_bad_statistics(files)
     Image.new("RGB", (16, 16)).save(files / "real/large.png")
-    argv = f"--ckpt g.pt --parser_ckpt {bundled.PARSER} --features parser --workers 0 {flags}"
+    argv = ["--ckpt", "g.pt", "--parser_ckpt", str(bundled.PARSER), "--features", "parser"]
     try:
-        code = get_fid.main(argv.split())
+        code = get_fid.main([*argv, "--workers", "0", *shlex.split(flags)])
     except SystemExit as error:
         code = error.code
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]

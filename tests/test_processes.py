@@ -168,7 +168,7 @@ def test_a_signal_to_one_process_ends_the_measurement_of_all(folder):
 
         evaluation.make_extractor = lambda *_: Extractor(colours, "parser", "colours")
 
-    more = f"--fid_n_sample 400 --fid_features parser --parser_ckpt {PARSER} --fid_batch 4"
+    more = f"--fid_n_sample 400 --fid_features parser --parser_ckpt {os.path.relpath(PARSER)} --fid_batch 4"
     job = start(folder / "job", flags(folder, f"--iter 2 {more}"), sabotage=sabotage)
     assert job.end() != 0
     assert "stopped at iteration 2" in job.output

@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
@@ -67,7 +68,7 @@ def measured(monkeypatch):
         return Extractor(lambda x: x.mean(dim=(2, 3)), "parser", "colours")
 
     monkeypatch.setattr(evaluation, "make_extractor", colours)
-    return f"--fid_n_sample 20 --fid_features parser --parser_ckpt {PARSER} --model_save_freq 2"
+    return f"--fid_n_sample 20 --fid_features parser --parser_ckpt {os.path.relpath(PARSER)} --model_save_freq 2"
 
 
 def distances(folder):
