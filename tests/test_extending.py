@@ -22,6 +22,8 @@ from Util.plot_log import panels_of
 from Util.run_log import BEST, read_config, read_metrics
 from Util.settings import Settings, setting
 
+FACES = os.path.relpath(bundled.PARSER)  # the repository's path may have spaces
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -120,10 +122,7 @@ def test_a_metric_during_training(folder, monkeypatch):
         return {name: float(generated.mean())}
 
     monkeypatch.setitem(METRICS, "toy", Metric(toy_metric, "a toy", ("toy", "toy")))
-    flags = (
-        f"--fid_n_sample 150 --fid_features parser --parser_ckpt {os.path.relpath(bundled.PARSER)}"
-        " --fid_metrics toy,fid"
-    )
+    flags = f"--fid_n_sample 150 --fid_features parser --parser_ckpt {FACES} --fid_metrics toy,fid"
     assert trained(folder, flags) == 0
     rows = read_metrics(folder / "run")
     name = "toy_parser_distance"

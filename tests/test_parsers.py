@@ -16,6 +16,8 @@ from Compression.parsers import PARSERS, Loaded, ParserKind, load_parser, script
 from Dataset import toon_faces
 from Model import bundled, checkpoint
 
+FACES = os.path.relpath(bundled.PARSER)  # the repository's path may have spaces
+
 CPU = torch.device("cpu")
 FACTS = {"input_size": 16, "class_names": ["background", "red", "green"]}
 
@@ -283,7 +285,7 @@ def test_the_content_is_stored_and_matters(tmp_path, capsys):
 
 
 def test_prune_warns_of_next_to_nothing(tmp_path, capsys):
-    flags = f"--n_sample 10 --device cpu --out {tmp_path}/x.pt --parser {os.path.relpath(bundled.PARSER)}"
+    flags = f"--n_sample 10 --device cpu --out {tmp_path}/x.pt --parser {FACES}"
     assert prune.main([*flags.split(), "--content", "eyes"]) == 0
     assert "prune.py: warning: the masks of l_eye,r_eye hold 1" in capsys.readouterr().err
 

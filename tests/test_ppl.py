@@ -12,6 +12,8 @@ from Model import bundled, checkpoint
 from Model.generator import Generator
 from Util.settings import SettingError
 
+FACES = os.path.relpath(bundled.PARSER)  # the repository's path may have spaces
+
 
 @pytest.fixture
 def generator():
@@ -52,7 +54,7 @@ def test_path_ends_lie_at_w_itself(generator, monkeypatch):
 
 def test_the_protocols_that_are_named_are_measured(tmp_path, generator, capsys):
     checkpoint.save(tmp_path / "g.pt", {"g_ema": generator})
-    flags = f"--ckpt {tmp_path}/g.pt --perceptual parser --parser_ckpt {os.path.relpath(bundled.PARSER)} --json"
+    flags = f"--ckpt {tmp_path}/g.pt --perceptual parser --parser_ckpt {FACES} --json"
     more = "--device cpu --n_sample 7 --protocols ends,standard"
     assert get_ppl.main(f"{flags} {more}".split()) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -85,7 +87,7 @@ def test_the_script_measures_exactly_n_sample_pairs(tmp_path, generator, capsys,
     monkeypatch.setattr(
         ppl, "perceptual_path_length", lambda d, *args: counts.append(len(d)) or trim(d, *args)
     )
-    flags = f"--ckpt {tmp_path}/g.pt --perceptual parser --parser_ckpt {os.path.relpath(bundled.PARSER)} --device cpu"
+    flags = f"--ckpt {tmp_path}/g.pt --perceptual parser --parser_ckpt {FACES} --device cpu"
     figures = []
     for size in (3, 50):
         assert get_ppl.main(f"{flags} --n_sample 7 --batch_size {size} --json".split()) == 0

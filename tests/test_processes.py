@@ -22,6 +22,8 @@ from train_hyperparams import TrainConfig
 from Util import distributed
 from Util.run_log import checkpoints, read_metrics
 
+FACES = os.path.relpath(PARSER)  # the repository's path may have spaces
+
 SMALL = (
     "--size 8 --style_dim 8 --n_mlp 1 --channels 4,4,4,4 --batch_size 4 --workers 0 --device cpu"
 )
@@ -168,7 +170,7 @@ def test_a_signal_to_one_process_ends_the_measurement_of_all(folder):
 
         evaluation.make_extractor = lambda *_: Extractor(colours, "parser", "colours")
 
-    more = f"--fid_n_sample 400 --fid_features parser --parser_ckpt {os.path.relpath(PARSER)} --fid_batch 4"
+    more = f"--fid_n_sample 400 --fid_features parser --parser_ckpt {FACES} --fid_batch 4"
     job = start(folder / "job", flags(folder, f"--iter 2 {more}"), sabotage=sabotage)
     assert job.end() != 0
     assert "stopped at iteration 2" in job.output

@@ -15,9 +15,11 @@ from Compression.recipes import RECIPES
 from Model import bundled, checkpoint
 from Util.run_log import read_config, read_metrics
 
+FACES = os.path.relpath(bundled.PARSER)  # the repository's path may have spaces
+
 # Some initialisations are files of their own; a recipe only names them.
 KNOWN = [name for name, recipe in RECIPES.items() if recipe.prune["init"] in INITIALISATIONS]
-OFFLINE = f"--perceptual parser --parser_ckpt {os.path.relpath(bundled.PARSER)}"
+OFFLINE = f"--perceptual parser --parser_ckpt {FACES}"
 SMALL = "--batch_size 2 --workers 0 --device cpu --log_freq 1"
 
 
@@ -111,7 +113,7 @@ def test_prune_and_two_iterations_of_every_recipe(folder, tmp_path, name):
         flags += " --dcp_directions 2 --dcp_latents 200"
     if RECIPES[name].prune["init"] == "reconstruction":
         flags += " --init_n_sample 2"
-    flags += f" --ckpt {teacher} --parser_ckpt {os.path.relpath(bundled.PARSER)} --out {pruned}"
+    flags += f" --ckpt {teacher} --parser_ckpt {FACES} --out {pruned}"
     assert prune.main(flags.split()) == 0
     config = checkpoint.read(pruned)["config"]
     assert (config["recipe"], config["batch_size"]) == (name, 2)
@@ -144,7 +146,7 @@ def test_two_discriminators_and_moments_resume_exactly(folder, tmp_path):
     teacher = folder / "teacher.pt"
     flags = f"--recipe nickel_dime --path {folder}/data --ckpt {teacher} --teacher_ckpt {teacher}"
     flags += f" --moments_networks parser=20 --moments_n_sample 8 --moments_file {tmp_path}/m.npz"
-    flags += f" --parser_ckpt {os.path.relpath(bundled.PARSER)} {SMALL} --d_reg_every 2"
+    flags += f" --parser_ckpt {FACES} {SMALL} --d_reg_every 2"
     for run, iterations in (("whole", 4), ("parts", 2)):
         assert (
             train.main([*flags.split(), "--out", f"{tmp_path}/{run}", "--iter", str(iterations)])

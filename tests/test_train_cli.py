@@ -33,6 +33,8 @@ from train_hyperparams import TrainConfig
 from Util.plot_log import main as plot_main
 from Util.run_log import BEST, TIMING, checkpoints, newest_checkpoint, read_config, read_metrics
 
+FACES = os.path.relpath(PARSER)  # the repository's path may have spaces
+
 DISTANCE = "frechet_parser_distance"
 SMALL = (
     "--size 8 --style_dim 8 --n_mlp 2 --channels 6,5,4,4 --batch_size 4 --workers 0 --device cpu"
@@ -68,7 +70,7 @@ def measured(monkeypatch):
         return Extractor(lambda x: x.mean(dim=(2, 3)), "parser", "colours")
 
     monkeypatch.setattr(evaluation, "make_extractor", colours)
-    return f"--fid_n_sample 20 --fid_features parser --parser_ckpt {os.path.relpath(PARSER)} --model_save_freq 2"
+    return f"--fid_n_sample 20 --fid_features parser --parser_ckpt {FACES} --model_save_freq 2"
 
 
 def distances(folder):
