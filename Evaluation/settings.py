@@ -76,7 +76,7 @@ class PrecisionSettings(EvaluationSettings):
     precision: str = setting(
         "float32",
         "of the generator: float32, or bf16, some grey levels off and meant for CPUs with"
-        " AVX512-BF16 or AMX",
+        " AMX",
         choices=tuple(PRECISIONS),
     )
 
