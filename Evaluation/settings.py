@@ -75,8 +75,7 @@ class PrecisionSettings(EvaluationSettings):
 
     precision: str = setting(
         "float32",
-        "of the generator: float32, or bf16, some grey levels off and meant for CPUs with"
-        " AMX",
+        "of the generator: float32, or bf16, some grey levels off and meant for CPUs with AMX",
         choices=tuple(PRECISIONS),
     )
 
