@@ -238,8 +238,9 @@ def _real(
         how = (device, settings.batch_size, settings.workers, whole)
         with blame("stats" if stats and stats.is_file() else "path"):
             found = real_statistics(images, stats, extractor, *how)
-        made = found.record.get("files", images.fingerprint())
-        if distributed.rank() == 0 and made != images.fingerprint():
+        made = found.record.get("files")
+        # Asked of what was named alone: it takes a look at every file.
+        if stats and made and distributed.rank() == 0 and made != images.fingerprint():
             warn(
                 f"warning: {stats} was made of {found.record['count']} images of"
                 f" {found.record['images']}, and {settings.path} holds others; those of the"

@@ -162,10 +162,6 @@ class RunLog:
         rows = self._rows_with(self.best_by) if self.best_by else []
         return bool(rows) and min(rows)[1] == iteration
 
-    def measured(self, iteration: int) -> bool:
-        """Whether figures of an iteration have been logged."""
-        return measured(self.folder, iteration)
-
     def _rows_with(self, key: str) -> list[tuple[float, float]]:
         """Values and iterations of a metric."""
         return [(row[key], row["iteration"]) for row in self.rows() if key in row]

@@ -18,7 +18,7 @@ from train_hyperparams import TrainConfig
 from Util import distributed, pictures
 from Util.device import peak_memory_gib, reserved_memory_gib
 from Util.progress import Progress, show
-from Util.run_log import RunLog
+from Util.run_log import RunLog, measured
 from Util.settings import SettingError
 from Util.stopping import StoppedError, StopRequest
 
@@ -87,7 +87,9 @@ class _Actions:
         due = iteration == self.iterations or (every and iteration and iteration % every == 0)
         if not (self.evaluation and due):
             return
-        if not distributed.from_first(self.run_log is None or self.run_log.measured(iteration)):
+        if not distributed.from_first(
+            self.run_log is None or measured(self.run_log.folder, iteration)
+        ):
             self.evaluate()
             self.checkpoint()
 
