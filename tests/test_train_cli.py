@@ -73,6 +73,18 @@ def measured(monkeypatch):
     return f"--fid_n_sample 20 --fid_features parser --parser_ckpt {FACES} --model_save_freq 2"
 
 
+def interrupted(calls, at):
+    """Make the features of `measured`, which note their batches; a signal comes in one of them."""
+
+    def colours(x):
+        calls.append(len(x))
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGTERM)
+        return x.mean(dim=(2, 3))
+
+    return lambda *args: Extractor(colours, "parser", "colours")
+
+
 def distances(folder):
     return {r["iteration"]: r[DISTANCE] for r in read_metrics(folder) if DISTANCE in r}
 
@@ -237,16 +249,8 @@ def test_a_signal_ends_a_measurement_which_the_resumed_run_makes_up_for(
     assert run(folder, flags, "whole") == 0
     make, calls = evaluation.make_extractor, []
 
-    def interrupted(*args):
-        def colours(x):
-            calls.append(len(x))
-            if len(calls) == 7:  # after 5 real images, 5 times 4 generated ones each time
-                signal.raise_signal(signal.SIGTERM)
-            return x.mean(dim=(2, 3))
-
-        return Extractor(colours, "parser", "colours")
-
-    monkeypatch.setattr(evaluation, "make_extractor", interrupted)
+    # After 5 real images, 5 times 4 generated ones each time.
+    monkeypatch.setattr(evaluation, "make_extractor", interrupted(calls, 7))
     assert run(folder, flags) == 143
     assert sum(calls) < 20 + 20
     assert not distances(folder / "run").keys() & {4, 6}
@@ -265,16 +269,8 @@ def test_a_signal_in_the_last_measurement_is_no_success(folder, measured, monkey
     assert run(folder, flags, "whole") == 0
     make, calls = evaluation.make_extractor, []
 
-    def interrupted(*args):
-        def colours(x):
-            calls.append(len(x))
-            if len(calls) == 9:  # after 5 real images and the 5 batches of iteration 2
-                signal.raise_signal(signal.SIGTERM)
-            return x.mean(dim=(2, 3))
-
-        return Extractor(colours, "parser", "colours")
-
-    monkeypatch.setattr(evaluation, "make_extractor", interrupted)
+    # After 5 real images and the 5 batches of iteration 2.
+    monkeypatch.setattr(evaluation, "make_extractor", interrupted(calls, 9))
     assert run(folder, flags) == 143
     assert [p.name for p in checkpoints(folder / "run")] == ["000002.pt", "000003.pt"]
     assert list(distances(folder / "run")) == [2]
