@@ -104,7 +104,7 @@ def _reference(x: Tensor, kernel: Tensor, up: int, down: int, pad: tuple[int, in
     kernel = kernel.to(x.dtype)
     if up == 1:
         if pad[0] != pad[1] or pad[0] < 0:
-            x = F.pad(x, (pad[0], pad[1], pad[0], pad[1]))
+            x = _pad_or_crop(x, *pad)
             pad = (0, 0)
         weight = kernel.flip((0, 1)).expand(channels, 1, taps, taps)
         return F.conv2d(x, weight, stride=down, padding=pad[0], groups=channels)
@@ -116,10 +116,15 @@ def _reference(x: Tensor, kernel: Tensor, up: int, down: int, pad: tuple[int, in
     crop = min(skip, excess)
     weight = kernel.expand(channels, 1, taps, taps)
     y = F.conv_transpose2d(x, weight, stride=up, padding=max(crop, 0), groups=channels)
-    left, right = skip - max(crop, 0), excess - max(crop, 0)
-    if left < 0 or right < 0:
-        y = F.pad(y, (max(-left, 0), max(-right, 0)) * 2)
-    if left > 0 or right > 0:  # after the zeros, since more may be cropped than there were samples
-        kept = [slice(max(left, 0), side - max(right, 0)) for side in y.shape[2:]]
-        y = y[:, :, kept[0], kept[1]]
+    y = _pad_or_crop(y, max(crop, 0) - skip, max(crop, 0) - excess)
     return y[:, :, ::down, ::down] if down > 1 else y
+
+
+def _pad_or_crop(x: Tensor, before: int, after: int) -> Tensor:
+    """Add zeros to both axes, or crop where negative: F.pad, which can not crop its own zeros."""
+    if before > 0 or after > 0:
+        x = F.pad(x, (max(before, 0), max(after, 0)) * 2)
+    if before < 0 or after < 0:
+        kept = [slice(max(-before, 0), side - max(-after, 0)) for side in x.shape[2:]]
+        x = x[:, :, kept[0], kept[1]]
+    return x
