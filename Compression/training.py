@@ -458,13 +458,12 @@ class Trainer:
         context: Callable[[], AbstractContextManager[None]],
         features: bool,
     ) -> Pass:
-        """Run student or teacher on the latents of a batch."""
+        """Map the latents of a batch; student or teacher draws when its pass is looked at."""
         if noise is None and self.settings.compile and generator is not self.generator:
             noise = generator.make_noise(len(z[0]))  # compiled code would draw other numbers
         with context():
             w_plus = generator.w_plus(z, inject_index=layer)
-            made = generator.synthesis(w_plus, noise, features=features)
-        return Pass(generator, w_plus, noise, made, context)
+        return Pass(generator, w_plus, noise, features, context)
 
     @contextmanager
     def _without_gradients(self) -> Iterator[None]:

@@ -284,6 +284,29 @@ def test_a_term_may_train_the_discriminator_and_sees_the_teachers_pass(monkeypat
     assert steps["generator"] == pytest.approx(metrics["g_loss"].item(), rel=1e-6)
 
 
+def test_the_teacher_draws_only_for_terms_that_look_at_its_pass(monkeypatch):
+    teacher = Generator(8, style_dim=8, n_mlp=2, channels=(6, 5, 4, 4)).requires_grad_(False)
+    drawn = []
+    synthesis = teacher.synthesis
+    monkeypatch.setattr(
+        teacher, "synthesis", lambda *a, **k: drawn.append(len(a[0])) or synthesis(*a, **k)
+    )
+
+    def alone(student, target, mask):
+        return student.made.image.square().mean()
+
+    def beside(student, target, mask):
+        return (student.made.image - target.made.image + target.made.rgbs[0].mean()).abs().mean()
+
+    trainer, (real,) = make_trainer(config(r1=0.0, path_regularize=0.0)), images()
+    trainer.teacher = Teacher(teacher, None, [Term("alone", 1.0, alone)])
+    trainer.iterate(real)
+    assert not drawn
+    trainer.teacher = Teacher(teacher, None, [Term("a", 1.0, beside), Term("b", 1.0, beside)])
+    trainer.iterate(real)
+    assert drawn == [len(real)]
+
+
 def test_events_come_at_their_periods_and_at_the_end():
     trainer, events = make_trainer(), []
     periods = {"log": 2, "checkpoint": 3, "sample": 0}

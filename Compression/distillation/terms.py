@@ -9,6 +9,7 @@ line in the table `Compression.distillation.TERMS`. Most are a `Call`; what need
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,15 +29,21 @@ class Pass:
         generator: student or teacher.
         w_plus: (N, n_latent, style_dim), of its own mapping network.
         noise: layer noise, (N, 1, h, w) per styled convolution; None was drawn afresh.
-        made: `image`, `rgbs` and, where a term asked for them, `features`.
+        features: `made` holds the activations of every layer.
         context: what the generator runs in: precision, and for the teacher no gradients.
     """
 
     generator: Generator
     w_plus: Tensor
     noise: Sequence[Tensor] | None
-    made: Synthesis
+    features: bool
     context: Callable[[], AbstractContextManager[None]]
+
+    @cached_property
+    def made(self) -> Synthesis:
+        """Compute `image`, `rgbs` and, if asked for, `features`, when they are first looked at."""
+        with self.context():
+            return self.generator.synthesis(self.w_plus, self.noise, features=self.features)
 
     def again(
         self, offset: Tensor, features: bool = False, noise: Sequence[Tensor] | None = None
