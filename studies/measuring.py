@@ -35,21 +35,22 @@ PAIRS = 200
 SEED_OFFSET = 1000
 """Latents that are measured have other seeds than those that are scored or trained on."""
 
-HIGHER_IS_BETTER = {
-    "agreement": True,
-    "agreement_inside": True,
-    "agreement_outside": True,
-    "variety": True,
-    "l1_inside": False,
-    "l1_outside": False,
-    "frechet": False,
-    "frechet_inside": False,
-    "precision": True,
-    "recall": True,
-    "ppl": False,
-    **{f"agreement:{name}": True for name in ATTRIBUTES},
+GROUPS: dict[str, tuple[str, ...]] = {
+    "l1": ("l1_inside", "l1_outside"),
+    "agreement": (
+        *("agreement", "agreement_inside", "agreement_outside", "variety"),
+        *(f"agreement:{name}" for name in ATTRIBUTES),
+    ),
+    "frechet": ("frechet", "frechet_inside"),
+    "pr": ("precision", "recall"),
+    "ppl": ("ppl",),
 }
-"""Every figure, and which way it improves."""
+"""Every figure, by the group that is measured at once."""
+
+HIGHER_IS_BETTER = {
+    figure: group in ("agreement", "pr") for group, figures in GROUPS.items() for figure in figures
+}
+"""Which way a figure improves."""
 
 
 @dataclass(frozen=True)
@@ -221,4 +222,4 @@ FIGURES: dict[str, Callable[[Judge, Generator, Passes], dict[str, float]]] = {
     "pr": _precision_recall,
     "ppl": _ppl,
 }
-"""Groups of figures that a plan names."""
+"""How each of `GROUPS` is measured."""

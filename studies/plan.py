@@ -11,7 +11,7 @@ its own: for a new discriminator, or for a term.
     seeds = [0, 1, 2]
     ratios = [0.7]
     control = "cagc"                    # what the others are compared with; an arm may name its own
-    repeat = "again"                    # may be left out: an arm that is the control once more
+    repeats = ["again"]                 # may be left out: arms that are the control once more
     [budget]
     images = 28800                      # shown in training; 0: no training
     measure_at = [0, 0.25, 0.5, 1]      # shares of it
@@ -48,7 +48,7 @@ from typing import Any
 
 from Compression import distillation, pruning, run
 from Compression.pruning import PruneSettings
-from studies.measuring import FIGURES, HIGHER_IS_BETTER
+from studies.measuring import FIGURES, GROUPS, HIGHER_IS_BETTER
 from train_hyperparams import TrainConfig
 from Util.settings import Kind, SettingError, Settings, from_flags, known_settings
 
@@ -130,7 +130,7 @@ class Plan:
     about: str
     seeds: tuple[int, ...]
     control: str
-    repeat: str
+    repeats: tuple[str, ...]
     images: int
     measure_at: tuple[float, ...]
     pictures: int
@@ -177,10 +177,10 @@ class _Table:
     def several(
         self, key: str, kind: type | tuple[type, ...], default: Any = ...
     ) -> tuple[Any, ...]:
-        """Take a list of values of a type, at least one."""
+        """Take a list of values of a type, at least one unless the default is empty."""
         found = self.take(key, (list, tuple), default)
         bad = [v for v in found if not isinstance(v, kind) or isinstance(v, bool)]
-        if bad or not found:
+        if bad or (not found and default != ()):
             raise PlanError(f"{self.place}: {key} is {list(found)!r}; a list of values is expected")
         if len(set(map(repr, found))) < len(found):
             raise PlanError(f"{self.place}: {key} names something twice")
@@ -237,7 +237,7 @@ def parse_plan(content: Mapping[str, Any], name: str, place: str) -> Plan:
         about=top.take("about", str),
         seeds=top.several("seeds", int),
         control=control,
-        repeat=top.take("repeat", str, ""),
+        repeats=top.several("repeats", str, ()),
         images=budget.take("images", int),
         measure_at=budget.several("measure_at", (int, float), (0, 1)),
         pictures=budget.take("pictures", int, 10_000),
@@ -294,10 +294,12 @@ def _check(plan: Plan, place: str) -> None:
         raise PlanError(f"{place}: images, pictures, n_sample or real_pictures is too low")
     if not all(0 <= share <= 1 for share in plan.measure_at):
         raise PlanError(f"{place}, budget: measure_at holds shares of the budget, in [0, 1]")
+    if plan.images and max(plan.measure_at) < 1:
+        raise PlanError(f"{place}, budget: measure_at lacks 1, the end of the budget")
     if unknown := set(plan.figures) - FIGURES.keys():
         known = ", ".join(FIGURES)
         raise PlanError(f"{place}, measure: {min(unknown)}: unknown; take some of {known}")
-    controls = (plan.control, plan.repeat or plan.control, *(arm.control for arm in plan.arms))
+    controls = (plan.control, *plan.repeats, *(arm.control for arm in plan.arms))
     for what in (*controls, *(n for c in plan.claims for n in (c.arm, c.than))):
         if what not in names:
             raise PlanError(f"{place}: {what}: no such arm; there are {', '.join(names)}")
@@ -312,6 +314,8 @@ def _check_claims(plan: Plan, place: str) -> None:
         if claim.figure not in HIGHER_IS_BETTER:
             known = ", ".join(HIGHER_IS_BETTER)
             raise PlanError(f"{place}, claims: {claim.figure}: unknown; take one of {known}")
+        if not any(claim.figure in GROUPS[group] for group in plan.figures):
+            raise PlanError(f"{place}, claims: {claim.figure} is not measured; see [measure] figures")
         for name in (claim.arm, claim.than):
             if claim.ratio not in plan.arm(name).ratios:
                 raise PlanError(f"{place}, claims: {name} is not run at ratio {claim.ratio:g}")

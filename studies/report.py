@@ -84,7 +84,7 @@ def pairing(table: Table) -> str:
     return f"""
 The seeds' share of the variance within an arm, by a two-way analysis of the {len(arms)} complete
 arms: {listed}. Pairing removes no
-more than that; the rest is the course of a GAN loss, and only more seeds narrow its intervals."""
+more than that; the rest is the course of a GAN loss."""
 
 
 def introduction(table: Table) -> str:
@@ -131,7 +131,10 @@ parser's distance, over few pairs.
 **Intervals** are 95 % t intervals of paired differences. With {n} seeds one reaches
 {half_width(n):.2f} standard deviations of the difference to either side (ten seeds:
 {half_width(10):.2f}), so only large effects can be told apart; *undecided* does not mean equal.
-Bold differences leave out 0.{pairing(table)}"""
+Bold differences leave out 0.{pairing(table)}
+
+The *bundled compressed model* stands in the tables to show what a longer training brings: it is no
+arm ([Model/pruned_model](../Model/pruned_model/README.md))."""
 
 
 def glance_section(table: Table, doc: Path) -> str:
@@ -169,21 +172,27 @@ def judged(tables: Sequence[Table]) -> str:
 the runs; a question that came up later says so. Of {count} such intervals, and of the many more in
 the tables below, one in twenty would leave out 0 by chance alone; most share the control's runs.
 {repeated(pairs)}
+*Pooled*, added after the results, is the verdict with the standard deviation of all arms together
+in place of that of the pair's three differences; it is left out where Bartlett's test tells the
+arms' deviations apart.
+
 {merged}"""
 
 
 def repeated(pairs: Sequence[tuple[Table, Claim]]) -> str:
     """Say how many verdicts hang on which of the control's runs is taken."""
     both = [(decided(*pair)[0], decided_again(*pair)) for pair in pairs]
-    both = [two for two in both if "" not in two and "not run" not in two]
+    both = [(first, others) for first, others in both if others and first != "not run"]
     if not both:
         return ""
-    changed = sum(first != second for first, second in both)
+    repeats = pairs[0][0].plan.repeats
+    changed = sum(any(first != other for other in others) for first, others in both)
+    named = " and ".join(f"`{name}`" for name in repeats)
     return f"""
-The control was run twice with the same seeds, on courses that differ by rounding alone. *Again* is
-the verdict by the other runs: of {len(both)} claims about the control, {changed} come out
-otherwise. Three seeds place a mean well and its spread badly; what holds in both columns can be
-trusted more.
+The control was run {len(repeats) + 1} times with the same seeds, on courses that differ by
+rounding alone. *Again* is the verdict by the other runs, {named}:
+of {len(both)} claims about the control, {changed} come out otherwise by one of them at least.
+Three seeds place a mean well and its spread badly; what holds in all columns can be trusted more.
 """
 
 
@@ -193,7 +202,7 @@ def group_section(table: Table, group: str, doc: Path) -> str:
     arms = [(a, r) for a, r in table.measured if table.plan.arm(a).group == group]
     if not arms:
         return ""
-    pairs = arms if control in arms else [control, *arms]
+    pairs = arms if control in arms or not table.of(*control) else [control, *arms]
     lines = [f"## {GROUPS.get(group, group)}", ""]
     lines += [
         f"- `{arm.name}`: {arm.about}"
@@ -238,7 +247,10 @@ def course_section(table: Table, doc: Path) -> str:
     if len({ratio for _, ratio in table.measured}) > 1:
         plots.against_macs(table, SHOWN_FIGURES[:2], doc / "study/macs.png")
         parts.append("![Agreement against multiply-accumulates](study/macs.png)")
-        parts.append("(Lines: the same settings at several ratios; grey: the other arms.)")
+        parts.append(
+            "(Lines: the same settings at several ratios, whiskers: 95 % intervals of the means, moved"
+            " apart; grey: the other arms.)"
+        )
     return "\n\n".join(parts)
 
 
@@ -263,11 +275,15 @@ def before_section(table: Table, doc: Path) -> str:
 
 ![L1 and agreement against the ratio](study/before.png)
 
+(Whiskers: 95 % intervals of the means; points are moved apart.)
+
 {joined}"""
 
 
 def other_section(table: Table) -> str:
     """Write the tables of a plan that has no questions of its own here."""
+    if not table.rows:
+        return ""
     arms = "\n".join(f"- `{arm.name}`: {arm.about}" for arm in table.plan.arms if arm.about)
     return f"""## {table.plan.about}
 
@@ -377,8 +393,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.results}: no result of {MAIN} yet; run python -m studies {MAIN}")
     measure_references(MAIN, places)
     names = sorted({file.stem for file in FOLDER.glob("*.toml")} - {MAIN, BEFORE, "smoke"})
-    others = [table for name in names if (table := read_table(name, args.results)).rows]
-    tables = [*(read_table(name, args.results) for name in (MAIN, BEFORE)), *others]
+    tables = [read_table(name, args.results) for name in (MAIN, BEFORE, *names)]
     sections = filter(None, page(tables, places, doc))
     text = "\n\n".join(sections) + "\n"
     with atomic_path(args.out) as temporary:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import stdtrit
+from scipy.stats import bartlett
 
 LEVEL = 0.95
 SMALLEST = 1e-9
@@ -46,36 +47,56 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), deviation
 
 
-def half_width(n: int, level: float = LEVEL) -> float:
-    """Compute half of a t interval's width, in standard deviations: t((1 + level)/2, n-1) / sqrt n.
+def half_width(n: int) -> float:
+    """Compute half of a t interval's width, in standard deviations: t(0.975, n - 1) / sqrt n.
 
     Three values have 2.48, five 1.24, ten 0.72.
     """
-    return float(stdtrit(n - 1, (1 + level) / 2)) / math.sqrt(n) if n > 1 else math.inf
+    return float(stdtrit(n - 1, (1 + LEVEL) / 2)) / math.sqrt(n) if n > 1 else math.inf
 
 
-def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+def interval(values: Sequence[float]) -> Interval:
     """Compute the t interval of the mean of normal values, at least one."""
     mean, deviation = mean_and_deviation(values)
-    half = half_width(len(values), level) * deviation if len(values) > 1 else math.inf
+    half = half_width(len(values)) * deviation if len(values) > 1 else math.inf
     return Interval(mean, mean - half, mean + half, len(values))
 
 
-def paired_difference(
-    a: Mapping[int, float], b: Mapping[int, float], level: float = LEVEL
-) -> Interval | None:
+def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> Interval | None:
     """Compute the interval of the mean of a - b over the seeds that both have.
 
     Args:
         a: value by seed.
         b: the same of what it is compared with.
-        level: of the interval.
 
     Returns:
         None without a common seed.
     """
     differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-    return interval(differences, level) if differences else None
+    return interval(differences) if differences else None
+
+
+def pooled_difference(
+    a: Sequence[float], b: Sequence[float], groups: Sequence[Sequence[float]]
+) -> Interval | None:
+    """Compute the interval of mean a - mean b with the standard deviation of many groups.
+
+    s^2 = sum over groups of (n - 1) s_g^2 / f, f = sum of (n - 1); half width
+    t(0.975, f) s sqrt(1/n_a + 1/n_b). Few values know their own deviation badly, many groups
+    together know it well, if it is the same in all.
+
+    Returns:
+        None where Bartlett's test tells the groups' deviations apart (p < 0.05).
+    """
+    variances = [float(np.var(values, ddof=1)) for values in groups]
+    if len(groups) < 2 or min(variances) == 0 or bartlett(*groups).pvalue < 1 - LEVEL:
+        return None
+    freedom = [len(values) - 1 for values in groups]
+    pooled = float(np.average(variances, weights=freedom))
+    half = float(stdtrit(sum(freedom), (1 + LEVEL) / 2))
+    half *= math.sqrt(pooled * (1 / len(a) + 1 / len(b)))
+    mean = float(np.mean(a) - np.mean(b))
+    return Interval(mean, mean - half, mean + half, min(len(a), len(b)))
 
 
 def seeds_share(values: Sequence[Sequence[float]]) -> float:

@@ -10,7 +10,13 @@ from studies.jobs import check_unchanged, settings_of
 from studies.measuring import HIGHER_IS_BETTER
 from studies.plan import Claim, Plan, read_plan
 from studies.results import Result, read_results, references_file, results_file
-from studies.statistics import Interval, mean_and_deviation, paired_difference, verdict
+from studies.statistics import (
+    Interval,
+    mean_and_deviation,
+    paired_difference,
+    pooled_difference,
+    verdict,
+)
 
 TITLES = {
     "agreement": "agreement",
@@ -78,7 +84,7 @@ class Table:
 
 
 def families(table: Table) -> dict[str, list[tuple[str, float]]]:
-    """Gather arms and ratios that have results by their settings.
+    """Gather arms and ratios that have results by their settings, but for the control's repeats.
 
     Returns:
         Arms and ratios, the smallest ratio first, by the name of the plan's first arm that has
@@ -87,6 +93,8 @@ def families(table: Table) -> dict[str, list[tuple[str, float]]]:
     found: dict[str, list[tuple[str, float]]] = {}
     for name, ratio in table.measured:
         arm = table.plan.arm(name)
+        if name in table.plan.repeats:
+            continue
         settings = (arm.prune, arm.train)
         first = next(a for a in table.plan.arms if (a.prune, a.train) == settings)
         found.setdefault(first.name, []).append((name, ratio))
@@ -149,15 +157,15 @@ def label(table: Table, arm: str, ratio: float) -> str:
     return f"{arm} {ratio:g}" if len(ratios) > 1 else arm
 
 
-def means(table: Table, pairs: Sequence[tuple[str, float]], point: int = -1) -> str:
+def means(table: Table, pairs: Sequence[tuple[str, float]]) -> str:
     """Tabulate mean ± standard deviation over the seeds."""
-    figures = [f for f in table.figures if any(table.values(*p, f, point) for p in pairs)]
+    figures = [f for f in table.figures if any(table.values(*p, f) for p in pairs)]
     rows = [
         [
             label(table, *pair),
             str(len(table.of(*pair))),
             *(f"{table.cost(*pair, kind):,.0f}" for kind in COSTS),
-            *(spread(table.values(*pair, f, point).values(), f) for f in figures),
+            *(spread(table.values(*pair, f).values(), f) for f in figures),
         ]
         for pair in pairs
     ]
@@ -280,17 +288,38 @@ def decided(table: Table, claim: Claim) -> tuple[str, Interval | None]:
     return verdict(difference, HIGHER_IS_BETTER[claim.figure]), difference
 
 
-def decided_again(table: Table, claim: Claim) -> str:
-    """Decide a claim by the control's other runs.
+def decided_again(table: Table, claim: Claim) -> list[str]:
+    """Decide a claim by each of the control's other runs.
 
     Returns:
-        The verdict; empty where the claim has nothing to do with the control, or it has no others.
+        The verdicts of those that have the figure; none where the claim has nothing to do with the
+        control.
     """
-    plan = table.plan
-    other = {plan.control: plan.repeat or plan.control}
-    arm, than = (other.get(name, name) for name in (claim.arm, claim.than))
-    again = replace(claim, arm=arm, than=than)
-    return decided(table, again)[0] if again != claim else ""
+    control = table.plan.control
+    if control not in (claim.arm, claim.than):
+        return []
+    others = [
+        replace(claim, arm=name if claim.arm == control else claim.arm,
+                than=name if claim.than == control else claim.than)
+        for name in table.plan.repeats
+    ]  # fmt: skip
+    found = (decided(table, other)[0] for other in others)
+    return [word for word in found if word != "not run"]
+
+
+def decided_pooled(table: Table, claim: Claim) -> str:
+    """Decide a claim by the standard deviation of all arms that have every seed.
+
+    Returns:
+        The verdict; empty where seeds are missing or the arms' deviations differ.
+    """
+    found = {pair: list(table.values(*pair, claim.figure).values()) for pair in table.measured}
+    full = {pair: v for pair, v in found.items() if len(v) == len(table.plan.seeds) > 1}
+    ours, theirs = (full.get((name, claim.ratio)) for name in (claim.arm, claim.than))
+    if ours is None or theirs is None:
+        return ""
+    difference = pooled_difference(ours, theirs, list(full.values()))
+    return verdict(difference, HIGHER_IS_BETTER[claim.figure]) if difference else ""
 
 
 def verdicts(table: Table) -> str:
@@ -302,9 +331,11 @@ def verdicts(table: Table) -> str:
         figure = TITLES.get(claim.figure, claim.figure.replace(":", " of "))
         sides = f"{claim.arm} - {claim.than}, {figure} ({better} is better)"
         cell = signed(difference, len(table.plan.seeds), claim.figure)
-        again = decided_again(table, claim)
-        rows.append([claim.text, claim.source, sides, cell, f"*{found}*", again and f"*{again}*"])
-    head = ["claim", "whose", "compared", "difference [95 %]", "verdict", "again"]
+        again = ", ".join(f"*{other}*" for other in dict.fromkeys(decided_again(table, claim)))
+        pooled = decided_pooled(table, claim)
+        words = [f"*{found}*", again, pooled and f"*{pooled}*"]
+        rows.append([claim.text, claim.source, sides, cell, *words])
+    head = ["claim", "whose", "compared", "difference [95 %]", "verdict", "again", "pooled"]
     return markdown(head, rows)
 
 

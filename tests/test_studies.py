@@ -29,6 +29,7 @@ from studies.statistics import (
     interval,
     mean_and_deviation,
     paired_difference,
+    pooled_difference,
     seeds_share,
     verdict,
 )
@@ -36,6 +37,7 @@ from studies.tables import (
     Table,
     decided,
     decided_again,
+    decided_pooled,
     differences,
     families,
     glance,
@@ -129,7 +131,9 @@ def test_arms_of_a_seed_differ_in_their_own_settings_alone(tmp_path):
         (changed(arms=[*PLAN["arms"], PLAN["arms"][0]]), "two have the same name"),
         (changed(claims=[{"text": "t"}]), "source is missing"),
         (arm(control="z"), "z: no such arm"),
-        (changed(repeat="z"), "z: no such arm"),
+        (changed(repeats=["z"]), "z: no such arm"),
+        (changed(budget={"images": 64, "measure_at": [0, 0.5]}), "measure_at lacks 1"),
+        (changed(claims=[CLAIM | {"figure": "ppl"}]), "ppl is not measured"),
         (arm(like="a"), "arm a: like a: no arm before it has that name"),
         (changed(claims=[CLAIM | {"ratio": 0.6}]), "b is not run at ratio 0.6"),
     ],
@@ -295,6 +299,22 @@ def test_differences_are_paired_by_seed():
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
 
+def test_a_pooled_deviation_is_that_of_an_analysis_of_variance():
+    rng = np.random.default_rng(1)
+    groups = [rng.normal(mean, 2, 3).tolist() for mean in range(8)]
+    a, b = groups[1], groups[5]
+    theirs = stats.ttest_ind(a, b).confidence_interval(0.95)  # Student's, of two groups
+    found = pooled_difference(a, b, [a, b])
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high))
+    # Tukey's of two of k groups has the same error, and the range of two is sqrt 2 |t|.
+    f = stats.f_oneway(*groups)
+    between = 3 * np.var([np.mean(g) for g in groups], ddof=1)
+    half = stats.t.ppf(0.975, 16) * math.sqrt(between / f.statistic * 2 / 3)
+    assert pooled_difference(a, b, groups).half == pytest.approx(half)
+    assert pooled_difference(a, b, [*groups, [0.0, 900.0, -900.0]]) is None  # another deviation
+    assert pooled_difference(a, b, [*groups, [1.0, 1.0, 1.0]]) is None
+
+
 @pytest.mark.parametrize(
     ("values", "higher", "expected"),
     [
@@ -358,10 +378,10 @@ def test_the_share_of_seeds_is_that_of_their_variance():
 
 
 def test_a_claim_about_the_control_is_decided_by_its_other_runs_too():
-    arms = [{"name": n, "group": "g"} for n in "abc"]
+    arms = [{"name": n, "group": "g"} for n in "abcd"]
     claims = [CLAIM | {"arm": "b", "than": than} for than in "ac"]
-    plan = parse_plan(changed(arms=arms, claims=claims, repeat="c"), "p", "p.toml")
-    values = {"a": (5.0, 6.0), "b": (3.0, 4.01), "c": (4.0, 9.0)}
+    plan = parse_plan(changed(arms=arms, claims=claims, repeats=["c", "d"]), "p", "p.toml")
+    values = {"a": (5.0, 6.0), "b": (3.0, 4.01), "c": (4.0, 9.0), "d": (3.5,)}
     done = [
         {"job": f"{n}-0.7-s{seed}", "arm": n, "ratio": 0.7, "seed": seed}
         | {"points": [{"images": 64, "figures": {"l1_inside": value}}]}
@@ -370,11 +390,12 @@ def test_a_claim_about_the_control_is_decided_by_its_other_runs_too():
     ]
     table = Table(plan, done)
     assert [decided(table, claim)[0] for claim in plan.claims] == ["confirmed", "undecided"]
-    assert [decided_again(table, claim) for claim in plan.claims] == ["undecided", ""]
+    assert [decided_again(table, claim) for claim in plan.claims] == [["undecided"], []]
+    assert [decided_pooled(table, claim) for claim in plan.claims] == ["undecided", "undecided"]
     assert "of 1 claims about the control, 1 come out" in report.judged([table])
-    alone = replace(table, plan=replace(plan, repeat=""))
-    assert decided_again(alone, plan.claims[0]) == ""
-    assert "twice" not in report.judged([alone])
+    alone = replace(table, plan=replace(plan, repeats=()))
+    assert decided_again(alone, plan.claims[0]) == []
+    assert "other runs" not in report.judged([alone])
 
 
 def test_all_values_of_a_figure_have_the_same_decimals():
@@ -412,8 +433,9 @@ def test_arms_of_equal_settings_are_a_family_over_the_ratios():
         {"name": "b", "group": "g", "train": {"r1": 0.5}},
         {"name": "b_ratios", "group": "h", "like": "b", "ratios": [0.8, 0.5]},
         {"name": "c", "group": "h", "like": "b", "train": {"r1": 1.0}, "ratios": [0.5]},
+        {"name": "a_again", "group": "g", "like": "a"},
     ]
-    plan = parse_plan(changed(arms=arms), "p", "p.toml")
+    plan = parse_plan(changed(arms=arms, repeats=["a_again"]), "p", "p.toml")
     done = [{"arm": j.arm.name, "ratio": j.ratio, "seed": j.seed} for j in plan.jobs]
     assert families(Table(plan, done)) == {
         "a": [("a", 0.7)],
@@ -441,7 +463,7 @@ def test_the_page_says_what_the_results_say(tmp_path, capsys, monkeypatch):
     assert "| hair | inside | 0.901 | 0.800 |" in page
     assert "leaves 5 to\n  20 channels a layer" in page
     (line,) = (x for x in page.splitlines() if "inside the content keeps" in x)
-    assert line.endswith("| *not run* |")  # the third seed of everywhere is missing
+    assert line.endswith("| *not run* |  |  |")  # the third seed of everywhere is missing
     assert "everywhere, 1 of 3 jobs (everywhere-0.7-s2)" in page
     assert (tmp_path / "doc/study/content.png").is_file()
     monkeypatch.setattr(report, "reference_figures", None)  # they are kept
@@ -455,8 +477,17 @@ def test_the_page_says_what_the_results_say(tmp_path, capsys, monkeypatch):
     assert "**+0.100 [+0.100, +0.101]**" in line
     assert "| `cagc` | pruned and distilled inside the content | 116,502 | 0.901 ± 0.002 |" in page
     assert (tmp_path / "doc/study/glance.png").is_file()
-    assert line.endswith("| *confirmed* | *not run* |")
+    assert line.endswith("| *confirmed* |  | *confirmed* |")
     assert json.loads((tmp_path / "compression.jsonl").read_text().splitlines()[0])
+    assert "- before_retraining: content_aware, 15 of 15 jobs" in page
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    rows = (tmp_path / "compression.jsonl").read_text().splitlines(True)
+    (alone / "compression.jsonl").write_text("".join(row for row in rows if "everywhere" in row))
+    (alone / "compression_references.json").write_bytes(
+        (tmp_path / "compression_references.json").read_bytes()
+    )
+    assert report.main(["--results", str(alone), *arguments[2:], "--work", str(tmp_path)]) == 0
     assert report.main(["--results", str(tmp_path / "none"), *arguments[2:]]) == 2
     assert "no result of compression yet" in capsys.readouterr().err
 
