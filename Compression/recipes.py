@@ -71,6 +71,7 @@ _STYLEKD: Values = _CAGC | {
     "kd": ("relation=30",),  # the published command: the divergence, weight 30
     "relation_loss": "kl",
     "relation_step": 5.0,  # the code's offset_weight
+    "relation_group": 4,  # a process's pictures in the published command; SVS's rounds
     "relation_gather": False,
 }
 # Kim and Yoon: their port of DCP, and StyleKD's training for twice as many images.
@@ -156,7 +157,8 @@ RECIPES = {
     "combined": Recipe(
         "this project's choice by doc/Study.md: svs with filters fitted, distilled everywhere",
         _SVS_SCORES | _FITTED,
-        _SVS | {"content_aware_KD": False},
+        # As studied: there, all 16 pictures of a batch were related.
+        _SVS | {"content_aware_KD": False, "relation_group": 16},
     ),
 }
 NONE, LIST = "none", "list"

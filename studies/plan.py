@@ -315,7 +315,9 @@ def _check_claims(plan: Plan, place: str) -> None:
             known = ", ".join(HIGHER_IS_BETTER)
             raise PlanError(f"{place}, claims: {claim.figure}: unknown; take one of {known}")
         if not any(claim.figure in GROUPS[group] for group in plan.figures):
-            raise PlanError(f"{place}, claims: {claim.figure} is not measured; see [measure] figures")
+            raise PlanError(
+                f"{place}, claims: {claim.figure} is not measured; see [measure] figures"
+            )
         for name in (claim.arm, claim.than):
             if claim.ratio not in plan.arm(name).ratios:
                 raise PlanError(f"{place}, claims: {name} is not run at ratio {claim.ratio:g}")

@@ -248,8 +248,8 @@ def course_section(table: Table, doc: Path) -> str:
         plots.against_macs(table, SHOWN_FIGURES[:2], doc / "study/macs.png")
         parts.append("![Agreement against multiply-accumulates](study/macs.png)")
         parts.append(
-            "(Lines: the same settings at several ratios, whiskers: 95 % intervals of the means, moved"
-            " apart; grey: the other arms.)"
+            "(Lines: the same settings at several ratios; whiskers: 95 % intervals of the means,"
+            " moved apart; grey: the other arms.)"
         )
     return "\n\n".join(parts)
 
@@ -360,7 +360,8 @@ def limits(tables: Sequence[Table]) -> str:
   seen. An agreement of 1 is the teacher's; a student may disagree and still be a good face.
 - The masks are made by the parser whose features are in the loss.
 - Recipes are stripped to their scores, initialisations, terms and discriminators, under one
-  schedule, which is not the one that their authors tuned.
+  schedule, which is not the one that their authors tuned. The relation loss relates all 16 pictures
+  of a batch, the published one four.
 
 Not run, or not finished:
 

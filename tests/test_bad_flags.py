@@ -87,7 +87,7 @@ FLAGS = {
         " log_freq channel_multiplier moments_n_sample",
         "positive": "relation_step",
         "count from 0": "seed max_bad fid_n_sample val_sample_freq model_save_freq keep_checkpoints"
-        " workers size gan_ramp batch_gpu lr_decay",
+        " workers size gan_ramp batch_gpu lr_decay relation_group",
         "fraction": "mixing ema_decay",
         "file": "ckpt teacher_ckpt resume",
         "folder": "path",
@@ -206,6 +206,12 @@ MORE = [
         "train",
         f"{TEACHER} --kd relation=1",
         "relation compares blocks from 16 px on; 8 px has none",
+    ),
+    ("train", f"{TEACHER} --kd relation=1 --relation_group 1", "relates to nothing; take 2"),
+    (
+        "train",
+        f"{TEACHER} --kd relation=1 --relation_group 4 --relation_gather True",
+        "--relation_gather relates all pictures, and relation_group 4 fewer",
     ),
     ("train", f"{TEACHER} --kd high_band=1", "features of 64 px, but the networks make 8 px"),
     ("train", f"{TEACHER} --kd moments=1 --moments_networks=", "--moments_networks is empty"),

@@ -80,6 +80,21 @@ def test_relation_by_its_definition(networks, loss):
     assert actual.item() == pytest.approx(slow(student, teacher, fixed(3), loss), rel=1e-9)
 
 
+@pytest.mark.parametrize("loss", ["kl", "mse"])
+def test_groups_know_their_own_pictures_alone(networks, loss):
+    z = torch.randn(5, 8).double()
+    groups = [slice(0, 2), slice(2, 4), slice(4, 5)]
+    parts = [
+        slow(*(run(network, z[g]) for network in networks), fixed(5)[g], loss) * len(z[g]) / 5
+        for g in groups
+    ]
+    passes = [run(network, z) for network in networks]
+    actual = term(relation_loss=loss, relation_group=2)(*passes, None)
+    assert actual.item() == pytest.approx(sum(parts), rel=1e-9)
+    whole = [term(relation_loss=loss, relation_group=n)(*passes, None).item() for n in (0, 5, 9)]
+    assert whole[0] == whole[1] == whole[2] != pytest.approx(actual.item(), rel=1e-3)
+
+
 def test_equal_networks_have_no_loss_whatever_the_scale_of_features(networks):
     network, other = networks
     z = torch.randn(4, 8).double()

@@ -3,10 +3,11 @@
     C[i, j] = cos( f(w_i), f(w_j + o_j) )                          (N, N) per layer
     loss    = sum over layers of  1/N sum over i of  KL( softmax C_T[i] || softmax C_S[i] )
 
-(Xu et al., "Mind the Gap in Distilling StyleGANs", ECCV 2022.) f are the activations after the
-second convolution of the 16, 32, 64 and 128 px blocks; o = 5 n v with n normal and v one of the
-teacher's `modulation_directions`, the same for student and teacher, each of which adds it to its
-own w. The offsets serve this term alone.
+of N pictures, those of a batch or of each of its groups, whose losses are averaged (Xu et al.,
+"Mind the Gap in Distilling StyleGANs", ECCV 2022). f are the activations after the second
+convolution of the 16, 32, 64 and 128 px blocks; o = 5 n v with n normal and v one of the teacher's
+`modulation_directions`, the same for student and teacher, each of which adds it to its own w. The
+offsets serve this term alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,6 +41,10 @@ class RelationSettings(Settings):
     relation_loss: str = setting(
         "kl", "relation: divergence of the rows, or squared error", choices=("kl", "mse")
     )
+    # The size of a row decides how much of the loss is a picture's own moved neighbour.
+    relation_group: int = setting(
+        0, "relation: relate so many pictures of a batch to each other; 0: all", low=0
+    )
     relation_gather: bool = setting(
         False,
         "relation: relate the pictures of all processes; as published, each relates its own",
@@ -50,6 +55,9 @@ def layers_of(generator: Generator) -> list[int]:
     """List the styled convolutions whose activations are compared, those that exist."""
     layers = (2 * (side.bit_length() - 3) for side in SIDES)
     return [layer for layer in layers if layer < len(generator.styled_convs)]
+
+
+Compare = Callable[[Tensor, Tensor], Tensor]
 
 
 def similarities(features: Tensor, moved: Tensor, everywhere: bool = False) -> Tensor:
@@ -81,7 +89,24 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     )
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"kl": divergence, "mse": F.mse_loss}
+LOSSES: dict[str, Compare] = {"kl": divergence, "mse": F.mse_loss}
+
+
+def grouped(compare: Compare, student: Tensor, teacher: Tensor, size: int) -> Tensor:
+    """Average a loss of (N, M) similarities over groups of pictures that know each other alone.
+
+    Args:
+        compare: loss of a group's similarities, a mean over its rows.
+        student: similarities of all pictures.
+        teacher: the same.
+        size: pictures of a group, the last of which may have fewer; 0: all are one.
+    """
+    if not 0 < size < len(student):
+        return compare(student, teacher)
+    starts = range(0, len(student), size)
+    groups = [[c[i : i + size, i : i + size] for c in (student, teacher)] for i in starts]
+    parts = [compare(*group) * (len(group[0]) / len(student)) for group in groups]
+    return torch.stack(parts).sum()
 
 
 def make(sources: Sources) -> Call:
@@ -92,6 +117,15 @@ def make(sources: Sources) -> Call:
     """
     options, config = sources.options, sources.config
     assert isinstance(options, RelationSettings)
+    if options.relation_gather and options.relation_group:
+        raise SettingError(
+            "relation_gather",
+            f"relates all pictures, and relation_group {options.relation_group} fewer; make it 0",
+        )
+    if options.relation_group == 1:
+        raise SettingError(
+            "relation_group", "1: a picture alone relates to nothing; take 2 or more"
+        )
     together = 1 if options.relation_gather else distributed.world_size()
     if options.relation_loss == "kl" and config.batch_size // together < 2:
         raise SettingError(
@@ -129,6 +163,7 @@ def term(layers: Sequence[int], draw: Offsets, options: RelationSettings) -> Cal
         options: of the term.
     """
     compare, everywhere = LOSSES[options.relation_loss], options.relation_gather
+    size = options.relation_group
 
     def relation(student: Pass, teacher: Pass, mask: Tensor | None) -> Tensor:
         offset = draw(len(student.w_plus))
@@ -138,7 +173,7 @@ def term(layers: Sequence[int], draw: Offsets, options: RelationSettings) -> Cal
         for one in (student, teacher):
             moved = one.again(offset, features=True, noise=noise).features
             found.append([similarities(one.made.features[i], moved[i], everywhere) for i in layers])
-        losses = [compare(s, t.detach()) for s, t in zip(*found, strict=True)]
+        losses = [grouped(compare, s, t.detach(), size) for s, t in zip(*found, strict=True)]
         return torch.stack(losses).sum()
 
     return relation
