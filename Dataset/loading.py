@@ -142,7 +142,7 @@ class EpochBatches:
 
 def default_workers() -> int:
     """Loading processes of one training process: its share of the CPU cores, 1 to 4."""
-    return max(1, min(4, cores() // distributed.local_processes()))
+    return max(1, min(4, cores() // distributed.processes_beside()))
 
 
 class _Batches(Dataset[Any]):

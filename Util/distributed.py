@@ -21,6 +21,8 @@ from torch import Tensor, distributed
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
+from Util.workers import cores
+
 PATIENCE = timedelta(hours=2)
 """How long processes wait at `meet` for one that writes or measures alone."""
 
@@ -72,12 +74,20 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def processes_beside() -> int:
+    """Number of this run's processes that share this one's cores: srun gives each task its own."""
+    by_srun = "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    return 1 if by_srun else local_processes()
+
+
 def relaunch(script: str, argv: Sequence[str], count: int) -> NoReturn:
     """Replace this process by PyTorch's launcher, with ``count`` processes on this machine.
 
-    The launcher hands SIGUSR1 on too, leaves SIGUSR2 to the processes, and kills none before it has
-    had two minutes for its checkpoint.
+    The launcher hands SIGUSR1 on too, leaves SIGUSR2 to the processes, and after a signal kills
+    none before it has had two minutes for its checkpoint. Each process gets its share of the cores,
+    not the one thread of the launcher's default: the first one measures alone.
     """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)

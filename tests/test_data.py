@@ -235,6 +235,15 @@ def test_loading_processes_are_a_share_of_the_cores(monkeypatch, cores, processe
     assert loading.default_workers() == workers
 
 
+def test_a_task_of_srun_has_cores_of_its_own(monkeypatch):
+    monkeypatch.setattr(loading, "cores", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert loading.default_workers() == 4
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # torchrun in a job: its processes share them
+    assert loading.default_workers() == 1
+
+
 def break_files(folder, *names):
     for name in names:
         file = next(folder.rglob(name))

@@ -139,12 +139,16 @@ def test_several_gpus_start_as_many_processes_and_what_is_visible_stays(
     monkeypatch.setattr(distributed.signal, "signal", lambda *_: None)
     for name in ("PET_SIGNALS_TO_HANDLE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
         monkeypatch.setenv(name, "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(distributed, "cores", lambda: 9)
     flags = ["--path", ".", "--gpu_device_ids", "0,1"]
     with pytest.raises(SystemExit):
         train.main(flags)
     assert "--nproc_per_node=2" in started["argv"]
     assert started["argv"][-4:] == flags
     assert started["visible"] == visible
+    assert os.environ["OMP_NUM_THREADS"] == "4"
 
 
 def test_gpus_talk_by_nccl_and_agree_by_gloo(machine, monkeypatch):
