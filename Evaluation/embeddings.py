@@ -15,6 +15,7 @@ from Evaluation.clip import SIDE, load_clip
 from Evaluation.features import fingerprint, parser_extractor
 from Model.checkpoint import CheckpointError, load_strict, read
 from Model.downloads import downloaded
+from Model.precision import preferred_layout
 from Util.settings import SettingError, blame
 
 DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth"
@@ -88,6 +89,6 @@ def load_embedding(
             )
         else:
             network, how = load_clip(file), f"ResNet-50 of CLIP, bilinear to {SIDE} px"
-    network = network.to(memory_format=torch.channels_last).to(device)
+    network = network.to(memory_format=preferred_layout(device.type, half=False)).to(device)
     mark = f" ({fingerprint(file)})" if file else ""
     return Embedding(network, f"{how}{mark}; pictures in [-1, 1]")

@@ -10,6 +10,7 @@ from torchvision.models import inception
 
 from Model.checkpoint import CheckpointError, load_strict, read
 from Model.downloads import downloaded
+from Model.precision import preferred_layout
 
 URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -99,5 +100,5 @@ def load_inception(file: Path | None, device: torch.device) -> FIDInception:
         raise CheckpointError(
             f"{file}: not the FID Inception network ({error}); expected {URL.rsplit('/', 1)[1]}"
         ) from None
-    network = network.to(memory_format=torch.channels_last).to(device)
+    network = network.to(memory_format=preferred_layout(device.type, half=False)).to(device)
     return network.eval().requires_grad_(False)

@@ -65,15 +65,15 @@ def in_float32(function: Callable[..., Result]) -> Callable[..., Result]:
     """
 
     @wraps(function)
-    def full_precision(*args: Any) -> Result:
-        kind = next(a for a in args if isinstance(a, Tensor)).device.type
+    def full_precision(*args: Any, **named: Any) -> Result:
+        kind = next(a for a in (*args, *named.values()) if isinstance(a, Tensor)).device.type
         if half_type(kind) is None:
-            return function(*args)
+            return function(*args, **named)
         with torch.autocast(kind, enabled=False):
-            return function(*(a.float() if _is_half(a) else a for a in args))
+            return function(*map(_widened, args), **{k: _widened(v) for k, v in named.items()})
 
     return full_precision
 
 
-def _is_half(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in HALVES.values()
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALVES.values() else value

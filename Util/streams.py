@@ -10,7 +10,8 @@ import torch
 def stream(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
     """The random stream of a key, such as (seed, purpose), from its start.
 
-    Streams of different keys are independent, also where the keys differ in one number only.
+    Streams of different keys are independent, also where the keys differ in one number only; but a
+    key is that with a 0 after it, so those of one purpose have equally many numbers.
 
     Args:
         key: numbers >= 0.

@@ -103,6 +103,18 @@ def test_moments_are_kept_beside_the_teacher(tmp_path, teacher):
     assert other.file != file
 
 
+def test_the_teacher_may_be_a_runs_folder(tmp_path, teacher):
+    of_the_file = moments.TeacherMoments(sources(tmp_path, teacher), networks())
+    folder = tmp_path / "run/checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "000004.pt").write_bytes((tmp_path / "teacher.pt").read_bytes())
+    config = TrainConfig(teacher_ckpt=str(tmp_path / "run"))
+    named = distillation.Sources(config, teacher, CPU, options=MomentsSettings(moments_n_sample=6))
+    found = moments.TeacherMoments(named, networks())
+    assert found.protocol == of_the_file.protocol
+    assert found.file.parent == folder
+
+
 def test_a_dry_run_keeps_nothing(tmp_path, teacher):
     target = moments.TeacherMoments(sources(tmp_path, teacher, dry_run=True), networks())
     target.prepare()
@@ -173,6 +185,10 @@ def test_dino_file(tmp_path):
             break
         expected = layer(expected)
     torch.testing.assert_close(made.network(images), expected.flatten(1), rtol=1e-3, atol=1e-3)
+    assert made.network.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    # float32 on anything but a CPU: planes.
+    elsewhere = load_embedding("dino", tmp_path / "dino.pth", lambda: "", torch.device("meta"))
+    assert elsewhere.network.conv1.weight.is_contiguous()
     torch.save(dict(list(weights.items())[5:]), tmp_path / "part.pth")
     with pytest.raises(SettingError, match=r"dino_ckpt .*part\.pth lacks tensor .*dino_resnet50"):
         load_embedding("dino", tmp_path / "part.pth", lambda: "", CPU)

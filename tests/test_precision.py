@@ -63,6 +63,14 @@ def test_a_generator_synthesises_in_the_precision_it_is_told():
     assert generator.synthesis(w_plus, "fixed", features=True).features[0].dtype == torch.float32
 
 
+def test_arguments_by_name_are_widened_too():
+    generator = Generator(8, 8, 2, (4,) * 4)
+    z = torch.randn(2, 8).bfloat16()
+    expected = generator.mapping(z.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(generator.mapping(z=z), expected, rtol=0, atol=0)
+
+
 def test_styles_and_demodulation_stay_in_float32(amp):
     conv = StyledConv(3, 4, 8).conv
     w = torch.randn(2, 8)
