@@ -463,6 +463,8 @@ class Trainer:
             noise = generator.make_noise(len(z[0]))  # compiled code would draw other numbers
         with context():
             w_plus = generator.w_plus(z, inject_index=layer)
+        if self.settings.compile:
+            w_plus = w_plus.contiguous()  # one style's rows are views: other code would be compiled
         return Pass(generator, w_plus, noise, features, context)
 
     @contextmanager

@@ -48,6 +48,20 @@ def test_compiled_networks_compute_the_same(backend):
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_one_style_is_no_other_code_than_two():
+    teacher, layouts = Generator(8, 8, 2, (6, 5, 4, 4)).requires_grad_(False), set()
+
+    def look(student, target, mask):
+        layouts.add(target.w_plus.stride())
+        return student.made.image.mean()
+
+    for mixing in (0.0, 1.0):
+        settings = config(compile=True, r1=0.0, path_regularize=0.0, mixing=mixing)
+        trainer = make_trainer(settings, Teacher(teacher, None, [Term("look", 1.0, look)]))
+        trainer.iterate(images()[0])
+    assert len(layouts) == 1
+
+
 def test_cuda_graphs_are_asked_for_and_every_iteration_frees_their_results(monkeypatch):
     modes, begun = [], []
     compile_ = lambda method, **how: modes.append(how["mode"]) or method  # noqa: E731
