@@ -39,6 +39,12 @@ LARGEST_SIZE = 4096
 """Side in px of the largest images a generator's file may claim: its noise maps have that size."""
 
 
+def file_of(path: str | os.PathLike[str]) -> Path:
+    """Give the file that a path means: a training run's folder stands for its newest checkpoint."""
+    path = Path(path)
+    return (newest_checkpoint(path) if path.is_dir() else None) or path
+
+
 def read(path: PathOrDict) -> dict[str, Any]:
     """Read a checkpoint into CPU memory without running any code from it.
 
@@ -52,13 +58,12 @@ def read(path: PathOrDict) -> dict[str, Any]:
     """
     if isinstance(path, Mapping):
         return dict(path)
-    if Path(path).is_dir():
-        path = newest_checkpoint(path) or path
-    _check_file(Path(path))
+    path = file_of(path)
+    _check_file(path)
     if nvidia.is_pickle(path):
         return nvidia.read(path)
     try:
-        if zipfile.is_zipfile(path) and unpacked_size(Path(path)) > Path(path).stat().st_size:
+        if zipfile.is_zipfile(path) and unpacked_size(path) > path.stat().st_size:
             raise ValueError("it would unpack to more than its size, but checkpoints are stored")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PyTorch finds odd about old or damaged files
@@ -233,7 +238,7 @@ def _build(
 
 
 def load_generator(
-    source: PathOrDict,
+    path_or_dict: PathOrDict,
     key: str = "g_ema",
     device: str | torch.device = "cpu",
     size: int | None = None,
@@ -245,7 +250,7 @@ def load_generator(
     two loads of one file agree. A ``latent_avg`` beside the networks is ignored.
 
     Args:
-        source: checkpoint file or dict.
+        path_or_dict: checkpoint file or dict.
         key: "g_ema" or "g".
         device: where the network goes.
         size: image side the caller expects; None accepts any.
@@ -257,7 +262,7 @@ def load_generator(
     Raises:
         CheckpointError: see the module; also when the size is not the expected one.
     """
-    state, name = _state_dict(source, key, name)
+    state, name = _state_dict(path_or_dict, key, name)
     n_convs = _count(state, "convs.{}.conv.weight")
     widths = [_shape(state, "input.input", 4, name)[1]]
     for layer in ["conv1", *(f"convs.{i}" for i in range(n_convs))]:
@@ -364,6 +369,17 @@ def _is_attribute_config(config: Any) -> bool:
     )
 
 
+def _on_cpu(content: Any) -> Any:
+    """Move networks, as state dicts, and tensors to the CPU: torch.load asks for their device."""
+    if isinstance(content, nn.Module):
+        content = content.state_dict()
+    if isinstance(content, Mapping):
+        return {key: _on_cpu(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return type(content)(map(_on_cpu, content))
+    return content.detach().cpu() if isinstance(content, Tensor) else content
+
+
 def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Write a checkpoint atomically: a reader sees the old file or the whole new one.
 
@@ -375,12 +391,7 @@ def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     Raises:
         OSError: the file could not be written; what was there is still there.
     """
-    plain = {
-        key: {k: v.detach().cpu() for k, v in value.state_dict().items()}
-        if isinstance(value, nn.Module)
-        else value
-        for key, value in content.items()
-    }
+    plain = _on_cpu(content)
     try:
         # By handle, or PyTorch would write the temporary file's name into it.
         with atomic_path(path) as temporary, open(temporary, "wb") as file:

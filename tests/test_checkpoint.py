@@ -138,6 +138,21 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path, content):
         load_generator(path)
 
 
+def test_every_tensor_is_saved_from_the_cpu(tmp_path, monkeypatch):
+    layer = torch.nn.Linear(2, 3, bias=False)
+    adam = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    adam.step()
+    moved, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self.shape) or cpu(self))
+    content = {"g": layer, "g_optim": adam.state_dict(), "rng": [{"cpu": torch.zeros(4)}], "n": 1}
+    checkpoint.save(tmp_path / "model.pt", content)
+    assert sorted(moved) == sorted([(), (4,), (3, 2), (3, 2), (3, 2)])  # step, and two moments
+    read = checkpoint.read(tmp_path / "model.pt")
+    torch.testing.assert_close(read["g_optim"], adam.state_dict(), rtol=0, atol=0)
+    assert read["n"] == 1
+
+
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     checkpoint.save(path, {"value": 1})
