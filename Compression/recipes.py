@@ -11,7 +11,6 @@ import contextlib
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from Model import checkpoint
@@ -196,7 +195,7 @@ def train_values(name: str, ckpt: str = "") -> dict[str, Any]:
 def remembered(ckpt: str) -> str:
     """Read a checkpoint's recipe; empty where it knows of none or cannot be read."""
     config: Any = None
-    if Path(ckpt).is_file():
+    if ckpt:
         with contextlib.suppress(checkpoint.CheckpointError):  # reported by what needs the networks
             config = checkpoint.read(ckpt).get("config")
     name = config.get("recipe") if isinstance(config, Mapping) else None

@@ -18,6 +18,9 @@ import prune
 import train
 import train_parser
 from Dataset import loading, prepare_data, toon_faces
+from Model import checkpoint
+from Model.discriminator import Discriminator
+from Model.generator import Generator
 from tests.hostile import make_files
 from Util import plot_log
 
@@ -229,6 +232,9 @@ MORE = [
         f"{TEACHER} --kd moments=1 --batch_size 8 --batch_gpu 4",
         "--batch_gpu 4: the term moments compares all 8 images",
     ),
+    ("train", TEACHER.replace("model", "other_latents"), "has latents of 16 numbers"),
+    ("train", "--ckpt other_size.pt", "makes 8 px images, and the discriminator takes 16 px"),
+    ("train", "--ckpt two_networks.pt", "g and g_ema are no two states of one network"),
     ("train", "--size 12", "power of two"),
     ("train", "--size 16", "--size 16 contradicts"),
     ("train", "--ckpt= --size 12 --channels 4,4,4,4", "power of two"),
@@ -313,6 +319,13 @@ def files(tmp_path_factory):
     make_files(folder)
     (folder / "empty").mkdir()
     (folder / "empty.file").touch()
+    torch.manual_seed(0)
+    g, wide = (Generator(8, dim, 2, (6, 5, 4, 4)) for dim in (8, 16))
+    checkpoint.save(folder / "other_latents.pt", {"g_ema": wide})
+    checkpoint.save(folder / "other_size.pt", {"g": g, "d": Discriminator(16, channels=(5, 4, 4))})
+    average = Generator(8, 8, 2, (6, 5, 4, 3))
+    d = Discriminator(8, channels=(5, 4))
+    checkpoint.save(folder / "two_networks.pt", {"g": g, "g_ema": average, "d": d})
     return folder
 
 

@@ -168,6 +168,10 @@ def test_train_takes_the_recipe_from_the_checkpoint(folder, tmp_path):
     common = ["--path", ".", "--ckpt", str(file)]
     config = train.parse_config([*common, "--batch_size", "4"])
     assert (config.recipe, config.kd, config.batch_size) == ("stylekd", ("relation=30",), 4)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/000001.pt").write_bytes(file.read_bytes())
+    config = train.parse_config(["--path", ".", "--ckpt", str(tmp_path / "run")])
+    assert config.recipe == "stylekd"  # of the run's newest checkpoint
     config = train.parse_config([*common, "--recipe", "cagc"])
     assert (config.recipe, config.kd, config.discriminator) == ("cagc", (), "teacher")
     config = train.parse_config([*common, "--recipe", "none"])
@@ -187,6 +191,8 @@ def test_bad_recipes_are_one_line(folder, tmp_path, capsys):
         assert "--recipe none_such: unknown; take cagc, " in error_of(capsys, call)
     argv = ["--path", f"{folder}/data", "--recipe", "cagc", "--out", str(tmp_path / "new")]
     assert "--teacher_ckpt is missing; cagc" in error_of(capsys, lambda: train.main(argv))
+    argv += ["--teacher_ckpt", "none"]
+    assert "--recipe none goes without" in error_of(capsys, lambda: train.main(argv))
     argv = ["--resume", str(tmp_path), "--recipe", "cagc"]
     assert "a resumed one keeps its settings" in error_of(capsys, lambda: train.main(argv))
     assert not list(tmp_path.iterdir())
@@ -202,3 +208,18 @@ def test_discriminators_from_scratch(folder, tmp_path):
         assert all(value.shape == trained[key].shape for key, value in d.items())
         same = [torch.equal(value, trained[key]) for key, value in d.items() if "weight" in key]
         assert all(same) if name == "teacher" else not any(same)
+
+
+def test_a_new_discriminator_is_as_wide_as_the_teacher(folder, tmp_path):
+    content = checkpoint.read(folder / "teacher.pt")
+    alone = tmp_path / "teacher.pt"
+    checkpoint.save(alone, {"g_ema": content["g_ema"]})
+    checkpoint.save(tmp_path / "pruned.pt", {"g_ema": content["g_ema"]})
+    argv = (
+        f"--path {folder}/data --ckpt {tmp_path}/pruned.pt --teacher_ckpt {alone} {SMALL} --iter 1"
+        f" --out {tmp_path}/run --discriminator scratch --content_aware_KD False"
+        " --kd_lpips_lambda 0"
+    )
+    assert train.main(argv.split()) == 0
+    made = checkpoint.load_discriminator(tmp_path / "run")
+    assert made.channels == checkpoint.load_generator(alone).channels[1::2]

@@ -7,6 +7,7 @@ import torch
 from Compression.averages import Averages
 from Compression.distillation import Parts, Term, pixels
 from Compression.distillation.teacher_discriminator import adversary
+from Compression.run import networks
 from Compression.training import (
     Event,
     NonFiniteError,
@@ -377,3 +378,16 @@ def test_shared_noise_makes_equal_networks_make_equal_pictures():
     teacher = copy.deepcopy(trainer.generator).requires_grad_(False)
     trainer.teacher = Teacher(teacher, None, [Term("l1", 3.0, pixels.term())])
     assert trainer.iterate(images()[0])["kd_l1"].item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch", "said"),
+    [(2, 6, "on 2 images, not on 3"), (16, 16, "on 16 images, not on 8"), (2, 16, ""), (1, 1, "")],
+)
+def test_another_batch_of_the_path_length_is_announced(monkeypatch, processes, batch, said):
+    monkeypatch.setattr(networks.distributed, "world_size", lambda: processes)
+    lines = []
+    networks._announce_path_batch(TrainConfig(batch_size=batch), lines.append)
+    assert (said in lines[0]) if said else not lines
+    networks._announce_path_batch(TrainConfig(batch_size=batch, path_regularize=0.0), lines.append)
+    assert len(lines) == bool(said)

@@ -24,6 +24,7 @@ from Evaluation.embeddings import NAMES, Embedding, load_embedding
 from Evaluation.features import fingerprint
 from Evaluation.sampling import images, shares
 from Model import bundled
+from Model.checkpoint import file_of
 from Model.generator import Generator
 from Util import distributed, memory
 from Util.cli import check_writable
@@ -146,7 +147,7 @@ class TeacherMoments:
         self.teacher, self.networks = sources.teacher, networks
         self.found: dict[str, Moments] = {}
         self.n, self.keep = options.moments_n_sample, not config.dry_run
-        source = Path(config.teacher_ckpt)
+        source = file_of(config.teacher_ckpt)
         facts = [f"{name}: {embedding.protocol}" for name, embedding in networks.items()]
         self.protocol = f"{self.n} pictures of {fingerprint(source)}; " + "; ".join(facts)
         digest = hashlib.sha256(self.protocol.encode()).hexdigest()[:8]

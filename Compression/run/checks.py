@@ -46,9 +46,10 @@ def check(config: TrainConfig) -> None:
     if config.recipe:
         recipes.named(config.recipe)
     if (config.kd or config.recipe) and not config.has_teacher:
+        name = config.recipe or ",".join(config.kd)
+        without = " (--recipe none goes without)" if config.recipe else ""
         raise SettingError(
-            "teacher_ckpt",
-            f"is missing; {config.recipe or ','.join(config.kd)} distils from a full-size model",
+            "teacher_ckpt", f"is missing; {name} distils from a full-size model{without}"
         )
     processes = distributed.launched_processes()
     if config.batch_size % processes:
@@ -83,9 +84,8 @@ def _check_parts(config: TrainConfig, own: int) -> None:
 def _check_inputs(config: TrainConfig) -> None:
     """Refuse files that are not there; a run that goes on needs no ckpt."""
     check_files(config, *(("ckpt",) if config.resume else ()))
-    with blame("teacher_ckpt"):
-        if config.has_teacher and not Path(config.teacher_ckpt).exists():
-            raise ValueError(f"{config.teacher_ckpt}: no such file; check the name")
+    if config.has_teacher and not Path(config.teacher_ckpt).exists():
+        raise SettingError("teacher_ckpt", f"{config.teacher_ckpt}: no such file; check the name")
     if config.has_teacher and config.content_aware_KD and not config.parser_ckpt:
         with blame("parser_ckpt"):
             bundled.default_parser(config.teacher_ckpt)

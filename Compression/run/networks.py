@@ -41,7 +41,9 @@ def make_trainer(
         _check_teacher(config, source, content)
         generator, g_ema = _make_networks(config, content, source)
         discriminator = _make_discriminator(config, content, generator, resume, source)
-    full = _load_teacher(config, generator.size, device)
+        _check_fit(generator, g_ema, discriminator, source)
+    full = _load_teacher(config, generator, device)
+    _announce_path_batch(config, announce)
     parser = _make_parser(config, device)
     if parser:
         _compare_content(source, content, parser, announce)
@@ -113,11 +115,13 @@ def _make_discriminator(
     if not content:
         # As wide as the generator's last convolution at each resolution.
         return Discriminator(generator.size, channels=generator.channels[1::2])
+    scratch = config.discriminator == "scratch" and not resume
     if "d" not in content and config.has_teacher:
         with blame("teacher_ckpt"):
-            others = checkpoint.read(config.teacher_ckpt)
-        content = {**content, **{key: others[key] for key in ("d",) if key in others}}
-    scratch = config.discriminator == "scratch" and not resume
+            content = checkpoint.read(config.teacher_ckpt)
+            if scratch and "d" not in content:
+                full = checkpoint.load_generator(content, name=config.teacher_ckpt)
+                return Discriminator(generator.size, channels=full.channels[1::2])
     if scratch and "d" not in content:
         return Discriminator(generator.size, config.channel_multiplier)
     if "d" not in content:
@@ -141,12 +145,51 @@ def _make_parser(config: TrainConfig, device: torch.device) -> ContentParser | N
     return parser
 
 
-def _load_teacher(config: TrainConfig, size: int, device: torch.device) -> Generator | None:
+def _check_fit(
+    generator: Generator, g_ema: Generator | None, discriminator: Discriminator, source: str
+) -> None:
+    """Refuse networks that cannot be trained together."""
+    if discriminator.size != generator.size:
+        raise ValueError(
+            f"{source}: its generator makes {generator.size} px images, and the discriminator takes"
+            f" {discriminator.size} px; give a file whose networks belong together"
+        )
+    shapes = [[p.shape for p in each.parameters()] for each in (generator, g_ema or generator)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{source}: g and g_ema are no two states of one network; give a file in which they are"
+        )
+
+
+def _announce_path_batch(config: TrainConfig, announce: Callable[[str], None]) -> None:
+    """Say where processes whose share is no multiple change the path length's batch."""
+    processes, shrink = distributed.world_size(), config.path_batch_shrink
+    share, wanted = config.batch_size // processes, max(1, config.batch_size // shrink)
+    found = processes * max(1, share // shrink)
+    if config.path_regularize and found != wanted:
+        announce(
+            f"path length is computed on {found} images, not on {wanted}: each of {processes}"
+            f" processes has {share}; let batch_size be a multiple of {processes * shrink}"
+        )
+
+
+def _load_teacher(
+    config: TrainConfig, student: Generator, device: torch.device
+) -> Generator | None:
     """The frozen full-size generator, or None without a teacher."""
     if not config.has_teacher:
         return None
     with blame("teacher_ckpt"):
-        generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=size)
+        generator = checkpoint.load_generator(config.teacher_ckpt, device=device, size=student.size)
+    if generator.style_dim != student.style_dim:
+        raise SettingError(
+            "teacher_ckpt",
+            f"{config.teacher_ckpt} has latents of {generator.style_dim} numbers, the student of"
+            f" {student.style_dim}, and both get the same; name the teacher that it was pruned from"
+            + (
+                "" if config.ckpt or config.resume else f", or give style_dim {generator.style_dim}"
+            ),
+        )
     compile_method(generator, "synthesis", config.compile_mode)
     return generator.eval().requires_grad_(False)
 
