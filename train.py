@@ -91,7 +91,7 @@ def run_to_resume(args: argparse.Namespace) -> str:
     if args.resume != AUTO:
         return str(args.resume)
     if not args.out:
-        raise SettingError("resume", f"{AUTO} looks into the run's folder; name it by out")
+        raise SettingError("resume", f"{AUTO} looks into the run's folder; name it with out")
     return args.out if (Path(args.out) / CONFIG).exists() else ""
 
 

@@ -28,8 +28,8 @@ class TrainConfig(Settings):
     )
     teacher_ckpt: str = setting(
         "",
-        "full-size checkpoint to distil from; empty or none: GAN loss only, which a pruned --ckpt"
-        " asks to be said by none",
+        "full-size checkpoint to distil from; empty or none: GAN loss only; with a pruned --ckpt,"
+        " say none",
     )
     resume: str = setting(
         "",
@@ -86,8 +86,8 @@ class TrainConfig(Settings):
     lr: float = setting(0.002, "learning rate of Adam", low=0)
     lr_decay: int = setting(
         0,
-        "images at the end of the run over which the learning rates fall in a line to nothing;"
-        " 0: none, as published",
+        "images at the end of the run over which the learning rates fall linearly to zero;"
+        " 0: no decay, as published",
         low=0,
     )
     mixing: float = setting(0.9, "probability of mixing two styles in a batch", low=0, high=1)
@@ -125,7 +125,7 @@ class TrainConfig(Settings):
     # Distillation (paper, section 3.3).
     kd_l1_lambda: float = setting(3.0, "weight of the L1 distance to the teacher's images", low=0)
     kd_lpips_lambda: float = setting(
-        3.0, "weight of the perceptual distance to the teacher's", low=0
+        3.0, "weight of the perceptual distance to the teacher's images", low=0
     )
     kd: tuple[str, ...] = setting(
         (),
@@ -201,12 +201,14 @@ class TrainConfig(Settings):
     )
     fid_features: str = setting(
         "inception",
-        "its network: inception (downloaded on first use), or parser (--parser_ckpt; no download)",
+        "network whose features the metrics compare: inception (downloaded on first use), or parser"
+        " (--parser_ckpt; no download)",
         choices=("inception", "parser"),
     )
     fid_metrics: tuple[str, ...] = setting(
         ("fid",),
-        "what is measured then: of fid,kid,pr; the first that is a distance chooses best.pt",
+        "metrics measured before each checkpoint, of fid,kid,pr; the first that is a distance"
+        " chooses best.pt",
     )
     fid_stats: str = setting("", "statistics of the real images; empty: those of --path")
     fid_batch: int = setting(

@@ -246,7 +246,7 @@ def share_warning(share: float, parser: ContentParser) -> str:
     if 0.05 <= share <= 0.95 or share != share or parser.is_content.all():
         return ""
     return (
-        f"the masks of {parser.content} hold {share:.1%} of the pixels; look at them by"
+        f"the masks of {parser.content} hold {share:.1%} of the pixels; look at them with"
         " python3 -m Compression.content before you train"
     )
 

@@ -89,7 +89,7 @@ def load_inception(file: Path | None, device: torch.device) -> FIDInception:
         CheckpointError: no download, or not the network's weights; says what to do.
     """
     if file is None:
-        file = downloaded(URL, "name it by the setting inception_ckpt, or take the features parser")
+        file = downloaded(URL, "name it with inception_ckpt, or take the features parser")
     weights = {k: v for k, v in read(file).items() if not str(k).startswith("fc.")}
     network = FIDInception()
     # Counters that files older than PyTorch 0.4.1 lack, and that inference does not use.

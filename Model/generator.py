@@ -273,7 +273,7 @@ class Generator(nn.Module):
             inject_index: layer where the second style takes over, in [0, n_latent]; None draws it,
                 so that each has a layer at least.
             truncation: psi; see `truncate`.
-            truncation_latent: (1, style_dim), the centre of truncation, required below 1.
+            truncation_latent: (1, style_dim), the centre of truncation, required unless psi is 1.
             input_is_latent: styles are already mapped.
 
         Returns:

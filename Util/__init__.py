@@ -1,1 +1,1 @@
-"""Parts of pruning and training: masks, scores, surgery, costs, losses and the training loop."""
+"""What needs no network: settings, files, devices, processes, pictures, the log of a run."""

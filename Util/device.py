@@ -22,7 +22,7 @@ class DeviceSettings(Settings):
     tf32: bool = setting(
         False,
         "round the factors of float32 products to TensorFloat-32 (Ampere and newer GPUs): faster,"
-        " and other figures",
+        " but figures change a little",
     )
 
     def pick_device(self) -> torch.device:

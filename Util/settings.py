@@ -79,8 +79,8 @@ def setting(
         nargs: "+" for values separated by spaces; a tuple is else separated by commas.
         parse: makes the value of a text; None follows the field's type.
         aliases: further names of the flag, as the original code has them.
-        exists: "file" or "folder" that the value names, "parser" if it may be the name of one;
-            `check_files` looks for them.
+        exists: what the value names, for the message of `check_files`, which looks whether it is
+            there; "parser" may be a parser's name, too.
     """
     limits = {"low": low, "high": high, "above": above, "below": below}
     flag = {"choices": choices, "metavar": metavar, "nargs": nargs, "parse": parse}

@@ -291,7 +291,7 @@ def test_resume_auto_starts_goes_on_and_has_nothing_left_to_do(folder, capsys):
     assert run(folder, f"{SMALL} --log_freq 2 --iter 5", "whole") == 0
     assert_same_run(folder / "whole", folder / "run", 5)
     assert train.main(f"--path {folder}/data {again}".split()) == 2
-    assert "--resume auto looks into the run's folder; name it by out" in capsys.readouterr().err
+    assert "--resume auto looks into the run's folder; name it with out" in capsys.readouterr().err
     config = train.parse_config(f"--resume auto --recipe none --out {folder}/run".split())
     assert config.resume == str(folder / "run")
 
