@@ -13,7 +13,8 @@ from Evaluation.distances import Distance
 from Evaluation.sampling import Latents
 
 STYLE_LAYERS = {"coarse": range(0, 4), "middle": range(4, 8), "fine": range(8, 18)}
-"""Layers of w+ by what they govern: pose and shape, features, colours (StyleGAN, section 3.1)."""
+"""Layers of w+ by what they govern: pose and shape, features, colours (StyleGAN, section 3.1), by
+its numbers; StyleGAN2's 4 px block has one layer less, so that layer 3 is of 16 px."""
 
 
 def circle(a: Tensor, b: Tensor, turn: float) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from Evaluation import sampling
+from Evaluation.editing import STYLE_LAYERS
 from Model import bundled, checkpoint
 from Model.complexity import macs, parameters
 from Model.generator import Generator
@@ -93,11 +94,11 @@ def matching_directions(w: Tensor, other_w: Tensor, directions: Tensor) -> Tenso
 
 
 def layer_groups(n_latent: int) -> dict[str, list[int]]:
-    """First layer, and the one after the last, of StyleGAN's three groups of styles.
-
-    Coarse are those up to 8 px, middle 16 and 32 px, fine the rest (StyleGAN, section 3.1).
-    """
-    return {"coarse": [0, 3], "middle": [3, min(7, n_latent)], "fine": [min(7, n_latent), n_latent]}
+    """First layer, and the one after the last, of the groups that `get_edited_image.py` names."""
+    return {
+        name: [min(end, n_latent) for end in (layers.start, layers.stop)]
+        for name, layers in STYLE_LAYERS.items()
+    }
 
 
 def _rounded(values: Tensor) -> list[Any]:
