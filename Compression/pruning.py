@@ -290,7 +290,7 @@ def _load_full_size(
     """The generator to prune, and the networks that the file holds besides."""
     with blame("ckpt"):
         content = checkpoint.read(settings.ckpt)
-        generator = checkpoint.load_generator(settings.ckpt, device=device)
+        generator = checkpoint.load_generator(content, device=device, name=str(settings.ckpt))
     check_size("generated_img_size", settings.generated_img_size, settings.ckpt, generator)
     if (settings.second_kernel or 1) > generator.second_kernel:
         raise SettingError(

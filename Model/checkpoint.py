@@ -344,7 +344,8 @@ def load_attribute_classifier(
         CheckpointError: see the module.
     """
     content = read(source)
-    state, name = _state_dict(source, "classifier")
+    name = "checkpoint" if isinstance(source, Mapping) else str(source)
+    state, name = _state_dict(content, "classifier", name)
     config: Any = content.get("config")
     if not _is_attribute_config(config):
         raise CheckpointError(f"{name}: its config does not fit ({str(config)[:80]})")
