@@ -2,13 +2,11 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from Compression.parser_scores import Scores
 from Compression.parser_training import ParserSettings, score_parser, train_parser
 from Util.cli import check_writable, if_interrupted, run_settings
 from Util.progress import Progress, show
-from Util.settings import SettingError
 
 DESCRIPTION = """Train a BiSeNet parser on a folder with images/NAME.png (or .jpg) and
 labels/NAME.png, 8-bit maps of class indices. Print the intersection over union of
@@ -29,13 +27,6 @@ def table(scores: Scores) -> str:
     lines.append(f"mean IoU of the {int(scores.occurs.sum())} classes: {scores.mean_iou:.4f}")
     lines.append(f"content-mask IoU: {scores.content_iou:.4f}")
     return "\n".join(lines)
-
-
-def _check_target(name: str, file: Path) -> None:
-    """Find out before any work that a file cannot be written."""
-    if file.is_dir():
-        raise SettingError(name, f"{file} is a folder; name a file in it")
-    check_writable(name, file)
 
 
 def train(settings: ParserSettings) -> None:
@@ -65,7 +56,7 @@ def run(settings: ParserSettings) -> None:
     """Train or score a parser."""
     for name, file in (("out", settings.out), ("report", settings.report)):
         if file and not (name == "out" and settings.eval_only):
-            _check_target(name, file)
+            check_writable(name, file)
     if settings.eval_only is None:
         train(settings)
     else:

@@ -197,8 +197,6 @@ def _legend(shown: Shown, parser: ContentParser, palette: np.ndarray, width: int
 def run(settings: ShowSettings) -> None:
     """Parse, print the shares, and draw."""
     device = settings.pick_device()
-    if settings.out.is_dir():
-        raise IsADirectoryError(f"{settings.out} is a folder; name a file in it")
     check_writable("out", settings.out)
     parser = parser_for(settings.parser_ckpt, settings.ckpt, device, settings.content)
     shown = observe(settings, parser, device)

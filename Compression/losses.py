@@ -78,7 +78,6 @@ def path_length_penalty(
     mean_length: Tensor,
     decay: float = 0.01,
     noise: Tensor | None = None,
-    average: Callable[[Tensor], Tensor] = lambda mean: mean,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Path length regularisation (StyleGAN2, section 3.2, eq. 4).
 
@@ -88,12 +87,11 @@ def path_length_penalty(
         mean_length: running mean of the lengths, a scalar.
         decay: weight of this batch in the running mean.
         noise: (N, 3, H, W) standard normal direction in image space; drawn when None.
-        average: differentiable mean of a scalar over the processes that share the batch.
 
     Returns:
         The penalty (not weighted; it carries the gradient of the updated mean too, as in the
         original), the detached updated mean, and the detached lengths (N,).
     """
     lengths = path_lengths(images, w_plus, torch.randn_like(images) if noise is None else noise)
-    penalty, updated = length_penalty(lengths, mean_length, decay, average)
+    penalty, updated = length_penalty(lengths, mean_length, decay)
     return penalty, updated.detach(), lengths.detach()

@@ -1,17 +1,16 @@
 """Measure a parser against label maps, and show where it fails."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from Compression.content import ContentParser
 from Compression.content_picture import colours, paint
 from Compression.parser_augmentation import Batch, reduce_images
-from Util.pictures import captioned, grid
+from Util.pictures import captioned, grid, headed
 
 
 @dataclass(frozen=True)
@@ -111,18 +110,8 @@ def worst_cases(
         "label map": paint(maps, palette),
         "parser": paint(found, palette),
         "wrong": wrong,
-        "mean IoU": torch.ones(len(worst), 3, 20, size[1]),
     }
     strips = {name: grid(images, len(worst), gap=4) for name, images in rows.items()}
-    strips["mean IoU"] = _labelled(strips["mean IoU"], [f"{case[0]:.2f}" for case in worst])
+    texts = [f"{case[0]:.2f}" for case in worst]
+    strips["mean IoU"] = headed(texts, strips["picture"].shape[1], size=14)
     return captioned(strips)
-
-
-def _labelled(strip: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """Write texts side by side into a strip of equal cells."""
-    canvas = Image.fromarray(strip)
-    draw, cell = ImageDraw.Draw(canvas), (canvas.width + 4) / len(texts)
-    for i, text in enumerate(texts):
-        place = (cell * (i + 0.5), canvas.height / 2)
-        draw.text(place, text, fill="black", font=ImageFont.load_default(14), anchor="mm")
-    return np.asarray(canvas)

@@ -378,7 +378,6 @@ class Trainer:
         return terms
 
     def _r1_phase(self, real: Tensor) -> dict[str, Tensor]:
-        real = real.detach()
         weight = self.settings.r1 / 2 * self.settings.d_reg_every
         metrics: dict[str, Tensor] = {}
         for suffix, update in self._discriminators.items():

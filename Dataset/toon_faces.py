@@ -424,7 +424,7 @@ def render_dataset(settings: ToonFacesSettings, progress: bool = True) -> None:
 
 
 def _run(settings: ToonFacesSettings) -> None:
-    check_writable("out", settings.out / "images")
+    check_writable("out", settings.out / "dataset.json")
     with if_interrupted(lambda: "the same command goes on from here"):
         render_dataset(settings)
     print(f"{settings.n} pictures of {settings.size} px in {settings.out}")

@@ -28,11 +28,6 @@ class Metric:
     needs_features: bool = False
     fewest: int = 2
 
-    @property
-    def is_distance(self) -> bool:
-        """Whether its first figure is a distance: the smaller, the better."""
-        return self.distance is not None
-
     def name(self, extractor: Extractor) -> str:
         """Name the distance of these features; empty for other metrics."""
         return extractor.distance_name(*self.distance) if self.distance else ""

@@ -34,7 +34,7 @@ from Util.cli import check_writable, if_interrupted
 from Util.files import atomic_path
 from Util.pictures import save_png, side_by_side
 from Util.progress import Progress
-from Util.settings import SettingError, blame, plain, setting
+from Util.settings import blame, plain, setting
 
 PICTURE = "Image_Projection_Visualization.png"
 TABLE = "projection.csv"
@@ -157,8 +157,6 @@ def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Resul
     perceptual, distance = settings.load_distance(model, device), settings.distance_name(model)
     with blame("image_file"):
         targets = _targets(settings, generator)
-    if settings.out.exists() and not settings.out.is_dir():
-        raise SettingError("out", f"{settings.out} is no folder; name another")
     check_writable("out", settings.out / PICTURE)
     rows = _project_and_save(settings, generator, targets, mask, perceptual)
     protocol = _protocol(settings, distance, mask.chosen if mask else "")

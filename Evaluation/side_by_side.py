@@ -72,7 +72,7 @@ def target_stem(out: Path, default: str) -> Path:
     stem = out / default if out.is_dir() else out
     if stem.suffix in (".png", ".gif"):
         stem = stem.with_suffix("")
-    check_writable("out", stem)
+    check_writable("out", stem.with_name(f"{stem.name}.png"))
     return stem
 
 

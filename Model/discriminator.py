@@ -91,17 +91,14 @@ GROUP = 4
 """Images that the minibatch standard deviation compares with each other."""
 
 
-def minibatch_stddev(
-    x: Tensor, group_size: int = GROUP, over_processes: bool = False, batches: int = 1
-) -> Tensor:
+def minibatch_stddev(x: Tensor, over_processes: bool = False, batches: int = 1) -> Tensor:
     """Append the mean standard deviation over groups of images as one more map (ProGAN, section 3).
 
-    Images i and j share a group if i = j modulo N / group. Where ``group_size`` does not divide N,
-    the next smaller divisor is taken, so any batch works.
+    Images i and j share a group if i = j modulo N / group. Where `GROUP` does not divide N, the
+    next smaller divisor is taken, so any batch works.
 
     Args:
         x: (batches * N, C, H, W) activations.
-        group_size: images that are compared with each other.
         over_processes: N is the batch of all processes, of which process r of p has images r,
             r + p, ... A group that does not lie in one process is then compared across them.
         batches: of equal sizes, one after the other; only images of one are compared.
@@ -112,7 +109,7 @@ def minibatch_stddev(
     own = len(x) // batches
     world = distributed.world_size() if over_processes else 1
     n = own * world
-    group = next(g for g in range(min(group_size, n), 0, -1) if n % g == 0)
+    group = next(g for g in range(min(GROUP, n), 0, -1) if n % g == 0)
     if own % group == 0:  # the groups of all processes' batch are those of each one's
         maps = _stddev_maps(x.unflatten(0, (batches, group, own // group)))
     else:

@@ -262,11 +262,13 @@ def _explanation(error: BaseException, parser: argparse.ArgumentParser) -> str:
 
 
 def check_writable(name: str, target: Path) -> None:
-    """Find out before the work that the result of a setting could not be written.
+    """Find out before the work that a setting's file could not be written.
 
     Raises:
         SettingError: names the setting and the folder.
     """
+    if target.is_dir():
+        raise SettingError(name, f"{target} is a folder; name a file in it")
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     if not parent.is_dir():
         raise SettingError(name, f"{target}: {parent} is no folder; name another place")

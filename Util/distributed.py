@@ -346,9 +346,9 @@ def gather_rows(rows: Tensor) -> Tensor:
     return rows if world_size() == 1 else _GatherRows.apply(rows)
 
 
-def any_process(flag: bool, patience: timedelta | None = None) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether the flag is up in any process; see `highest`."""
-    return bool(highest(int(flag), patience))
+    return bool(highest(int(flag)))
 
 
 def gather(value: Any) -> list[Any]:

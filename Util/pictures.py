@@ -122,9 +122,7 @@ def _wrapped(text: str, width: int, size: int) -> list[str]:
     return lines
 
 
-def with_text(
-    picture: np.ndarray, text: str, size: int = 16, above: bool = False, left: int = 8
-) -> np.ndarray:
+def with_text(picture: np.ndarray, text: str, size: int = 16, above: bool = False) -> np.ndarray:
     """Put a text under a picture, or above it, on white, in as many lines as it needs.
 
     Args:
@@ -132,16 +130,15 @@ def with_text(
         text: one paragraph.
         size: height of the letters in pixels.
         above: a title in place of a caption.
-        left: where the text begins, in pixels.
     """
     width = picture.shape[1]
-    lines = _wrapped(text, width - left - 8, size)
+    lines = _wrapped(text, width - 16, size)
     step = round(1.3 * size)
     strip = Image.new("RGB", (width, len(lines) * step + size // 2), "white")
     draw = ImageDraw.Draw(strip)
     for i, line in enumerate(lines):
         middle = size // 4 + i * step + step // 2
-        draw.text((left, middle), line, fill="black", font=_font(size), anchor="lm")
+        draw.text((8, middle), line, fill="black", font=_font(size), anchor="lm")
     parts = [np.asarray(strip), picture]
     return np.concatenate(parts if above else parts[::-1])
 

@@ -145,11 +145,9 @@ class Progress:
             warn(f"{self.what}: {self.done} of {self.total} {self.unit} in {taken}")
 
 
-def track(
-    items: Iterable[Item], total: int, what: str, unit: str = "it", *, leave: bool = True
-) -> Iterator[Item]:
+def track(items: Iterable[Item], total: int, what: str, unit: str = "it") -> Iterator[Item]:
     """Go through items, each of which is one unit of work."""
-    with Progress(total, what, unit, shown=total > 0, leave=leave) as progress:
+    with Progress(total, what, unit, shown=total > 0) as progress:
         for item in items:
             yield item
             progress.update()

@@ -7,12 +7,10 @@ model's widths, random weights, batches of 4 whatever the recipe's own, in secon
 An iteration is the mean over sixteen: R1 once, path length four times.
 """
 
-import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -53,7 +51,7 @@ from Evaluation.embeddings import Embedding
 from Model import bundled, checkpoint
 from Model.discriminator import Discriminator
 from Model.generator import Generator
-from Model.ops.dispatch import VARIABLE
+from Model.onnx import plain_operators
 from train_hyperparams import TrainConfig
 from Util.settings import from_flags
 
@@ -180,25 +178,13 @@ def mean(costs: Mapping[str, float]) -> float:
     return sum(costs[kind] * n for kind, (_, n) in PHASES.items()) / 16
 
 
-@contextmanager
-def _plain_operators() -> Iterator[None]:
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = "reference"
-    try:
-        yield
-    finally:
-        del os.environ[VARIABLE]
-        if before is not None:
-            os.environ[VARIABLE] = before
-
-
 def macs(name: str, size: int) -> float:
     """Count the multiply-accumulates of a recipe's iteration for one image."""
     teacher, student = frozen(generator(size)).to(META), generator(size, 0.7).to(META)
     parser = published_parsers()[1].to(META)
     job = trainer(name, teacher, student, parser, CountedTrainer)
     counts = {}
-    with _plain_operators():
+    with plain_operators():
         for kind, run in phases(job).items():
             with Operations() as operations:
                 run()

@@ -27,13 +27,10 @@ from studies.plan import Job, Plan, iterations, prune_settings, train_config
 from train_hyperparams import TrainConfig
 from Util.files import atomic_path
 from Util.settings import plain
+from Util.stopping import StoppedError
 
 REAL_START = 4_000_000
 """First of the real pictures that are compared with; neither the judge nor a student saw them."""
-
-
-class StoppedError(RuntimeError):
-    """A signal ended a training; the same job goes on from its checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -193,21 +193,15 @@ def _agreement(judge: Judge, student: Generator, passes: Passes) -> dict[str, fl
 
 
 def _frechet(judge: Judge, student: Generator, passes: Passes) -> dict[str, float]:
-    pairs = {"frechet": ("whole", passes.features)}
-    pairs["frechet_inside"] = ("inside", passes.content_features)
+    whole, inside = passes.features.numpy(), passes.content_features.numpy()
     return {
-        name: fid.distance(
-            feature_statistics.statistics_of(features.numpy(), {}), judge.real_features[which]
-        )
-        for name, (which, features) in pairs.items()
+        **fid.measure(whole, judge.real_features["whole"], "frechet", 0),
+        **fid.measure(inside, judge.real_features["inside"], "frechet_inside", 0),
     }
 
 
 def _precision_recall(judge: Judge, student: Generator, passes: Passes) -> dict[str, float]:
-    real = judge.real_features["whole"].features
-    assert real is not None
-    found = precision_recall.precision_recall(passes.features, torch.from_numpy(real))
-    return dict(zip(("precision", "recall"), found, strict=True))
+    return precision_recall.measure(passes.features.numpy(), judge.real_features["whole"], "", 0)
 
 
 def _ppl(judge: Judge, student: Generator, passes: Passes) -> dict[str, float]:

@@ -19,7 +19,6 @@ import torch
 
 from studies.jobs import (
     Places,
-    StoppedError,
     check_unchanged,
     clean,
     prepare,
@@ -29,6 +28,7 @@ from studies.jobs import (
 from studies.plan import Job, Plan, read_plan
 from studies.results import append_result, read_results, results_file
 from Util.files import lock_folder
+from Util.stopping import StoppedError
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,6 @@ def run_jobs(plan: Plan, jobs: Sequence[Job], places: Places) -> int:
         except (ValueError, OSError, ArithmeticError) as error:
             failed += 1
             print(f"{job.name}: failed: {error}", file=sys.stderr, flush=True)
-        except StoppedError:
-            raise
         except RuntimeError as error:  # a loss that is not finite, or a mistake in the code
             failed += 1
             traceback.print_exc()

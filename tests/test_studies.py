@@ -20,7 +20,7 @@ from Model import checkpoint
 from Model.generator import Generator
 from studies import __main__ as command
 from studies import jobs, plots, report, runner
-from studies.jobs import Places, StoppedError, run_job
+from studies.jobs import Places, run_job
 from studies.measuring import HIGHER_IS_BETTER, SEED_OFFSET
 from studies.plan import FOLDER, PlanError, iterations, parse_plan, read_plan, train_config
 from studies.results import append_result, read_results
@@ -46,6 +46,7 @@ from studies.tables import (
     spread,
 )
 from Util.pictures import to_uint8
+from Util.stopping import StoppedError
 
 PLAN = {
     "about": "two arms",

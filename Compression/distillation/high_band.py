@@ -31,18 +31,17 @@ class HighBandSettings(Settings):
     )
 
 
-def high_bands(x: Tensor, levels: int = LEVELS) -> list[Tensor]:
+def high_bands(x: Tensor) -> list[Tensor]:
     """Compute the high-frequency bands of the orthonormal Haar transform.
 
     Args:
-        x: (N, C, h, w), sides divisible by 2 ** levels.
-        levels: how often the low band is split again.
+        x: (N, C, h, w), sides divisible by 2 ** `LEVELS`.
 
     Returns:
-        (N, C, 3, h / 2^j, w / 2^j) for j = 1 ... levels: differences along rows, columns and both.
+        (N, C, 3, h / 2^j, w / 2^j) for j = 1 ... `LEVELS`: of rows, of columns, of both.
     """
     bands = []
-    for _ in range(levels):
+    for _ in range(LEVELS):
         # Sums and differences, since filters would have to be brought to the device.
         total, rows = _sum_and_difference(x / 2, 2)
         x, columns = _sum_and_difference(total, 3)
