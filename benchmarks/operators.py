@@ -19,7 +19,6 @@ value once. GB/s counts one read of the input and one write of the output.
 
 import functools
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from benchmarks import textbook
 from benchmarks.timing import (
-    Measurement,
+    OneThread,
     Timing,
     interleaved,
     milliseconds,
@@ -45,7 +44,7 @@ from Model.ops import (
     upfirdn2d,
 )
 from Model.ops.dispatch import Impl
-from Util.settings import SettingError, setting
+from Util.settings import setting
 
 # Batch, channels and side: last layers of the 256 px generator, full size and pruned by 0.7.
 SHAPES = ((1, 128, 256), (1, 512, 64), (1, 39, 256), (1, 77, 128), (1, 154, 64), (16, 39, 64))
@@ -53,11 +52,10 @@ GAIN = 2**0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class OperatorSettings(Measurement):
+class OperatorSettings(OneThread):
     """Where the operators run, and what is counted as their time."""
 
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", metavar="DEV")
-    cpu_time: bool = setting(False, "count this thread's processor time only, on a shared machine")
 
 
 @dataclass(frozen=True)
@@ -190,9 +188,7 @@ def row(
 
 def measure(settings: OperatorSettings) -> list[dict[str, object]]:
     """Print a table of all operations; return its figures."""
-    if settings.cpu_time and (settings.threads != 1 or settings.device != "cpu"):
-        raise SettingError("cpu_time", "sees one thread only: it needs --threads 1 --device cpu")
-    clock = time.thread_time if settings.cpu_time else time.perf_counter
+    clock = settings.clock
     lines, results = [], []
     for n, c, side in SHAPES:
         layers = [layer(n, c, side)] if settings.device == "cpu" else []

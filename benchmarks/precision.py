@@ -6,32 +6,23 @@ models tell the error; the others have random weights and tell the speed alone.
 
 import copy
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.jobs import frozen, generator
-from benchmarks.timing import Measurement, interleaved, milliseconds, run_benchmark, table
+from benchmarks.timing import OneThread, interleaved, milliseconds, run_benchmark, table
 from Evaluation.generated import grey_levels_off
 from Evaluation.sampling import draw_z, from_z
 from Model import bundled
 from Model.checkpoint import load_generator
 from Model.generator import Generator
 from Model.precision import PRECISIONS
-from Util.settings import SettingError, setting
 
 ERROR_IMAGES = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrecisionSettings(Measurement):
-    """How it is measured."""
-
-    cpu_time: bool = setting(False, "count this thread's processor time only, on a shared machine")
 
 
 def models() -> Iterator[tuple[str, Generator, bool]]:
@@ -49,12 +40,9 @@ def synthesise(network: Generator, w: torch.Tensor) -> None:
         network.synthesis(w, "fixed")
 
 
-def measure(settings: PrecisionSettings) -> list[dict[str, Any]]:
+def measure(settings: OneThread) -> list[dict[str, Any]]:
     """Print a table of the models; return its figures."""
-    if settings.cpu_time and settings.threads != 1:
-        raise SettingError("cpu_time", "sees one thread only: it needs --threads 1")
-    clock = time.thread_time if settings.cpu_time else time.perf_counter
-    results, rows = [], []
+    clock, results, rows = settings.clock, [], []
     for name, network, trained in models():
         prepared = {way: frozen(copy.deepcopy(network)).prepare(way) for way in PRECISIONS}
         w = torch.randn(1, network.n_latent, network.style_dim)
@@ -78,7 +66,7 @@ def measure(settings: PrecisionSettings) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     what = "Speed and error of inference in bfloat16."
-    return run_benchmark(PrecisionSettings, measure, argv, "precision", what)
+    return run_benchmark(OneThread, measure, argv, "precision", what)
 
 
 if __name__ == "__main__":

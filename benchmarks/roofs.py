@@ -6,30 +6,20 @@ large matrix product and of a copy of 64 MiB in the same rounds.
 """
 
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.jobs import frozen, generator, matrix_product
-from benchmarks.timing import Measurement, interleaved, run_benchmark, table
+from benchmarks.timing import OneThread, interleaved, run_benchmark, table
 from Model.complexity import macs
 from Model.generator import Generator
-from Util.settings import SettingError, setting
 
 CASES = ((256, 0.0), (256, 0.7), (1024, 0.0), (1024, 0.7))
 COPIED = 2**24
 """Values of the copy."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoofSettings(Measurement):
-    """How it is measured."""
-
-    cpu_time: bool = setting(False, "count this thread's processor time only, on a shared machine")
 
 
 def bytes_moved(network: Generator) -> int:
@@ -45,7 +35,7 @@ def bytes_moved(network: Generator) -> int:
 
 
 @torch.no_grad()
-def measured(network: Generator, settings: RoofSettings) -> dict[str, float]:
+def measured(network: Generator, settings: OneThread) -> dict[str, float]:
     """Time an image, the matrix product and the copy in turn: seconds."""
     w = torch.randn(1, network.n_latent, network.style_dim)
     source, target = torch.randn(COPIED), torch.empty(COPIED)
@@ -54,15 +44,12 @@ def measured(network: Generator, settings: RoofSettings) -> dict[str, float]:
         "product": matrix_product,
         "copy": partial(target.copy_, source),
     }
-    clock = time.thread_time if settings.cpu_time else time.perf_counter
-    times = interleaved(calls, settings.rounds, clock=clock)
+    times = interleaved(calls, settings.rounds, clock=settings.clock)
     return {name: timing.median for name, timing in times.items()}
 
 
-def measure(settings: RoofSettings) -> list[dict[str, Any]]:
+def measure(settings: OneThread) -> list[dict[str, Any]]:
     """Print a table of the generators; return its figures."""
-    if settings.cpu_time and settings.threads != 1:
-        raise SettingError("cpu_time", "sees one thread only: it needs --threads 1")
     rows, results = [], []
     for size, ratio in CASES:
         network = frozen(generator(size, ratio)).prepare("float32")
@@ -83,7 +70,7 @@ def measure(settings: RoofSettings) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     what = "Cost of one image against the roofs of arithmetic and memory."
-    return run_benchmark(RoofSettings, measure, argv, "roofs", what)
+    return run_benchmark(OneThread, measure, argv, "roofs", what)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from Util.cli import run_settings
 from Util.device import pick_device
 from Util.files import atomic_path
-from Util.settings import Settings, setting
+from Util.settings import SettingError, Settings, setting
 
 Variants = Mapping[str, Callable[[], object]]
 
@@ -38,6 +38,24 @@ class Measurement(Settings):
     rounds: int = setting(7, "of each timing, at least 5", low=5, metavar="N")
     json: Path | None = setting(None, "also write the numbers there", metavar="FILE")
     device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneThread(Measurement):
+    """What a benchmark is told that may count one thread's own time."""
+
+    cpu_time: bool = setting(False, "count this thread's processor time only, on a shared machine")
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """The clock to measure by.
+
+        Raises:
+            SettingError: processor time was asked for of several threads, or of a GPU.
+        """
+        if self.cpu_time and (self.threads != 1 or self.device != "cpu"):
+            raise SettingError("cpu_time", "sees one CPU thread only: it needs --threads 1")
+        return time.thread_time if self.cpu_time else time.perf_counter
 
 
 Kind = TypeVar("Kind", bound=Measurement)
