@@ -181,16 +181,21 @@ class RunLog:
             self._lock = None
 
 
-def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+def commit() -> str | None:
+    """Name the commit of this code; None outside of a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
-        commit = ""
+        return None
+    return done.stdout.strip() or None
+
+
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "config": dict(config),
         "command": sys.argv,
-        "commit": commit or None,
+        "commit": commit(),
         "versions": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,

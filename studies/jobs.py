@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from Compression.pruning import prune
+from Compression.run import settings as run_settings
 from Compression.run import train
 from Dataset import toon_faces
 from Evaluation.features import fingerprint
@@ -26,7 +27,6 @@ from studies.measuring import Judge
 from studies.plan import Job, Plan, iterations, prune_settings, train_config
 from train_hyperparams import TrainConfig
 from Util.files import atomic_path
-from Util.settings import plain
 from Util.stopping import StoppedError
 
 REAL_START = 4_000_000
@@ -255,8 +255,6 @@ def check_unchanged(
 
 def plain_settings(settings: Any) -> dict[str, Any]:
     """Settings as JSON holds them, those of options beside the others; files by their names."""
-    values = plain(settings)
-    for options in values.pop("options", ()):
-        values |= plain(options)
+    values = run_settings.plain_settings(settings)
     paths = ("ckpt", "teacher_ckpt", "path", "out", "resume")
     return {k: Path(v).name if k in paths and v else v for k, v in values.items()}

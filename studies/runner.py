@@ -3,7 +3,6 @@
 import os
 import platform
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -11,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from multiprocessing import get_context
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -28,7 +26,11 @@ from studies.jobs import (
 from studies.plan import Job, Plan, read_plan
 from studies.results import append_result, read_results, results_file
 from Util.files import lock_folder
+from Util.run_log import commit
 from Util.stopping import StoppedError
+
+COMMIT = commit()
+"""Of the code that runs, whatever is committed meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,8 @@ def describe_jobs(plan: Plan, jobs: Sequence[Job], places: Places, processes: in
 
 def facts() -> dict[str, Any]:
     """What a result depends on besides its settings."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        commit = ""
     return {
-        "commit": commit or None,
+        "commit": COMMIT,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "threads": torch.get_num_threads(),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),

@@ -22,8 +22,8 @@ def option_kinds() -> list[type[Settings]]:
     return [kind.options for kind in distillation.TERMS.values() if kind.options is not None]
 
 
-def plain_settings(config: TrainConfig) -> dict[str, Any]:
-    """Give all settings, those of terms among them, as values that JSON holds."""
+def plain_settings(config: Any) -> dict[str, Any]:
+    """Give all settings, those of its options among them, as values that JSON holds."""
     settings = plain(config)
     for options in settings.pop("options"):
         settings |= plain(options)
