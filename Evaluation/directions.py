@@ -60,8 +60,12 @@ def principal_components(generator: Generator, seed: int, n: int = 10_000) -> Pr
         n: number of w, at least 2.
     """
     z = torch.randn(n, generator.style_dim, generator=stream(seed, 0, PRINCIPAL))
-    w = generator.mapping(z.to(generator.device)).double()
-    variances, components = _leading(torch.cov(w.T).reshape(w.shape[1], -1))
+    return components_of(generator.mapping(z.to(generator.device)))
+
+
+def components_of(w: Tensor) -> Principal:
+    """Compute the principal components of given w (N, style_dim), N >= 2."""
+    variances, components = _leading(torch.cov(w.double().T).reshape(w.shape[1], -1))
     return Principal(components.float(), variances.clamp(min=0).sqrt().float())
 
 

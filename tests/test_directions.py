@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from Evaluation import sampling
-from Evaluation.directions import modulation_directions, principal_components, walk
+from Evaluation.directions import components_of, modulation_directions, principal_components, walk
 from Evaluation.walking import find_walks, walking_distances
 from Model.generator import Generator
 
@@ -13,6 +13,16 @@ from Model.generator import Generator
 def small(size=32, style_dim=12):
     torch.manual_seed(1)
     return Generator(size, style_dim, 2, [9] * (2 * int(math.log2(size)) - 2))
+
+
+def test_components_are_the_axes_of_the_variance():
+    scale = torch.tensor([5.0, 0.1, 3.0, 1.0])
+    rotation, _ = torch.linalg.qr(torch.randn(4, 4))
+    found = components_of(torch.randn(20000, 4) * scale @ rotation + 7)
+    agreement = torch.cosine_similarity(found.components[:2], rotation[[0, 2]]).abs()
+    torch.testing.assert_close(agreement, torch.ones(2), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.deviations[:2], torch.tensor([5.0, 3.0]), rtol=0.03, atol=0)
+    torch.testing.assert_close(found.shares[:2], torch.tensor([25, 9]) / 35.01, rtol=0.05, atol=0)
 
 
 def test_principal_components_are_those_of_w():

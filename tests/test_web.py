@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from Evaluation import sampling
+from Evaluation.directions import components_of
 from Model import checkpoint
 from tests.browser import BINARY, DRIVER, browser, served
 from Util.pictures import to_uint8
@@ -31,21 +32,10 @@ PIXELS = """
 """
 
 
-def test_principal_directions_are_those_of_the_variance():
-    scale = torch.tensor([5.0, 0.1, 3.0, 1.0])
-    rotation, _ = torch.linalg.qr(torch.randn(4, 4))
-    w = torch.randn(20000, 4) * scale @ rotation + 7
-    directions, shares = build.principal_directions(w, 2)
-    expected = torch.stack([5 * rotation[0], 3 * rotation[2]])
-    agreement = torch.cosine_similarity(directions, expected).abs()
-    torch.testing.assert_close(agreement, torch.ones(2), rtol=0, atol=1e-3)
-    torch.testing.assert_close(directions.norm(dim=1), torch.tensor([5.0, 3.0]), rtol=0.03, atol=0)
-    torch.testing.assert_close(shares, torch.tensor([25, 9]) / 35.01, rtol=0.05, atol=0)
-
-
 def test_matching_directions_follow_the_other_space():
     w = torch.randn(500, 6) * torch.arange(6, 0, -1)
-    directions, _ = build.principal_directions(w, 3)
+    found = components_of(w)
+    directions = (found.components * found.deviations[:, None])[:3]
     linear = torch.randn(6, 4)
     found = build.matching_directions(w, w @ linear + 2, directions)
     torch.testing.assert_close(found, directions @ linear, rtol=1e-3, atol=1e-3)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from Evaluation import sampling
+from Evaluation.directions import components_of
 from Evaluation.editing import STYLE_LAYERS
 from Model import bundled, checkpoint
 from Model.complexity import macs, parameters
@@ -57,24 +58,6 @@ class WebSettings(Settings):
     n_sample: int = setting(4096, "w that the sliders' directions are found from", low=64)
 
 
-def principal_directions(w: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Directions in which w varies most (GANSpace, Harkonen et al., NeurIPS 2020, section 2.1).
-
-    Args:
-        w: (N, style_dim).
-        n: how many.
-
-    Returns:
-        Directions (n, style_dim), each one standard deviation long, and the shares (n,) of the
-        variance along them.
-    """
-    _, s, v = torch.linalg.svd(w - w.mean(0), full_matrices=False)
-    lengths = s[:n] / len(w) ** 0.5
-    # The sign is arbitrary; this makes it the same everywhere.
-    signs = v[:n].gather(1, v[:n].abs().argmax(1, keepdim=True)).sign()
-    return v[:n] * signs * lengths[:, None], s[:n].square() / s.square().sum()
-
-
 def matching_directions(w: Tensor, other_w: Tensor, directions: Tensor) -> Tensor:
     """What another mapping network does where this one goes along its principal directions.
 
@@ -84,13 +67,13 @@ def matching_directions(w: Tensor, other_w: Tensor, directions: Tensor) -> Tenso
     Args:
         w: (N, style_dim), which has these principal directions.
         other_w: (N, style_dim) of the same z.
-        directions: (n, style_dim), see `principal_directions`.
+        directions: (n, style_dim), principal components, each one standard deviation long.
 
     Returns:
         (n, style_dim).
     """
     coordinates = (w - w.mean(0)) @ (directions / directions.square().sum(1, keepdim=True)).T
-    return coordinates.T @ (other_w - other_w.mean(0)) / len(w)
+    return coordinates.T @ (other_w - other_w.mean(0)) / (len(w) - 1)
 
 
 def layer_groups(n_latent: int) -> dict[str, list[int]]:
@@ -110,7 +93,11 @@ def describe_latents(models: Sequence[Generator], settings: WebSettings) -> dict
     first = models[0]
     z = sampling.draw_z(first, range(settings.n_sample), seed=1)
     spaces = [model.mapping(z) for model in models]
-    directions, shares = principal_directions(spaces[0], settings.n_directions)
+    found = components_of(spaces[0])
+    directions, shares = (
+        part[: settings.n_directions]
+        for part in (found.components * found.deviations[:, None], found.shares)
+    )
     return {
         "z": sampling.draw_z(first, range(settings.n_faces), seed=0).tolist(),
         "layers": layer_groups(first.n_latent),
