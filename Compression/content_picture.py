@@ -162,9 +162,7 @@ def picture(shown: Shown, parser: ContentParser) -> np.ndarray:
     kept = images * masks + ground * (1 - masks)
     rows = {"picture": images, "classes": coloured, "content": kept, "mask": masks * 2 - 1}
     columns, gap = len(images), 4
-    strips = {
-        f"{name}": grid(strip.expand(-1, 3, -1, -1), columns, gap) for name, strip in rows.items()
-    }
+    strips = {name: grid(x.expand(-1, 3, -1, -1), columns, gap) for name, x in rows.items()}
     body = captioned(strips, gap=gap)
     return np.concatenate([body, _legend(shown, parser, palette, body.shape[1])])
 

@@ -1,6 +1,5 @@
 """What pruning did, as text tables."""
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -50,7 +49,7 @@ def score_table(scores: Sequence[Tensor], keep: Sequence[Tensor]) -> str:
     for i, (values, mask) in enumerate(zip(scores, keep, strict=True)):
         cells = []
         for part in (values[~mask], values[mask]):
-            low, high = (part.min(), part.max()) if len(part) else (math.nan, math.nan)
-            cells += [f"{len(part)}", f"{low:.4g} .. {high:.4g}" if len(part) else ""]
+            ends = f"{part.min():.4g} .. {part.max():.4g}" if len(part) else ""
+            cells += [f"{len(part)}", ends]
         lines.append(f"{i:<6} {cells[0]:>8} {cells[1]:>26} {cells[2]:>6} {cells[3]:>26}")
     return "\n".join(lines)

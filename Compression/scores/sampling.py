@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from Evaluation.features import Mask
 from Model.generator import Generator
 from Model.layers import StyledConv, ToRGB
 from Util import memory
@@ -19,9 +20,6 @@ from Util.streams import stream
 
 Scores = list[Tensor]
 """One 1-D tensor per channel group; higher is more important."""
-
-ContentMask = Callable[[Tensor], Tensor]
-"""Images (N, 3, H, W) in [-1, 1] -> content mask (N, 1, H, W) of 0 and 1."""
 
 LATENTS, LAYER_NOISE, PIXEL_NOISE, CHANCE, DIRECTIONS, INITIALISATION = range(6)
 """What a random stream is for."""
@@ -36,7 +34,7 @@ class Sampling:
         batch_size: images whose gradients are summed before their absolute value is taken.
         noise_prob: probability that a pixel inside the content mask is noised.
         seed: seed of the random streams.
-        parser: see `ContentMask`; None where there is no face parser.
+        parser: see `Mask`; None where there is no face parser.
         progress: called with the number of images done since the last call.
         options: the score's own settings, of the type that its entry in the table names.
     """
@@ -45,7 +43,7 @@ class Sampling:
     batch_size: int
     noise_prob: float
     seed: int
-    parser: ContentMask | None
+    parser: Mask | None
     progress: Callable[[int], None]
     options: Any = None
 
@@ -93,7 +91,7 @@ def layer_noise(generator: Generator, n: int, stream: torch.Generator) -> list[T
 def draw_sampling(
     generator: Generator,
     *,
-    parser: ContentMask | None = None,
+    parser: Mask | None = None,
     n_sample: int = 400,
     batch_size: int = 10,
     noise_prob: float = 0.05,

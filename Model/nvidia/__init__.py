@@ -110,17 +110,14 @@ def _networks(path: str | os.PathLike[str]) -> dict[str, Any]:
         return {"G_ema": content}
     if isinstance(content, tuple) and len(content) == 3:
         return dict(zip(("G", "D", "G_ema"), content, strict=True))
-    found = {name: content[name] for name in NAMES if name in content} if _is_dict(content) else {}
+    named = content if isinstance(content, dict) else {}
+    found = {name: named[name] for name in NAMES if name in named}
     if not found.keys() & {"G", "G_ema"}:
-        held = ", ".join(map(str, content)) if _is_dict(content) else type(content).__name__
+        held = ", ".join(map(str, named)) or type(content).__name__
         raise CheckpointError(
-            f"{path}: no generator of NVIDIA's (G_ema) in it; it holds {held[:120] or 'nothing'}"
+            f"{path}: no generator of NVIDIA's (G_ema) in it; it holds {held[:120]}"
         )
     return found
-
-
-def _is_dict(content: Any) -> bool:
-    return isinstance(content, dict)
 
 
 def _notes(facts: Mapping[str, Facts]) -> list[str]:

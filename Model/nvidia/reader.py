@@ -15,7 +15,7 @@ import pickle
 import pickletools
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -70,16 +70,11 @@ def _persistent(meta: Mapping[str, Any]) -> Persistent:
     return Persistent(str(meta["class_name"]), meta.get("version"), meta["state"])
 
 
-@dataclass
 class _Dtype:
     """A ``numpy.dtype``: its code and byte order."""
 
-    code: Any
-    order: str = field(default="=", init=False)
-
     def __init__(self, code: Any, *_: Any) -> None:
-        self.code = code
-        self.order = "="
+        self.code, self.order = code, "="
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.order = state[1].replace("|", "=")
