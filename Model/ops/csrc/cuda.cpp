@@ -1,5 +1,6 @@
 // The operators on CUDA tensors: checks, allocation and launches (schemas are in cpu.cpp).
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
@@ -48,8 +49,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_leaky_relu_backward(
   const auto sums = y.options().dtype(accumulate_type(y)).memory_format(std::nullopt);
   auto map = y.sizes().vec();
   map[0] = by_pixel ? n : 0, map[1] = 1;
-  Tensor result = empty_like(y, layout.format), rows = at::zeros(map, sums);
-  Tensor parts = at::zeros({n, pieces, c}, sums), products = at::zeros({x ? n : 0, pieces, c}, sums);
+  // The kernels write all of them, so that nothing need be filled where there is anything to do.
+  const auto make = [&](c10::IntArrayRef size) {
+    return y.numel() > 0 ? at::empty(size, sums) : at::zeros(size, sums);
+  };
+  Tensor result = empty_like(y, layout.format), rows = make(map);
+  Tensor parts = make({n, pieces, c}), products = make({x ? n : 0, pieces, c});
   if (y.numel() > 0) {
     const Tensor g = grad.contiguous(layout.format), values = y.contiguous(layout.format);
     const OptionalTensor inputs = x ? OptionalTensor(x->contiguous(layout.format)) : x;
