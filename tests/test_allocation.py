@@ -18,6 +18,7 @@ from Compression.selection import kept_count
 from Model import bundled, checkpoint
 from Model.complexity import macs, parameters
 from Model.generator import Generator
+from tests.helpers import left_half
 
 FULL = (12, 12, 12, 12, 8, 8)
 
@@ -38,13 +39,6 @@ def costs(full):
     return costs_like(generator(full, 16 if len(full) == 6 else 8))
 
 
-def half(images):
-    """A content mask: the left half."""
-    mask = torch.zeros_like(images[:, :1])
-    mask[..., : mask.shape[-1] // 2] = 1
-    return mask
-
-
 def budget_of(network, share, **limits):
     """The budget at a share of the way from the least widths to the full ones."""
     counts, sizes = costs(network.channels)
@@ -55,7 +49,7 @@ def budget_of(network, share, **limits):
 
 def widths_of(name, network, budget, **options):
     kind = ALLOCATIONS[name].options
-    sampling = draw_sampling(network, parser=half, n_sample=4, batch_size=2, noise_prob=1.0)
+    sampling = draw_sampling(network, parser=left_half, n_sample=4, batch_size=2, noise_prob=1.0)
     sampling = replace(sampling, options=kind(**options) if kind else None)
     scores = [torch.arange(width).float() for width in network.channels]
     return ALLOCATIONS[name].function(Problem(network, scores, sampling, budget))
@@ -154,13 +148,13 @@ def test_only_equally_wide_layers_of_a_resolution_are_tied():
 
 
 def test_importance_is_the_magnitude_of_weight_times_gradient(full):
-    sampling = draw_sampling(full, parser=half, n_sample=2, batch_size=2, noise_prob=1.0)
+    sampling = draw_sampling(full, parser=left_half, n_sample=2, batch_size=2, noise_prob=1.0)
     ((z, noise, _),) = chunks(full, sampling)
     weights = [layer.conv.weight for layer in readers(full)]
     images = full([z], noise=noise)
     stream = sampling.stream(2)
     draw = torch.rand(2, 1, 16, 16, generator=stream)
-    noisy = torch.where(half(images) > 0, torch.where(draw < 0.5, -1.0, 1.0), images.detach())
+    noisy = torch.where(left_half(images) > 0, torch.where(draw < 0.5, -1.0, 1.0), images.detach())
     (noisy - images).abs().sum().backward()
     for curve, weight in zip(importance_losses(full, sampling), weights, strict=True):
         each = (weight * weight.grad).double().abs().sum(dim=(0, 1, 3, 4)).sort().values
@@ -171,7 +165,7 @@ def test_importance_is_the_magnitude_of_weight_times_gradient(full):
 
 
 def test_spectrum_is_the_error_of_the_best_linear_reconstruction(full):
-    sampling = draw_sampling(full, parser=half, n_sample=3, batch_size=3)
+    sampling = draw_sampling(full, parser=left_half, n_sample=3, batch_size=3)
     ((z, noise, _),) = chunks(full, sampling)
     with torch.no_grad():
         w = full.mapping(z)
@@ -179,7 +173,7 @@ def test_spectrum_is_the_error_of_the_best_linear_reconstruction(full):
         curves = spectrum_losses(full, sampling)
     reader = readers(full)[3]
     x = (made.features[2] * reader.conv.style(w)[:, :, None, None]).double()  # 8 px, 12 channels
-    weight = (0.1 + 0.9 * half(x)).double().flatten()
+    weight = (0.1 + 0.9 * left_half(x)).double().flatten()
     rows = x.permute(0, 2, 3, 1).flatten(0, 2)
     rows = (rows - (rows * weight[: len(rows), None]).sum(0) / weight.sum()) * weight[
         :, None

@@ -14,6 +14,7 @@ from Evaluation.settings import PrecisionSettings
 from Model import bundled, checkpoint
 from Model.face_parser import BiSeNet
 from Model.generator import Generator
+from tests.helpers import error_of
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +53,6 @@ def last_json(capsys):
 
 def pixels(path):
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
-
-
-def error_of(capsys, call):
-    """The one line of an error with exit code 2, whether argparse or the script found it."""
-    try:
-        code = call()
-    except SystemExit as error:
-        code = error.code
-    assert code == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    return line
 
 
 def test_pictures_and_walk(files, tmp_path, capsys):

@@ -14,6 +14,7 @@ from Compression.distillation import Term, pixels
 from Compression.training import Teacher, Trainer
 from Model.discriminator import Discriminator
 from Model.generator import Generator
+from tests.helpers import left_half
 from train_hyperparams import TrainConfig
 
 ITERATIONS, BATCH, STYLE_DIM = 18, 4, 8
@@ -25,12 +26,6 @@ def _float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def left_half(images):
-    mask = torch.zeros(len(images), 1, *images.shape[2:])
-    mask[..., : images.shape[3] // 2] = 1
-    return mask
 
 
 def networks():

@@ -13,6 +13,7 @@ from Model import bundled, checkpoint
 from Model.discriminator import Discriminator
 from Model.face_parser import BiSeNet
 from Model.generator import Generator
+from tests.helpers import error_of
 from Util.device import pick_device
 
 CHANNELS = (10, 10, 8, 8)
@@ -162,20 +163,6 @@ def test_bundled_files_are_the_defaults(tmp_path, monkeypatch, capsys, terminal)
     assert config["parser"] == bundled.PARSER.name
     defaults = PruneSettings()
     assert (defaults.n_sample, defaults.batch_size, defaults.noise_prob) == (400, 10, 0.05)
-
-
-def error_of(capsys, call):
-    """The one line of an error with exit code 2, whether argparse or the script found it."""
-    try:
-        code = call()
-    except SystemExit as error:
-        code = error.code
-    assert code == 2
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if "scoring (" not in line and line.strip()]
-    assert len(lines) == 1, captured.err
-    assert captured.out == ""
-    return lines[0]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from Compression import run as training_run
 from Compression.initialisation import INITIALISATIONS
 from Compression.recipes import RECIPES
 from Model import bundled, checkpoint
+from tests.helpers import error_of
 from Util.run_log import read_config, read_metrics
 
 FACES = os.path.relpath(bundled.PARSER)  # the repository's path may have spaces
@@ -21,18 +22,6 @@ FACES = os.path.relpath(bundled.PARSER)  # the repository's path may have spaces
 KNOWN = [name for name, recipe in RECIPES.items() if recipe.prune["init"] in INITIALISATIONS]
 OFFLINE = f"--perceptual parser --parser_ckpt {FACES}"
 SMALL = "--batch_size 2 --workers 0 --device cpu --log_freq 1"
-
-
-def error_of(capsys, call):
-    """The one line of an error with exit code 2."""
-    try:
-        code = call()
-    except SystemExit as error:
-        code = error.code
-    assert code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

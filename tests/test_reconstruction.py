@@ -23,6 +23,7 @@ from Compression.selection import select_channels
 from Compression.surgery import prune_generator
 from Model.generator import Generator
 from Model.layers import StyledConv, ToRGB
+from tests.helpers import left_half
 
 SLOPE = 0.2
 
@@ -210,19 +211,13 @@ def test_to_rgb_is_weighted_ridge_regression():
     torch.testing.assert_close(layer.bias.flatten().double(), wanted[-1])
 
 
-def half(images):
-    mask = torch.zeros_like(images[:, :1])
-    mask[..., : mask.shape[-1] // 2] = 1
-    return mask
-
-
 def objective(generator, full, sampling):
     """Weighted squared error of the pictures that the reconstruction looks at."""
     draws = sampling.stream(INITIALISATION)
     z = torch.randn(sampling.options.init_n_sample, full.style_dim, generator=draws)
     noise = layer_noise(full, len(z), draws)
     made, target = (g.synthesis(g.w_plus([z]), noise).image.double() for g in (generator, full))
-    weight = content_weight(target, half, sampling.options.init_outside)
+    weight = content_weight(target, left_half, sampling.options.init_outside)
     return ((made - target).square() * weight).sum().item()
 
 
@@ -239,7 +234,7 @@ def test_never_worse_than_the_kept_weights(seed, ratio, second_kernel):
     keep = select_channels([torch.rand(width) for width in full.channels], ratio)
     pruned = prune_generator(full, keep, second_kernel)
     options = ReconstructionSettings(init_n_sample=12)
-    sampling = replace(draw_sampling(full, parser=half, seed=seed), options=options)
+    sampling = replace(draw_sampling(full, parser=left_half, seed=seed), options=options)
     before = objective(pruned, full, sampling)
     mapping = pruned.style.state_dict()
     lines = reconstruction(pruned, full, keep, sampling)
@@ -273,7 +268,7 @@ def test_large_maps_are_computed_again_to_the_same_end(monkeypatch):
     full = Generator(16, 8, 2, (8, 8, 6, 6, 5, 5))
     keep = select_channels([torch.rand(width) for width in full.channels], 0.5)
     options = ReconstructionSettings(init_n_sample=12)
-    sampling = replace(draw_sampling(full, parser=half), options=options)
+    sampling = replace(draw_sampling(full, parser=left_half), options=options)
     module, results = sys.modules[reconstruction.__module__], []
     for largest in (128, 4, 0):
         monkeypatch.setattr(module, "LARGEST_KEPT", largest)

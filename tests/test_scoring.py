@@ -15,6 +15,7 @@ from Compression.scores import (
 from Compression.scores.activations import _Spread
 from Model.generator import Generator
 from tests.golden_fill import assert_golden, fill_from_numpy, load_golden
+from tests.helpers import left_half
 from Util import memory
 from Util.streams import stream
 
@@ -38,13 +39,6 @@ def small():
     for layer in network.styled_convs:
         layer.noise.weight.data.fill_(0.3)
     return network
-
-
-def left_half(images):
-    """A content mask: the left half of every image."""
-    mask = torch.zeros(len(images), 1, *images.shape[2:])
-    mask[..., : images.shape[3] // 2] = 1
-    return mask
 
 
 def unpack(bits, images):

@@ -4,12 +4,7 @@ from Compression.scores import channel_scores
 from Compression.scores.covariance import greedy_order, input_covariances
 from Compression.scores.sampling import chunks, draw_sampling, readers
 from Model.generator import Generator
-
-
-def half(images):
-    mask = torch.zeros_like(images[:, :1])
-    mask[..., : mask.shape[-1] // 2] = 1
-    return mask
+from tests.helpers import left_half
 
 
 def error_of(rows, chosen):
@@ -44,7 +39,7 @@ def test_copies_and_dead_channels_come_last():
 def test_covariance_is_that_of_the_modulated_inputs_inside_the_content():
     torch.manual_seed(0)
     full = Generator(16, 8, 2, (5, 5, 6, 6, 4, 4))
-    sampling = draw_sampling(full, parser=half, n_sample=3, batch_size=2)
+    sampling = draw_sampling(full, parser=left_half, n_sample=3, batch_size=2)
     found = input_covariances(full, sampling)
     total, weight, values = 0.0, [], []
     with torch.no_grad():
@@ -52,11 +47,11 @@ def test_covariance_is_that_of_the_modulated_inputs_inside_the_content():
             x = full.synthesis(full.w_plus([z]), noise, features=True).features[1]
             x = x * readers(full)[2].conv.style(full.mapping(z))[:, :, None, None]
             values.append(x.permute(0, 2, 3, 1).flatten(0, 2).double())
-            weight.append((0.1 + 0.9 * half(x)).double().flatten())
+            weight.append((0.1 + 0.9 * left_half(x)).double().flatten())
     values, weight = torch.cat(values), torch.cat(weight)
     mean = sum(m * v for m, v in zip(weight, values, strict=True)) / weight.sum()
     for m, v in zip(weight, values, strict=True):
         total = total + m * torch.outer(v - mean, v - mean)
     torch.testing.assert_close(found[2], total / weight.sum(), rtol=1e-4, atol=1e-8)
-    scores = channel_scores(full, "subset", parser=half, n_sample=3, batch_size=2)
+    scores = channel_scores(full, "subset", parser=left_half, n_sample=3, batch_size=2)
     assert scores[2].argsort(descending=True).tolist() == greedy_order(found[2])

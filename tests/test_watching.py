@@ -3,10 +3,8 @@
 import sys
 import types
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from Compression import run as training_run
 from tests.test_train_cli import SMALL, run
@@ -15,15 +13,6 @@ from Util import run_log
 from Util.clock import Clock
 from Util.run_log import TIMING, read_metrics
 from Util.settings import SettingError
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "data").mkdir()
-    for i in range(4):
-        pixels = np.full((8, 8, 3), 60 * i, dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "data" / f"{i}.png")
-    return tmp_path
 
 
 def test_a_line_tells_times_norms_memory_and_what_is_left(folder):
