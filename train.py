@@ -104,9 +104,9 @@ def run_folder(resume: str) -> Path:
     return path.parent if (path.parent / CONFIG).is_file() else path.parent.parent
 
 
-def run(argv: Sequence[str] | None) -> int:
+def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     """Train as the flags say, maybe in other processes; returns the exit code."""
-    if build_parser().parse_args(argv).recipe == recipes.LIST:
+    if args.recipe == recipes.LIST:
         print(recipes.table())
         return 0
     config = parse_config(argv)
@@ -165,7 +165,7 @@ def regularisers(config: TrainConfig, iteration: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    return run_script(build_parser(), lambda _: run(argv), argv)
+    return run_script(build_parser(), lambda args: run(args, argv), argv)
 
 
 if __name__ == "__main__":

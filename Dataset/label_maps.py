@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from Dataset.images import to_float
 from Dataset.pictures import UnreadableImageError, read_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -95,7 +96,7 @@ class LabelMapDataset(Dataset[tuple[Tensor, Tensor]]):
         # Pillow's bilinear filter widens with the reduction, so this does not alias.
         pixels = np.array(image.resize(side, Image.Resampling.BILINEAR))
         classes = np.array(label.resize(side, Image.Resampling.NEAREST))
-        picture = torch.from_numpy(pixels).permute(2, 0, 1).float().div_(127.5).sub_(1)
+        picture = to_float(torch.from_numpy(pixels).permute(2, 0, 1))
         return picture, torch.from_numpy(classes).long()
 
 

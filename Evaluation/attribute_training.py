@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from Dataset.images import to_float
 from Dataset.toon_attributes import ATTRIBUTES, described_pictures
 from Evaluation.attributes import Values, agreement, table, values_of
 from Model import bundled, checkpoint
-from Model.attribute_classifier import AttributeClassifier
+from Model.attribute_classifier import SIDE, AttributeClassifier
 from Util.cli import check_writable, run_settings
 from Util.files import atomic_path, read_npz
 from Util.progress import Progress
 from Util.settings import Settings, setting
 
-SIDE = 64
 WEIGHT_DECAY = 1e-3
 SHIFT = 2
 """Largest shift of a training picture, in px."""
@@ -64,7 +64,7 @@ def pictures(settings: AttributeSettings, start: int, n: int) -> tuple[Tensor, V
         if file:
             with atomic_path(file) as temporary, open(temporary, "wb") as stream:
                 np.savez(stream, pictures=images, labels=labels)
-    tensor = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    tensor = to_float(torch.from_numpy(images).permute(0, 3, 1, 2))
     columns = torch.from_numpy(labels).unbind(dim=1)
     return tensor, dict(zip(ATTRIBUTES, columns, strict=True))
 

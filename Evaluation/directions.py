@@ -13,11 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from Evaluation.sampling import PRINCIPAL
 from Model.generator import Generator
 from Util.streams import stream
-
-PRINCIPAL = 4
-"""Purpose of the stream of z that the components are of, after those of `Evaluation.sampling`."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from Dataset.images import to_float
 from Dataset.pictures import FILTERS, UnreadableImageError, fit_square, read_image
 from Dataset.sources.folder import SUFFIXES, image_files
 from Evaluation import sampling
@@ -214,7 +215,7 @@ def _targets_from_files(settings: ProjectionSettings, place: Path, generator: Ge
             np.array(fit_square(read_image(files[i]), size, settings.resample)) for i in part
         ]
         pixels = torch.from_numpy(np.stack(squares)).to(generator.device)
-        return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+        return to_float(pixels.permute(0, 3, 1, 2))
 
     root = place if place.is_dir() else place.parent
     names = [file.relative_to(root).as_posix() for file in files]

@@ -15,9 +15,9 @@ from Model.generator import Generator
 from Util import memory
 from Util.streams import stream
 
-LATENT, NOISE, MEAN, POSITION = range(4)
+LATENT, NOISE, MEAN, POSITION, PRINCIPAL = range(5)
 """What a stream is for, the last number of its key (seed, index, purpose): z, layer noise, the mean
-latent, a position between two latents."""
+latent, a position between two latents, z of the principal components."""
 
 
 @dataclass(frozen=True)

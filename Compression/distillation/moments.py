@@ -23,7 +23,6 @@ from Compression.distillation.terms import Call, Parts, Pass, Sources
 from Evaluation.embeddings import NAMES, Embedding, load_embedding
 from Evaluation.features import fingerprint
 from Evaluation.sampling import images, shares
-from Model import bundled
 from Model.checkpoint import file_of
 from Model.generator import Generator
 from Util import distributed, memory
@@ -197,14 +196,14 @@ def make(sources: Sources) -> Parts:
     Raises:
         SettingError: a network or the file of moments cannot be used.
     """
-    options, config = sources.options, sources.config
+    options = sources.options
     assert isinstance(options, MomentsSettings)
     files = {"dino": options.dino_ckpt, "clip": options.clip_ckpt}
     networks = {
         name: load_embedding(
             name,
             Path(files[name]) if files.get(name) else None,
-            lambda: config.parser_ckpt or bundled.default_parser(config.teacher_ckpt),
+            sources.parser,
             sources.device,
         )
         for name in options.networks()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from Compression.distillation.terms import Call, Pass, Sources
 from Evaluation.distances import Distance, at_most, load_distance
-from Model import bundled
 from Model.precision import HALVES
 from train_hyperparams import TrainConfig
 
@@ -42,7 +41,7 @@ def make(sources: Sources) -> Call:
     distance = load_distance(
         config.perceptual,
         config.perceptual_ckpt or None,
-        lambda: config.parser_ckpt or bundled.default_parser(config.teacher_ckpt),
+        sources.parser,
         sources.device,
         HALVES.get(config.amp),
         config.compile_mode,

@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from Model import bundled
 from Model.discriminator import Discriminator
 from Model.generator import Generator, Synthesis
 from train_hyperparams import TrainConfig
@@ -104,6 +106,10 @@ class Sources:
     device: torch.device
     discriminator: Discriminator | None = None
     options: Settings | None = None
+
+    def parser(self) -> str | Path:
+        """Name the run's face parser: the one that its settings name, or its teacher's."""
+        return self.config.parser_ckpt or bundled.default_parser(self.config.teacher_ckpt)
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from Compression.scores.positions import Positions
 from Model.layers import ModulatedConv2d, StyledConv, ToRGB
-from Model.ops import upfirdn2d
+from Model.ops import Epilogue, upfirdn2d
 
-SLOPE = 0.2
+SLOPE, GAIN = Epilogue().negative_slope, Epilogue().scale
 HELD_SOLUTIONS = 3
 STEP_LENGTHS = (1.0, 0.5, 0.2, 2.0)
 """Tried in this order, in units of the minimum of the linearised error."""
@@ -36,7 +36,7 @@ ROWS_AT_ONCE = 2**14
 
 def pre_activation(activation: Tensor) -> Tensor:
     """What `fused_leaky_relu` made an activation of, bias included."""
-    scaled = activation / 2**0.5
+    scaled = activation / GAIN
     return torch.where(scaled < 0, scaled / SLOPE, scaled)
 
 
