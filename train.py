@@ -3,9 +3,10 @@
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,16 @@ from Util.settings import (
     known_settings,
 )
 
+BEGINNING = (
+    "ckpt",
+    "channels",
+    "channel_multiplier",
+    "style_dim",
+    "n_mlp",
+    "discriminator",
+    "load_train_state",
+)
+"""Settings that only the beginning of a run reads."""
 AUTO = "auto"
 
 EPILOG = """distillation terms (--kd):
@@ -79,7 +90,27 @@ def parse_config(argv: Sequence[str] | None) -> TrainConfig:
         defaults = recipes.train_values(args.recipe, args.ckpt)
     parser.set_defaults(**defaults)
     values = vars(parser.parse_args(argv)) | {"recipe": defaults.get("recipe", "")}
+    if resume:
+        _check_beginning(values, vars(parser.parse_args([])))
     return from_flags(TrainConfig, values | {"resume": resume}, option_kinds())
+
+
+def _check_beginning(values: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Refuse other values of what a resumed run began with, which would change nothing.
+
+    Raises:
+        SettingError: names the setting and both values.
+    """
+    for name in BEGINNING:
+        now, then = values[name], stored[name]
+        if name == "ckpt":
+            now, then = (str(text and Path(text).resolve()) for text in (now, then))
+        if now != then:
+            raise SettingError(
+                name,
+                f"{values[name]}: the run to resume began with {stored[name]}; leave it out, or"
+                " start a new run",
+            )
 
 
 def run_to_resume(args: argparse.Namespace) -> str:
@@ -146,7 +177,7 @@ def print_dry_run(result: TrainResult, config: TrainConfig) -> None:
     print(f"dry run: all is well; losses of the first iteration: {losses}")
     for which, row in zip(("first", "second"), rows, strict=True):
         parts = regularisers(config, int(row["iteration"]) - 1)
-        print(f"{row[speed]:.1f} images/s in the {which} iteration, {parts}")
+        print(f"{row[speed]:.3g} images/s in the {which} iteration, {parts}")
     print(f"peak memory {rows[-1][memory]:.2f} GiB")
 
 

@@ -20,6 +20,10 @@ class Averages:
         self._values: dict[str, list[Tensor]] = {}
         self._images, self._since = 0, time.perf_counter()
 
+    def begin(self) -> None:
+        """Count the time of the speed from now on."""
+        self._since = time.perf_counter()
+
     def add(self, metrics: Mapping[str, Tensor], images: int) -> None:
         """Take one iteration's metrics."""
         for key, value in metrics.items():

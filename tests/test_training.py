@@ -355,6 +355,15 @@ def test_averages_are_those_of_all_iterations_since_the_last_line():
         assert (means["d_loss"], means["r1"]) == (1.5, 5.0)
 
 
+def test_the_speed_counts_from_the_first_iteration(monkeypatch):
+    now = iter([0.0, 100.0, 102.0, 102.0])
+    monkeypatch.setattr("Compression.averages.time.perf_counter", lambda: next(now))
+    averages = Averages()  # what is loaded and counted before training takes the 100 s
+    averages.begin()
+    averages.add({"d_loss": torch.tensor(1.0)}, 8)
+    assert averages.flush()["images_per_second"] == 4
+
+
 def test_every_process_goes_on_with_its_own_averages(monkeypatch):
     trainer = make_trainer(config())
     trainer.iterate(images()[0])

@@ -29,8 +29,8 @@ def check(config: TrainConfig) -> None:
     if config.size:
         with blame("size:"):
             resolution_log2(config.size)
-    if config.fid_stats and Path(config.fid_stats).is_dir():
-        raise SettingError("fid_stats", f"{config.fid_stats} is a folder; name a file")
+    if config.fid_stats and not Path(config.fid_stats).is_file():
+        check_writable("fid_stats", Path(config.fid_stats))
     _check_inputs(config)
     check_writable("out", Path(config.out or "runs") / "config.json")
     if config.load_train_state and not config.ckpt:

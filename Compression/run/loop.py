@@ -130,6 +130,7 @@ def run_loop(
         try:
             if config.resume:
                 actions.catch_up(config.model_save_freq)
+            trainer.averages.begin()
             iterate(trainer, _in_step(batches, request, actions.checkpoint), config.iter, events)
         except DatasetError as error:
             actions.checkpoint()

@@ -44,7 +44,7 @@ def make_trainer(
         _check_fit(generator, g_ema, discriminator, source)
     full = _load_teacher(config, generator, device)
     _announce_path_batch(config, announce)
-    parser = _make_parser(config, device)
+    parser = _make_parser(config, device, announce)
     if parser:
         _compare_content(source, content, parser, announce)
     teacher = _make_teacher(config, full, discriminator, device, parser)
@@ -135,9 +135,13 @@ def _make_discriminator(
     return Discriminator(found.size, channels=found.channels) if scratch else found
 
 
-def _make_parser(config: TrainConfig, device: torch.device) -> ContentParser | None:
+def _make_parser(
+    config: TrainConfig, device: torch.device, announce: Callable[[str], None]
+) -> ContentParser | None:
     """What makes the teacher's mask, or None where nothing is masked."""
     if not (config.has_teacher and config.content_aware_KD):
+        if config.content:
+            announce(f"the content {','.join(config.content)} is not used: nothing is masked")
         return None
     parser = parser_for(config.parser_ckpt, config.teacher_ckpt, device, config.content)
     soft = config.kd_soft_mask or not isinstance(parser.network, ClassMapParser)
