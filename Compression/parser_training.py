@@ -69,7 +69,9 @@ class ParserSettings(DeviceSettings):
         low=1,
         metavar="PX",
     )
-    n_classes: int = setting(19, "number of classes; CelebAMask-HQ has 19", low=1, metavar="N")
+    n_classes: int = setting(
+        19, "number of classes; CelebAMask-HQ has 19", low=1, high=256, metavar="N"
+    )
     class_names: tuple[str, ...] = setting((), "names of all classes (19 have CelebAMask-HQ's)")
     classes_excluded: tuple[int, ...] | None = setting(
         None, "classes that are no content (default: 0; of 19, 0 and 16)", nargs="*", metavar="C"
@@ -173,7 +175,18 @@ def train_parser(
         FloatingPointError: the loss is no longer finite.
     """
     if settings.resume and not settings.state_file.is_file():
-        raise SettingError("resume", f"{settings.state_file} is missing; train without it")
+        what = (
+            f"{settings.out} is finished; another out starts anew"
+            if settings.out.is_file()
+            else (f"{settings.state_file} is missing; train without it")
+        )
+        raise SettingError("resume", what)
+    if settings.state_file.is_file() and not settings.resume:
+        raise SettingError(
+            "out",
+            f"{settings.out} is of a run that was stopped; --resume goes on with it, another"
+            " name starts anew",
+        )
     device = settings.pick_device()
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -191,8 +204,6 @@ def train_parser(
     run.course["pictures"] = len(train_set)  # type: ignore[arg-type]
     if settings.resume:
         run.load(settings.state_file)
-    else:  # what an earlier run has left is no state of this one
-        settings.state_file.unlink(missing_ok=True)
     order = settings.seed + run.step
     batches = _endless(EpochBatches(train_set, settings.path, size, workers, order))
     while run.step < settings.iter and not run.ended:

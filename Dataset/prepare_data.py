@@ -196,6 +196,8 @@ def _check_bad(settings: PrepareSettings, state: State) -> None:
             " max_bad to go on without them, or mend them and start afresh in a new folder",
         )
     if state.complete and not state.length:
+        for name in ("data.mdb", "lock.mdb"):  # the same command shall do once they are mended
+            (settings.out / name).unlink(missing_ok=True)
         raise SettingError("path", f"{settings.path}: none of its images can be read: {first}")
 
 

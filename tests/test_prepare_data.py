@@ -238,6 +238,9 @@ def test_a_folder_of_bad_files_only_is_an_error(tmp_path):
     (tmp_path / "data/a.png").write_text("no image")
     with pytest.raises(SettingError, match=r"none of its images can be read: a\.png"):
         make(tmp_path / "data", tmp_path / "lmdb")
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "data/a.png")
+    make(tmp_path / "data", tmp_path / "lmdb")  # mended, and nothing is in the way
+    assert content(tmp_path / "lmdb")[b"length"] == b"1"
 
 
 def test_a_full_map_grows(folder, tmp_path, monkeypatch):

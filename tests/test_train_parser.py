@@ -250,6 +250,8 @@ def test_a_run_goes_on_from_its_last_evaluation(folder, tmp_path, capsys):
         assert torch.equal(value, state["parser"][name])
     moment = next(iter(run.optimiser.state.values()))["exp_avg"]
     assert moment.abs().max() > 0
+    with pytest.raises(SettingError, match=r"out .* is of a run that was stopped; --resume goes on"):
+        parser_training.train_parser(settings)
     other = flags(folder, tmp_path, "--resume", "--width", "2", "--iter", "8")
     assert train_parser.main(other) == 2
     assert "parser.pt.state is of a parser with other sizes" in capsys.readouterr().err
@@ -263,6 +265,8 @@ def test_a_run_goes_on_from_its_last_evaluation(folder, tmp_path, capsys):
     )
     assert steps == [5, 6, 7, 8]
     assert [file.name for file in tmp_path.iterdir()] == ["parser.pt"]
+    with pytest.raises(SettingError, match="is finished; another out starts anew"):
+        parser_training.train_parser(replace(settings, resume=True))
 
 
 def test_the_report_shows_the_worst_first(folder, tmp_path):
