@@ -69,13 +69,17 @@ def read(path: PathOrDict) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # what PyTorch finds odd about old or damaged files
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if not _unsafe_name(path, error):
+            raise CheckpointError(f"{path}: no PyTorch checkpoint; name a .pt file") from None
         raise CheckpointError(
             f"{path}: refused, it holds something other than tensors and plain containers"
             f" ({_unsafe_name(path, error)}); save it again as state dicts only"
         ) from None
     except Exception as error:  # a damaged file can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a readable PyTorch checkpoint ({reason})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
+        raise CheckpointError(
+            f"{path}: not a whole PyTorch checkpoint ({reason}); copy it again, or name another"
+        ) from None
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path}: expected a dict of state dicts, found {type(content).__name__}"
@@ -113,10 +117,10 @@ def _is_program(path: Path) -> bool:
 
 
 def _unsafe_name(path: PathOrDict, error: Exception) -> str:
-    """Return the offending global of PyTorch's long message, else the pickle's first one."""
+    """Return the offending global of PyTorch's long message, else the pickle's first, if any."""
     text = str(error)
     match = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"class '?([\w.]+)", text)
-    return match.group(1) if match else _first_global(Path(str(path))) or text.splitlines()[0][:120]
+    return match.group(1) if match else _first_global(Path(str(path)))
 
 
 def _first_global(path: Path) -> str:
@@ -315,6 +319,8 @@ def load_face_parser(source: PathOrDict, device: str | torch.device = "cpu") -> 
         CheckpointError: see the module.
     """
     content = read(source)
+    if networks := [key for key in ("g", "g_ema", "d") if key in content]:
+        raise CheckpointError(f"{source}: holds {', '.join(networks)}, and no face parser")
     config: Any = {}
     if "parser" in content:
         config = content.get("config", {})
