@@ -35,7 +35,7 @@ from Util.cli import check_writable, if_interrupted
 from Util.files import atomic_path
 from Util.pictures import save_png, side_by_side
 from Util.progress import Progress
-from Util.settings import blame, plain, setting
+from Util.settings import SettingError, blame, plain, setting
 
 PICTURE = "Image_Projection_Visualization.png"
 TABLE = "projection.csv"
@@ -158,6 +158,8 @@ def project_pictures(settings: ProjectionSettings, load_mask: LoadMask) -> Resul
     perceptual, distance = settings.load_distance(model, device), settings.distance_name(model)
     with blame("image_file"):
         targets = _targets(settings, generator)
+    if settings.image_file and settings.out.resolve() == settings.image_file.resolve():
+        raise SettingError("out", f"{settings.out} holds the pictures; name another folder")
     check_writable("out", settings.out / PICTURE)
     rows = _project_and_save(settings, generator, targets, mask, perceptual)
     protocol = _protocol(settings, distance, mask.chosen if mask else "")
@@ -390,7 +392,11 @@ def _finished(
 
 def _save_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write the rows under their names, atomically."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+    # A name that is no UTF-8 is written as the bytes that it is.
+    with (
+        atomic_path(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import re
 import signal
@@ -83,6 +84,8 @@ def _lasting_output() -> Iterator[None]:
     """Let standard output and standard error outlast their readers."""
     # Python has none where the shell has closed it.
     nowhere = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     out, err = _Lasting(sys.stdout or nowhere), _Lasting(sys.stderr or nowhere)
     with nowhere, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import get_projected_image
-from Evaluation import distances, sampling
+from Evaluation import distances, projecting, sampling
 from Evaluation.comparison import fidelity, halved, psnr, wrapped_psnr
 from Evaluation.distances import ParserDistance
 from Evaluation.lbfgs import minimise
@@ -69,6 +69,11 @@ def test_lbfgs_problems_do_not_touch_each_other(double):
         alone = minimise(objective(torch.tensor([i])), torch.zeros(1, 6), 15)
         for a, b in zip(together, alone, strict=True):
             torch.testing.assert_close(a[i : i + 1], b)
+
+
+def test_names_that_are_no_text_stay_bytes(tmp_path):
+    projecting._save_csv(tmp_path / "a.csv", [{"image": "caf\udce9.png", "psnr": 1.0}])
+    assert (tmp_path / "a.csv").read_bytes() == b"image,psnr\r\ncaf\xe9.png,1.0\r\n"
 
 
 def test_psnr():
