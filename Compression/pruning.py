@@ -40,7 +40,16 @@ from Util.cli import check_writable
 from Util.device import DeviceSettings
 from Util.files import folder_lock
 from Util.progress import Progress
-from Util.settings import SettingError, Settings, blame, chosen, plain, setting, some_words
+from Util.settings import (
+    SettingError,
+    Settings,
+    blame,
+    chosen,
+    file_or_folder,
+    plain,
+    setting,
+    some_words,
+)
 
 AUTO = "auto"
 
@@ -154,6 +163,7 @@ class PruneSettings(DeviceSettings):
         "checkpoint to write, or a folder for it (default:"
         " Model/pruned_model/METRIC_RATIO_SIZEpx_DATE-TIME.pt)",
         metavar="FILE",
+        parse=file_or_folder,
     )
     options: tuple[Settings, ...] = ()
 
@@ -340,6 +350,12 @@ def _parser(settings: PruneSettings, device: torch.device) -> ContentParser | No
         or (settings.has_budget and ALLOCATIONS[settings.allocation_name].needs_parser)
         or INITIALISATIONS[settings.init].needs_parser(options)
     )
+    if not needed and settings.content:
+        raise SettingError(
+            "content",
+            f"is for masks, and {settings.metric} has none; leave it out, or score by"
+            " another metric",
+        )
     if not needed:
         return None
     return parser_for(settings.parser_ckpt, settings.ckpt, device, settings.content)

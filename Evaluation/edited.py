@@ -21,7 +21,7 @@ from Evaluation.walking import KINDS, Walk, find_walks, walking_distances
 from Model.generator import Generator
 from Util.pictures import captioned, framed, grid, headed, rescale, text_size, with_text
 from Util.progress import track
-from Util.settings import SettingError, blame, setting
+from Util.settings import SettingError, blame, file_or_folder, setting
 
 STEMS = {"mixing": "style_mixing", "morphing": "morphing", "directions": "directions"}
 Numbers = tuple[int, ...] | None
@@ -81,6 +81,7 @@ class EditedSettings(ContentSettings, PictureSettings):
         None,
         "the picture is OUT.png, the animation OUT.gif; or a folder for them (default:"
         " style_mixing, morphing or directions)",
+        parse=file_or_folder,
     )
 
 

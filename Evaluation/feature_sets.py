@@ -201,5 +201,5 @@ def real_statistics(
         try:
             feature_statistics.save(file, made)
         except OSError as error:
-            warn(f"warning: {file} could not be written ({error})")
+            warn(f"warning: the statistics of the real images are not kept: {error}")
     return made

@@ -17,7 +17,7 @@ from Model.generator import Generator
 from Util import memory
 from Util.pictures import grid, rescale, save_png, to_uint8
 from Util.progress import track
-from Util.settings import SettingError, setting
+from Util.settings import SettingError, file_or_folder, setting
 
 PROTOCOL = {
     "latents": "image i depends on seed and i; shared by the models",
@@ -50,6 +50,7 @@ class GeneratedSettings(PrecisionSettings, PictureSettings):
         Path("generated"),
         "the picture is OUT.png, the walk OUT.gif; or a folder for generated.png and .gif"
         " (default: generated)",
+        parse=file_or_folder,
     )
 
 

@@ -22,6 +22,7 @@ from Evaluation.settings import LoadMask, ModelSettings, PrecisionSettings, Resu
 from Model import bundled
 from Model.generator import Generator
 from Util import distributed
+from Util.cli import check_writable
 from Util.progress import warn
 from Util.settings import SettingError, blame, setting, some_words
 
@@ -95,6 +96,8 @@ class MeasureSettings(PrecisionSettings, ModelSettings):
         super().__post_init__()
         if not self.metrics:
             raise SettingError("metrics", f"is empty; take {', '.join(METRICS)}")
+        if self.content and not self.content_aware:
+            raise SettingError("content", "goes with content_aware; give that too, or leave it out")
         if not self.images and (problem := too_few(self.metrics, self.n_sample)):
             raise SettingError("n_sample", f"{self.n_sample}: {problem}")
 
@@ -200,6 +203,8 @@ def _check_real(settings: MeasureSettings) -> None:
     if stats and stats.is_dir():
         raise SettingError("stats", f"{stats} is a folder; name a file")
     if settings.path:
+        if stats and not stats.is_file():
+            check_writable("stats", stats)
         return
     if stats and not stats.is_file():
         raise SettingError("stats", f"{stats}: no such file; or give path to make it")

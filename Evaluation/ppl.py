@@ -19,7 +19,7 @@ from Model.generator import Generator
 from Util import distributed, memory
 from Util.device import tf32_allowed
 from Util.progress import Progress
-from Util.settings import SettingError, setting
+from Util.settings import SettingError, setting, some_words
 from Util.streams import stream
 
 Protocol = Literal["paper", "standard", "ends"]
@@ -128,12 +128,13 @@ class PathSettings(PerceptualSettings, ModelSettings):
 
     n_sample: int = setting(5000, "pairs of images", low=1)
     batch_size: int = setting(50, "pairs at a time, fewer where images are large", low=1)
-    eps: float = setting(1e-4, "step along a line between two w, in (0, 1)", above=0, below=1)
+    eps: float = setting(1e-4, "step along a line between two w, in [1e-6, 1)", low=1e-6, below=1)
     protocols: tuple[Protocol, ...] = setting(
         ("paper", "standard"),
         "; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items())
         + " (default: paper,standard)",
         choices=tuple(PROTOCOLS),
+        parse=some_words,
     )
 
 

@@ -299,7 +299,9 @@ def read_config(folder: str | PathLike[str]) -> dict[str, Any]:
 def checkpoints(folder: str | PathLike[str]) -> list[Path]:
     """A run's checkpoints by iteration, oldest first."""
     found = (Path(folder) / "checkpoints").glob("*.pt")
-    return sorted((p for p in found if p.stem.isdecimal()), key=lambda p: int(p.stem))
+    return sorted(
+        (p for p in found if p.stem.isdecimal() and p.is_file()), key=lambda p: int(p.stem)
+    )
 
 
 def newest_checkpoint(folder: str | PathLike[str]) -> Path | None:

@@ -139,6 +139,8 @@ def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         return
     if not math.isfinite(value):
         raise SettingError(name, f"must be a finite number, not {value}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise SettingError(name, f"must be below 2^63, not {value}")
     problems = (
         ("at least", limits["low"], lambda limit: value < limit),
         ("at most", limits["high"], lambda limit: value > limit),
@@ -308,6 +310,13 @@ def file_path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("is empty; name a file or folder")
     return Path(text)
+
+
+def file_or_folder(text: str) -> Path:
+    """Argument type: a file to write, or a folder that is there to write one in."""
+    if text.endswith("/") and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such folder; make it first")
+    return file_path(text)
 
 
 def at_least(low: int) -> Callable[[str], int]:

@@ -21,7 +21,7 @@ class PowerSettings(Settings):
     """Settings of `power`."""
 
     power_exponent: float = setting(
-        0.5, "of the side in px by which the kept share of a layer falls, at least 0", low=0
+        0.5, "of the side in px by which the kept share of a layer falls, at least 0", low=0, high=8
     )
 
 
