@@ -250,7 +250,9 @@ def test_a_run_goes_on_from_its_last_evaluation(folder, tmp_path, capsys):
         assert torch.equal(value, state["parser"][name])
     moment = next(iter(run.optimiser.state.values()))["exp_avg"]
     assert moment.abs().max() > 0
-    with pytest.raises(SettingError, match=r"out .* is of a run that was stopped; --resume goes on"):
+    with pytest.raises(
+        SettingError, match=r"out .* is of a run that was stopped; --resume goes on"
+    ):
         parser_training.train_parser(settings)
     other = flags(folder, tmp_path, "--resume", "--width", "2", "--iter", "8")
     assert train_parser.main(other) == 2
