@@ -175,12 +175,9 @@ def train_parser(
         FloatingPointError: the loss is no longer finite.
     """
     if settings.resume and not settings.state_file.is_file():
-        what = (
-            f"{settings.out} is finished; another out starts anew"
-            if settings.out.is_file()
-            else (f"{settings.state_file} is missing; train without it")
-        )
-        raise SettingError("resume", what)
+        if settings.out.is_file():
+            raise SettingError("resume", f"{settings.out} is finished; another out starts anew")
+        raise SettingError("resume", f"{settings.state_file} is missing; train without it")
     if settings.state_file.is_file() and not settings.resume:
         raise SettingError(
             "out",

@@ -319,14 +319,14 @@ def load_face_parser(source: PathOrDict, device: str | torch.device = "cpu") -> 
         CheckpointError: see the module.
     """
     content = read(source)
-    if networks := [key for key in ("g", "g_ema", "d") if key in content]:
-        raise CheckpointError(f"{source}: holds {', '.join(networks)}, and no face parser")
+    name = "checkpoint" if isinstance(source, Mapping) else str(source)
     config: Any = {}
     if "parser" in content:
         config = content.get("config", {})
+    elif networks := [key for key in ("g", "g_ema", "d") if key in content]:
+        raise CheckpointError(f"{name}: holds {', '.join(networks)}, and no face parser")
     else:
         content = {"parser": content}
-    name = "checkpoint" if isinstance(source, Mapping) else str(source)
     state, name = _state_dict(content, "parser", name)
     n_classes = _shape(state, "conv_out.conv_out.weight", 4, name)[0]
     width = _shape(state, "cp.resnet.conv1.weight", 4, name)[0]
