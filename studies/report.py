@@ -340,7 +340,8 @@ def limits(tables: Sequence[Table]) -> str:
     ratio = main.plan.main_ratio
     kept = [channels for row in main.rows if row["ratio"] == ratio for channels in row["channels"]]
     control = [c for row in main.of(main.plan.control, ratio) for c in row["channels"]] or kept
-    recall = max(r for pair in main.measured for r in main.values(*pair, "recall").values())
+    pairs = [pair for pair in main.measured if pair[1] == ratio]
+    recall = max((r for p in pairs for r in main.values(*p, "recall").values()), default=0.0)
     missing = [line for table in tables for line in not_run(table)]
     missing_text = "\n".join(missing) or "- nothing: all jobs of the plans are done"
     return f"""## What this cannot tell
@@ -355,7 +356,8 @@ def limits(tables: Sequence[Table]) -> str:
   face weighs the same in `cagc` and `everywhere`, which adds the others.
 - Widths that are chosen have the multiply-accumulates of one ratio for all layers, not its
   parameters: the tables tell both.
-- Recall is at its floor, {recall:.4f} at most: so short a retraining leaves few kinds of pictures.
+- Recall is at its floor at {ratio:g}, {recall:.4f} at most: so short a retraining leaves few
+  kinds of pictures.
 - The judge is itself a network of limited accuracy, the more so for clothes, of which little is
   seen. An agreement of 1 is the teacher's; a student may disagree and still be a good face.
 - The masks are made by the parser whose features are in the loss.
