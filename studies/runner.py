@@ -29,9 +29,6 @@ from Util.files import lock_folder
 from Util.run_log import commit
 from Util.stopping import StoppedError
 
-COMMIT = commit()
-"""Of the code that runs, whatever is committed meanwhile."""
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -92,10 +89,10 @@ def describe_jobs(plan: Plan, jobs: Sequence[Job], places: Places, processes: in
     return "\n".join(lines)
 
 
-def facts() -> dict[str, Any]:
-    """What a result depends on besides its settings."""
+def facts(code: str | None) -> dict[str, Any]:
+    """What a result depends on besides its settings: the commit of the code, and more."""
     return {
-        "commit": COMMIT,
+        "commit": code,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "threads": torch.get_num_threads(),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -112,6 +109,7 @@ def run_jobs(plan: Plan, jobs: Sequence[Job], places: Places) -> int:
         StoppedError: a signal.
     """
     failed, file = 0, results_file(places.results, plan.name)
+    code = commit()  # of what runs, whatever is committed meanwhile
     for job in jobs:
         folder = places.job(plan, job)
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +123,7 @@ def run_jobs(plan: Plan, jobs: Sequence[Job], places: Places) -> int:
                 clean(plan, job, places)
                 continue
             result = run_job(plan, job, places)
-            append_result(file, result | facts())
+            append_result(file, result | facts(code))
             clean(plan, job, places)
             print(_report(result), flush=True)
         except (ValueError, OSError, ArithmeticError) as error:
