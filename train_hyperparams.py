@@ -270,6 +270,10 @@ class TrainConfig(Settings):
             return ""
         return "reduce-overhead" if self.cuda_graphs else "default"
 
+    def path_batch(self, images: int) -> int:
+        """Give the images of a batch that path length is computed on, at least one."""
+        return max(1, images // self.path_batch_shrink)
+
     @property
     def has_teacher(self) -> bool:
         """Whether there is a teacher to distil from."""

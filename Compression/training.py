@@ -221,7 +221,7 @@ class Trainer:
         # 4. Every 4 iterations, path length: 4 * weight * (|J^T y| - a)^2 (StyleGAN2, eq. 4).
         if s.path_regularize and self.iteration % s.g_reg_every == 0:
             with self.clock.part("path"):
-                metrics |= self._path_phase(max(1, real.shape[0] // s.path_batch_shrink))
+                metrics |= self._path_phase(s.path_batch(real.shape[0]))
         # The average of the generators of some hundred iterations is what is kept and measured.
         accumulate(self.g_ema, self.generator, s.ema_decay)
         self._look(now=(self.iteration + 1) % s.log_freq == 0)

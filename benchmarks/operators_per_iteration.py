@@ -100,7 +100,7 @@ def count(trainer: Trainer, size: int) -> dict[str, Operators]:
     phase("R1", lambda: trainer._r1_phase(real))
     trainer.discriminator.requires_grad_(False)
     phase("generator", lambda: trainer._g_phase(IMAGES))
-    phase("path length", lambda: trainer._path_phase(IMAGES // trainer.settings.path_batch_shrink))
+    phase("path length", lambda: trainer._path_phase(trainer.settings.path_batch(IMAGES)))
     s = trainer.settings
     average = lambda: accumulate(trainer.g_ema, trainer.generator, s.ema_decay)  # noqa: E731
     phase("moving average", average)

@@ -167,13 +167,14 @@ def _check_fit(
 
 def _announce_path_batch(config: TrainConfig, announce: Callable[[str], None]) -> None:
     """Say where processes whose share is no multiple change the path length's batch."""
-    processes, shrink = distributed.world_size(), config.path_batch_shrink
-    share, wanted = config.batch_size // processes, max(1, config.batch_size // shrink)
-    found = processes * max(1, share // shrink)
+    processes = distributed.world_size()
+    share, wanted = config.batch_size // processes, config.path_batch(config.batch_size)
+    found = processes * config.path_batch(share)
     if config.path_regularize and found != wanted:
         announce(
             f"path length is computed on {found} images, not on {wanted}: each of {processes}"
-            f" processes has {share}; let batch_size be a multiple of {processes * shrink}"
+            f" processes has {share}; let batch_size be a multiple of"
+            f" {processes * config.path_batch_shrink}"
         )
 
 
