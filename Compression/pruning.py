@@ -350,15 +350,15 @@ def _parser(settings: PruneSettings, device: torch.device) -> ContentParser | No
         or (settings.has_budget and ALLOCATIONS[settings.allocation_name].needs_parser)
         or INITIALISATIONS[settings.init].needs_parser(options)
     )
-    if not needed and settings.content:
+    if needed:
+        return parser_for(settings.parser_ckpt, settings.ckpt, device, settings.content)
+    if settings.content:
         raise SettingError(
             "content",
             f"is for masks, and {settings.metric} has none; leave it out, or score by"
             " another metric",
         )
-    if not needed:
-        return None
-    return parser_for(settings.parser_ckpt, settings.ckpt, device, settings.content)
+    return None
 
 
 def _target(settings: PruneSettings, size: int) -> Path:

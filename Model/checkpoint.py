@@ -69,11 +69,12 @@ def read(path: PathOrDict) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # what PyTorch finds odd about old or damaged files
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if not _unsafe_name(path, error):
+        name = _unsafe_name(path, error)
+        if not name:
             raise CheckpointError(f"{path}: no PyTorch checkpoint; name a .pt file") from None
         raise CheckpointError(
             f"{path}: refused, it holds something other than tensors and plain containers"
-            f" ({_unsafe_name(path, error)}); save it again as state dicts only"
+            f" ({name}); save it again as state dicts only"
         ) from None
     except Exception as error:  # a damaged file can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
