@@ -1,6 +1,6 @@
 """Show what several models make of the same latents: a picture, and an animated walk."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,8 @@ def show_generated(settings: GeneratedSettings) -> Result:
     stem = target_stem(settings.out, "generated")
     folder = stem.with_name(f"{stem.name}_files")
     models = load_models(settings, settings.pick_device())
-    for name in models:
-        _check_files(folder / name, settings.files)
+    if settings.files:
+        _check_folders(folder, models, settings.files)
     first = next(iter(models.values()))
     render, render_frame = (_renderer(settings, models, animated) for animated in (False, True))
     # The second latents are those of the next seed, so that a walk does not depend on n_sample.
@@ -119,17 +119,21 @@ def _renderer(
     return lambda z: stacked(models, {name: block(name, z) for name in models}, scale)
 
 
-def _check_files(folder: Path, n: int) -> None:
-    """Refuse a folder in which pictures of another call would stay among the new ones.
+def _check_folders(folder: Path, names: Iterable[str], n: int) -> None:
+    """Refuse models' folders elsewhere, or with another call's pictures among the new ones.
 
     Raises:
         SettingError: names the folder.
     """
     new = {f"{i:06d}.png" for i in range(n)}
-    if n and (others := [file for file in folder.glob("*.png") if file.name not in new]):
-        raise SettingError(
-            "files", f"{folder} holds {others[0].name} already; remove the folder, or change out"
-        )
+    for name in names:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise SettingError("names", f"{name!r} is no name of a folder, and --files makes one")
+        if others := [file for file in (folder / name).glob("*.png") if file.name not in new]:
+            raise SettingError(
+                "files",
+                f"{folder / name} holds {others[0].name} already; remove the folder, or change out",
+            )
 
 
 def _save_files(settings: GeneratedSettings, models: Mapping[str, Generator], folder: Path) -> None:

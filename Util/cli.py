@@ -38,6 +38,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
+        if found := re.fullmatch(r"argument (--\w+): expected .*one argument", message):
+            message += f"; one that begins with a minus is written {found[1]}=-..."
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 

@@ -64,7 +64,8 @@ def plot(runs: Sequence[str | PathLike[str]], out: str | PathLike[str]) -> None:
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, keys) in zip(axes, panels, strict=True):
         for run, rows in logs.items():
-            prefix = f"{Path(run).name} " if len(logs) > 1 else ""
+            # Matplotlib takes what stands between dollar signs for a formula.
+            prefix = Path(run).name.replace("$", r"\$") + " " if len(logs) > 1 else ""
             for key in keys:
                 points = [(row["iteration"], row[key]) for row in rows if key in row]
                 if points:

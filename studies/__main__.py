@@ -3,16 +3,14 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from studies.jobs import Places
+from studies.jobs import Places, add_places
 from studies.plan import FOLDER, Plan, read_plan
 from studies.runner import chosen_jobs, describe_jobs, run_study
 from studies.tables import overview, read_table, verdicts
 from Util.cli import OneLineParser, run_script
-from Util.settings import at_least, file_path
+from Util.settings import at_least
 
-RESULTS = Path(__file__).parent / "results"
 EPILOG = """examples:
   what there is to run, and for how long:
     python -m studies compression --dry_run
@@ -38,10 +36,7 @@ def build_parser() -> OneLineParser:
     add("--only", default="", metavar="GLOB", help="jobs, arms or groups whose name fits")
     add("--dry_run", action="store_true", help="print the jobs and the time that they will take")
     add("--list", action="store_true", help="print the arms and their settings, or the plans")
-    add("--work", type=file_path, default=Path("runs/studies"), metavar="DIR",
-        help="pictures, runs and students (default: runs/studies)")  # fmt: skip
-    add("--results", type=file_path, default=RESULTS, metavar="DIR",
-        help="results, one file a plan (default: studies/results)")  # fmt: skip
+    add_places(parser)
     return parser
 
 

@@ -6,6 +6,7 @@ figures_NNNNNN.json    after measuring, one for each point
 student.pt         at the end, the moving average alone; pruned.pt and run/ go
 """
 
+import argparse
 import contextlib
 import json
 import shutil
@@ -24,9 +25,10 @@ from Evaluation.features import fingerprint
 from Model import bundled, checkpoint
 from Model.complexity import macs, parameters
 from studies.measuring import Judge
-from studies.plan import Job, Plan, iterations, prune_settings, train_config
+from studies.plan import FOLDER, Job, Plan, iterations, prune_settings, train_config
 from train_hyperparams import TrainConfig
 from Util.files import atomic_path
+from Util.settings import file_path
 from Util.stopping import StoppedError
 
 REAL_START = 4_000_000
@@ -56,6 +58,15 @@ class Places:
     def real(self, plan: Plan) -> Path:
         """Folder of the real pictures that are measured against."""
         return self.work / f"toon_faces_64px_held_out_{plan.real_pictures}"
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a study's folders, ``work`` and ``results``."""
+    add = parser.add_argument
+    add("--work", type=file_path, default=Path("runs/studies"), metavar="DIR",
+        help="pictures, runs and students (default: runs/studies)")  # fmt: skip
+    add("--results", type=file_path, default=FOLDER.parent / "results", metavar="DIR",
+        help="results, one file a plan (default: studies/results)")  # fmt: skip
 
 
 def prepare(plan: Plan, places: Places, workers: int | None = None) -> None:

@@ -14,7 +14,7 @@ from Evaluation.features import fingerprint
 from Model import bundled
 from Model.checkpoint import load_attribute_classifier
 from studies import plots
-from studies.jobs import Places, judged_by, prepare, reference_figures, write_json
+from studies.jobs import Places, add_places, judged_by, prepare, reference_figures, write_json
 from studies.plan import FOLDER, Claim, read_plan
 from studies.results import references_file
 from studies.statistics import half_width, mean_and_deviation, seeds_share
@@ -407,13 +407,9 @@ def run(args: argparse.Namespace) -> None:
 def build_parser() -> OneLineParser:
     """All flags."""
     parser = OneLineParser(prog="python -m studies.report", description=__doc__)
-    add = parser.add_argument
-    add("--out", type=file_path, default=ROOT / "doc/Study.md", metavar="FILE",
+    parser.add_argument("--out", type=file_path, default=ROOT / "doc/Study.md", metavar="FILE",
         help="page to write; plots go to study/ beside it (default: doc/Study.md)")  # fmt: skip
-    add("--results", type=file_path, default=FOLDER.parent / "results", metavar="DIR",
-        help="results (default: studies/results)")  # fmt: skip
-    add("--work", type=file_path, default=Path("runs/studies"), metavar="DIR",
-        help="of the study: students for the picture (default: runs/studies)")  # fmt: skip
+    add_places(parser)
     return parser
 
 

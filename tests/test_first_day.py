@@ -291,3 +291,11 @@ def test_one_row_is_drawn_as_points(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 5, "d_loss": 1.0, "g_loss": 2.0}\n')
     plot_log.plot([tmp_path], tmp_path / "curve.png")
     assert markers == ["o", "o"]
+
+
+def test_names_of_runs_are_no_formulas(tmp_path):
+    runs = [tmp_path / "costs $1", tmp_path / r"a$\frac$"]
+    for run in runs:
+        run.mkdir()
+        (run / "metrics.jsonl").write_text('{"iteration": 5, "d_loss": 1.0}\n')
+    plot_log.plot(runs, tmp_path / "curve.png")
