@@ -343,7 +343,9 @@ def limits(tables: Sequence[Table]) -> str:
     pairs = [pair for pair in main.measured if pair[1] == ratio]
     recall = max((r for p in pairs for r in main.values(*p, "recall").values()), default=0.0)
     missing = [line for table in tables for line in not_run(table)]
-    missing_text = "\n".join(missing) or "- nothing: all jobs of the plans are done"
+    listed = "\n".join(missing)
+    go_on = f"`python -m studies {main.plan.name} --jobs 2`, then `python -m studies.report`"
+    left = f"Not run, or not finished:\n\n{listed}\n\nGo on by {go_on}."
     return f"""## What this cannot tell
 
 - One teacher, 64 px and 64 channels at most: ratio {ratio:g} leaves {min(control)} to
@@ -365,11 +367,7 @@ def limits(tables: Sequence[Table]) -> str:
   schedule, which is not the one that their authors tuned. The relation loss relates all 16 pictures
   of a batch, the published one four.
 
-Not run, or not finished:
-
-{missing_text}
-
-Go on by `python -m studies {main.plan.name} --jobs 2`, then `python -m studies.report`."""
+{left if missing else "All jobs of the plans are done."}"""
 
 
 def page(tables: Sequence[Table], places: Places, doc: Path) -> Iterator[str]:
