@@ -493,6 +493,16 @@ def test_the_page_says_what_the_results_say(tmp_path, capsys, monkeypatch):
     assert "no result of compression yet" in capsys.readouterr().err
 
 
+def test_the_page_says_how_to_go_on_where_jobs_are_left(tmp_path, monkeypatch):
+    fake_results(tmp_path, "compression", 5, lambda job, f: 0.5)
+    table = read_table("compression", tmp_path)
+    assert "Go on by `python -m studies compression" in report.limits([table])
+    monkeypatch.setattr(report, "not_run", lambda table: [])
+    finished = report.limits([table])
+    assert finished.endswith("All jobs of the plans are done.")
+    assert "Go on by" not in finished
+
+
 def test_results_of_other_settings_are_not_reported(tmp_path):
     fake_results(tmp_path, "compression", 1, lambda job, f: 0.5)
     row = json.loads((tmp_path / "compression.jsonl").read_text())
