@@ -305,6 +305,29 @@ def load_discriminator(
     return network.to(device)
 
 
+def summary(content: Mapping[str, Any], name: str) -> list[str]:
+    """Load every network of a checkpoint and say what it is, one line each.
+
+    Args:
+        content: of the checkpoint.
+        name: its own, for messages.
+
+    Raises:
+        CheckpointError: one does not load.
+    """
+    lines = []
+    for key in (key for key in ("g", "g_ema") if key in content):
+        network = load_generator(content, key, name=name)
+        widths = ", ".join(map(str, network.channels))
+        lines.append(
+            f"{key}: generator, {network.size} px, latents of {network.style_dim}, {network.n_mlp}"
+            f" mapping layers, channels {widths}"
+        )
+    if "d" in content:
+        lines.append(f"d: discriminator, {load_discriminator(content, name=name).size} px")
+    return lines + (["latent_avg: mean w"] if "latent_avg" in content else [])
+
+
 def _is_side(value: Any) -> bool:
     return isinstance(value, int) and 1 <= value <= LARGEST_SIZE
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from Model import checkpoint, nvidia
 from Model.discriminator import ResBlock
-from Model.errors import CheckpointError
 from Model.layers import FusedLeakyReLU, StyledConv, ToRGB
 from Util.cli import OneLineParser, run_script
 from Util.settings import Settings, add_flags, file_path, from_flags, setting
@@ -73,33 +72,11 @@ def convert(source: Path, target: Path, settings: ConvertSettings) -> list[str]:
     if target.is_dir() or target.resolve() == source.resolve():
         raise ValueError(f"{target}: cannot be the result; name another file")
     content, notes, clamp = nvidia.import_networks(source, settings.discriminator)
-    try:
-        lines = summary(content)
-        if clamp is not None and settings.n_sample:
-            notes += clamp_notes(content, clamp, settings.n_sample)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from None
+    lines = checkpoint.summary(content, str(source))
+    if clamp is not None and settings.n_sample:
+        notes += clamp_notes(content, clamp, settings.n_sample)
     checkpoint.save(target, content)
     return [*lines, *(f"note: {note}" for note in notes), f"saved {target}"]
-
-
-def summary(content: Mapping[str, Any]) -> list[str]:
-    """Load every network of a checkpoint and say what it is, one line each.
-
-    Raises:
-        CheckpointError: one does not load.
-    """
-    lines = []
-    for key in (key for key in ("g", "g_ema") if key in content):
-        network = checkpoint.load_generator(content, key)
-        widths = ", ".join(map(str, network.channels))
-        lines.append(
-            f"{key}: generator, {network.size} px, latents of {network.style_dim}, {network.n_mlp}"
-            f" mapping layers, channels {widths}"
-        )
-    if "d" in content:
-        lines.append(f"d: discriminator, {checkpoint.load_discriminator(content).size} px")
-    return lines + (["latent_avg: mean w"] if "latent_avg" in content else [])
 
 
 def clamp_notes(content: Mapping[str, Any], clamp: float, n: int) -> list[str]:
