@@ -1,6 +1,5 @@
 """Write a checkpoint's networks without its optimisers, as they are published."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +7,8 @@ from pathlib import Path
 
 from Model import checkpoint
 from Model.errors import CheckpointError
-from Util.cli import OneLineParser, run_script
-from Util.settings import SettingError, Settings, add_flags, file_path, from_flags, setting
+from Util.cli import check_target, run_conversion
+from Util.settings import SettingError, Settings, setting
 
 EPILOG = """examples:
   python -m Model.slim runs/NAME student.pt                        # of a run's newest checkpoint
@@ -35,20 +34,6 @@ class SlimSettings(Settings):
     )
 
 
-def build_parser() -> OneLineParser:
-    """Declare the command line."""
-    parser = OneLineParser(
-        prog="python -m Model.slim",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", type=file_path, metavar="IN", help="checkpoint or run folder")
-    parser.add_argument("target", type=file_path, metavar="OUT.pt", help="checkpoint to write")
-    add_flags(parser, SlimSettings)
-    return parser
-
-
 def slim(source: Path, target: Path, settings: SlimSettings) -> list[str]:
     """Write the networks to keep; each has been loaded once.
 
@@ -63,9 +48,8 @@ def slim(source: Path, target: Path, settings: SlimSettings) -> list[str]:
     if not settings.keep:
         raise SettingError("keep", f"names no network; take some of {', '.join(NETWORKS)}")
     file = checkpoint.file_of(source)
+    check_target(file, target)
     content = checkpoint.read(file)
-    if target.is_dir() or target.resolve() == file.resolve():
-        raise ValueError(f"{target}: cannot be the result; name another file")
     kept = [key for key in settings.keep if key in content]
     if not kept:
         wanted, found = ", ".join(settings.keep), ", ".join(map(str, content)) or "nothing"
@@ -77,14 +61,17 @@ def slim(source: Path, target: Path, settings: SlimSettings) -> list[str]:
     return [*lines, f"saved {target}, {after:.1f} MB of {before:.1f} MB ({file})"]
 
 
-def run(args: argparse.Namespace) -> None:
-    """Write the file and report."""
-    print("\n".join(slim(args.source, args.target, from_flags(SlimSettings, vars(args)))))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    return run_script(build_parser(), run, argv)
+    return run_conversion(
+        SlimSettings,
+        slim,
+        argv,
+        prog="python -m Model.slim",
+        description=__doc__,
+        epilog=EPILOG,
+        source=("IN", "checkpoint or run folder"),
+    )
 
 
 if __name__ == "__main__":

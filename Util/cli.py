@@ -10,13 +10,21 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from Util import progress
-from Util.settings import Kind, SettingError, Settings, add_flags, check_files, from_flags
+from Util.settings import (
+    Kind,
+    SettingError,
+    Settings,
+    add_flags,
+    check_files,
+    file_path,
+    from_flags,
+)
 
 PACKAGES = ("Compression", "Dataset", "Evaluation", "Model", "Util")
 """Whose own errors explain themselves."""
@@ -228,6 +236,53 @@ def run_settings(
         return run(settings)
 
     return run_script(parser, run_with, argv)
+
+
+def run_conversion(
+    kind: type[Kind],
+    convert: Callable[[Path, Path, Kind], Iterable[str]],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str | None,
+    epilog: str,
+    source: tuple[str, str],
+) -> int:
+    """`run_script` for a command line that makes a checkpoint of another file.
+
+    Args:
+        kind: dataclass whose fields are the flags.
+        convert: source, target and settings -> lines to print.
+        argv: the command line; None takes that of the process.
+        prog: the script's name.
+        description: what it does.
+        epilog: examples.
+        source: what stands for the file in the help text, and what it is.
+    """
+    parser = OneLineParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=file_path, metavar=source[0], help=source[1])
+    parser.add_argument("target", type=file_path, metavar="OUT.pt", help="checkpoint to write")
+    add_flags(parser, kind)
+
+    def run(args: argparse.Namespace) -> None:
+        print("\n".join(convert(args.source, args.target, from_flags(kind, vars(args)))))
+
+    return run_script(parser, run, argv)
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Refuse a result that would be a folder or take its source's place.
+
+    Raises:
+        ValueError: names the target.
+    """
+    if target.is_dir() or target.resolve() == source.resolve():
+        raise ValueError(f"{target}: cannot be the result; name another file")
 
 
 def _lacks_memory(error: BaseException) -> bool:

@@ -1,6 +1,5 @@
 """Convert a StyleGAN2 file of NVIDIA's to a checkpoint; none of its code is run."""
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from Model import checkpoint, nvidia
 from Model.discriminator import ResBlock
 from Model.layers import FusedLeakyReLU, StyledConv, ToRGB
-from Util.cli import OneLineParser, run_script
-from Util.settings import Settings, add_flags, file_path, from_flags, setting
+from Util.cli import check_target, run_conversion
+from Util.settings import Settings, setting
 
 EPILOG = """example:
   python -m Model.nvidia ffhq.pkl Model/full_size_model/ffhq.pt
@@ -42,20 +41,6 @@ class ConvertSettings(Settings):
     )
 
 
-def build_parser() -> OneLineParser:
-    """Declare the command line."""
-    parser = OneLineParser(
-        prog="python -m Model.nvidia",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", type=file_path, metavar="IN.pkl", help="file of NVIDIA's")
-    parser.add_argument("target", type=file_path, metavar="OUT.pt", help="checkpoint to write")
-    add_flags(parser, ConvertSettings)
-    return parser
-
-
 def convert(source: Path, target: Path, settings: ConvertSettings) -> list[str]:
     """Convert a file; what is written has been loaded once.
 
@@ -69,8 +54,7 @@ def convert(source: Path, target: Path, settings: ConvertSettings) -> list[str]:
         raise ValueError(f"{source}: no such file; name a .pkl of NVIDIA's")
     if not nvidia.is_pickle(source):
         raise ValueError(f"{source}: no pickle of NVIDIA's; a .pt needs no conversion")
-    if target.is_dir() or target.resolve() == source.resolve():
-        raise ValueError(f"{target}: cannot be the result; name another file")
+    check_target(source, target)
     content, notes, clamp = nvidia.import_networks(source, settings.discriminator)
     lines = checkpoint.summary(content, str(source))
     if clamp is not None and settings.n_sample:
@@ -140,14 +124,17 @@ def watch(module: nn.Module, peaks: list[float]) -> None:
         module.register_forward_hook(note)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Convert and report."""
-    print("\n".join(convert(args.source, args.target, from_flags(ConvertSettings, vars(args)))))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    return run_script(build_parser(), run, argv)
+    return run_conversion(
+        ConvertSettings,
+        convert,
+        argv,
+        prog="python -m Model.nvidia",
+        description=__doc__,
+        epilog=EPILOG,
+        source=("IN.pkl", "file of NVIDIA's"),
+    )
 
 
 if __name__ == "__main__":
